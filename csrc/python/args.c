@@ -1,0 +1,336 @@
+/* See args.h. */
+#include "args.h"
+
+#include <string.h>
+
+static const struct {
+    int code, num;
+    const char *name;
+} types[] = {
+    {ZQ_F32, NPY_FLOAT32, "float32"}, {ZQ_I8, NPY_INT8, "int8"},    {ZQ_U8, NPY_UINT8, "uint8"},
+    {ZQ_I32, NPY_INT32, "int32"},     {ZQ_I64, NPY_INT64, "int64"}, {ZQ_BOOL, NPY_BOOL, "bool"},
+};
+enum { TYPES = sizeof types / sizeof *types };
+
+static int
+type_num(int code)
+{
+    for (int i = 0; i < TYPES; i++) {
+        if (types[i].code == code) {
+            return types[i].num;
+        }
+    }
+    return -1;
+}
+
+/* "float32", "int8 or uint8" */
+static const char *
+type_names(int codes, char *buf, size_t n)
+{
+    buf[0] = 0;
+    for (int i = 0; i < TYPES; i++) {
+        if (codes & types[i].code) {
+            if (buf[0]) {
+                strncat(buf, " or ", n - strlen(buf) - 1);
+            }
+            strncat(buf, types[i].name, n - strlen(buf) - 1);
+        }
+    }
+    return buf;
+}
+
+/* The type code of an array: byte order is not part of it. 0 when it is none of ours. */
+static int
+type_code(PyArrayObject *a)
+{
+    const int num = PyArray_TYPE(a);
+    for (int i = 0; i < TYPES; i++) {
+        if (PyArray_EquivTypenums(num, types[i].num)) {
+            return types[i].code;
+        }
+    }
+    return 0;
+}
+
+static void
+fill_arg(zq_arg *out, PyArrayObject *a)
+{
+    out->arr = a;
+    out->data = PyArray_DATA(a);
+    out->ndim = PyArray_NDIM(a);
+    out->size = PyArray_SIZE(a);
+    for (int i = 0; i < 4; i++) {
+        out->dim[i] = i < out->ndim ? (int64_t)PyArray_DIM(a, i) : 1;
+    }
+}
+
+static int
+wrong_type(PyObject *o, const char *name, int codes)
+{
+    char buf[64];
+    if (!PyArray_Check(o)) {
+        PyObject *type = PyObject_GetAttrString((PyObject *)Py_TYPE(o), "__name__");
+        if (type) {
+            PyErr_Format(PyExc_TypeError, "%s: expected a NumPy array of %s, got %U", name,
+                         type_names(codes, buf, sizeof buf), type);
+            Py_DECREF(type);
+        }
+        return -1;
+    }
+    PyErr_Format(PyExc_TypeError, "%s: expected %s, got %S", name, type_names(codes, buf, sizeof buf),
+                 (PyObject *)PyArray_DESCR((PyArrayObject *)o));
+    return -1;
+}
+
+int
+zq_in(PyObject *o, const char *name, int codes, int min_ndim, int max_ndim, zq_arg *out)
+{
+    memset(out, 0, sizeof *out);
+    if (!PyArray_Check(o)) {
+        return wrong_type(o, name, codes);
+    }
+    PyArrayObject *a = (PyArrayObject *)o;
+    const int code = type_code(a);
+    if (!(code & codes)) {
+        return wrong_type(o, name, codes);
+    }
+    const int ndim = PyArray_NDIM(a);
+    if (ndim < min_ndim || ndim > max_ndim || ndim > 4) {
+        if (min_ndim == max_ndim) {
+            PyErr_Format(PyExc_ValueError, "%s: expected %d dimension%s, got %d", name, min_ndim, min_ndim == 1 ? "" : "s",
+                         ndim);
+        }
+        else {
+            PyErr_Format(PyExc_ValueError, "%s: expected %d to %d dimensions, got %d", name, min_ndim, max_ndim, ndim);
+        }
+        return -1;
+    }
+    PyArrayObject *good = (PyArrayObject *)PyArray_FROMANY(
+        o, type_num(code), 0, 0, NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | NPY_ARRAY_NOTSWAPPED);
+    if (!good) {
+        return -1;
+    }
+    fill_arg(out, good);
+    return 0;
+}
+
+int
+zq_in_or_none(PyObject *o, const char *name, int codes, int min_ndim, int max_ndim, zq_arg *out)
+{
+    if (o == Py_None) {
+        memset(out, 0, sizeof *out);
+        return 0;
+    }
+    return zq_in(o, name, codes, min_ndim, max_ndim, out);
+}
+
+/* "(3, 4)", "(5,)" into buf; -1 prints as "any". */
+static void
+print_shape(int ndim, const int64_t *dims, char *buf, size_t n)
+{
+    size_t at = (size_t)snprintf(buf, n, "(");
+    for (int i = 0; i < ndim && at < n; i++) {
+        const char *sep = i ? ", " : "";
+        at += dims[i] < 0 ? (size_t)snprintf(buf + at, n - at, "%sany", sep)
+                          : (size_t)snprintf(buf + at, n - at, "%s%lld", sep, (long long)dims[i]);
+    }
+    if (at < n) {
+        snprintf(buf + at, n - at, ndim == 1 ? ",)" : ")");
+    }
+}
+
+int
+zq_shape(const zq_arg *a, const char *name, int ndim, const int64_t *dims)
+{
+    int same = a->ndim == ndim;
+    for (int i = 0; same && i < ndim; i++) {
+        same = dims[i] < 0 || dims[i] == a->dim[i];
+    }
+    if (!same) {
+        char want[128], got[128];
+        print_shape(ndim, dims, want, sizeof want);
+        print_shape(a->ndim, a->dim, got, sizeof got);
+        PyErr_Format(PyExc_ValueError, "%s: expected shape %s, got %s", name, want, got);
+        return -1;
+    }
+    return 0;
+}
+
+int
+zq_out_array(PyObject *o, const char *name, int type, int ndim, const int64_t *dims, zq_arg *out)
+{
+    memset(out, 0, sizeof *out);
+    if (!PyArray_Check(o) || type_code((PyArrayObject *)o) != type) {
+        return wrong_type(o, name, type);
+    }
+    PyArrayObject *a = (PyArrayObject *)o;
+    zq_arg tmp;
+    fill_arg(&tmp, a);
+    if (zq_shape(&tmp, name, ndim, dims) < 0) {
+        return -1;
+    }
+    const char *why = !PyArray_ISWRITEABLE(a)        ? "is read-only"
+                      : !PyArray_IS_C_CONTIGUOUS(a)  ? "is not C-contiguous"
+                      : !PyArray_ISALIGNED(a)        ? "is not aligned"
+                      : PyArray_ISBYTESWAPPED(a)     ? "is not in native byte order"
+                                                     : NULL;
+    if (why) {
+        PyErr_Format(PyExc_ValueError, "%s: output array %s", name, why);
+        return -1;
+    }
+    Py_INCREF(o);
+    *out = tmp;
+    return 0;
+}
+
+int
+zq_new(int type, int ndim, const int64_t *dims, zq_arg *out)
+{
+    npy_intp d[4];
+    for (int i = 0; i < ndim; i++) {
+        d[i] = (npy_intp)dims[i];
+    }
+    memset(out, 0, sizeof *out);
+    PyArrayObject *a = (PyArrayObject *)PyArray_SimpleNew(ndim, d, type_num(type));
+    if (!a) {
+        return -1;
+    }
+    fill_arg(out, a);
+    return 0;
+}
+
+static void
+free_capsule(PyObject *capsule)
+{
+    zq_free(PyCapsule_GetPointer(capsule, "zquant.memory"));
+}
+
+int
+zq_new_strided(int type, int64_t rows, int64_t cols, int64_t ld, zq_arg *out)
+{
+    memset(out, 0, sizeof *out);
+    const int64_t item = type == ZQ_F32 || type == ZQ_I32 ? 4 : type == ZQ_I64 ? 8 : 1;
+    void *p = zq_alloc((size_t)(zq_max(rows, 1) * ld * item));
+    if (!p) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    PyObject *base = PyCapsule_New(p, "zquant.memory", free_capsule);
+    if (!base) {
+        zq_free(p);
+        return -1;
+    }
+    npy_intp dims[2] = {(npy_intp)rows, (npy_intp)cols}, strides[2] = {(npy_intp)(ld * item), (npy_intp)item};
+    PyArrayObject *a = (PyArrayObject *)PyArray_New(&PyArray_Type, 2, dims, type_num(type), strides, p, 0,
+                                                    NPY_ARRAY_WRITEABLE | NPY_ARRAY_ALIGNED, NULL);
+    if (!a) {
+        Py_DECREF(base);
+        return -1;
+    }
+    if (PyArray_SetBaseObject(a, base) < 0) { /* steals base, also on failure */
+        Py_DECREF(a);
+        return -1;
+    }
+    fill_arg(out, a);
+    return 0;
+}
+
+int
+zq_disjoint(const zq_arg *out, const char *out_name, const zq_arg *in, const char *in_name)
+{
+    if (!out->arr || !in->arr || out->size == 0 || in->size == 0) {
+        return 0;
+    }
+    const char *o = out->data, *i = in->data;
+    const char *o_end = o + PyArray_NBYTES(out->arr), *i_end = i + PyArray_NBYTES(in->arr);
+    if (o < i_end && i < o_end) {
+        PyErr_Format(PyExc_ValueError, "%s: output overlaps input %s in memory", out_name, in_name);
+        return -1;
+    }
+    return 0;
+}
+
+void
+zq_release(int n, zq_arg *args)
+{
+    for (int i = 0; i < n; i++) {
+        Py_CLEAR(args[i].arr);
+    }
+}
+
+PyObject *
+zq_give(zq_arg *a)
+{
+    PyObject *o = (PyObject *)a->arr;
+    a->arr = NULL;
+    return o;
+}
+
+int
+zq_int(PyObject *o, const char *name, int64_t lo, int64_t hi, int64_t *out)
+{
+    PyObject *index = PyNumber_Index(o);
+    if (!index) {
+        if (PyErr_ExceptionMatches(PyExc_TypeError)) {
+            PyErr_Format(PyExc_TypeError, "%s: expected an integer", name);
+        }
+        return -1;
+    }
+    const long long v = PyLong_AsLongLong(index);
+    Py_DECREF(index);
+    if (v == -1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_ValueError, "%s: out of range", name);
+        return -1;
+    }
+    if (v < lo || v > hi) {
+        if (hi == INT64_MAX) {
+            PyErr_Format(PyExc_ValueError, "%s: expected at least %lld, got %lld", name, (long long)lo, v);
+        }
+        else {
+            PyErr_Format(PyExc_ValueError, "%s: expected %lld to %lld, got %lld", name, (long long)lo, (long long)hi, v);
+        }
+        return -1;
+    }
+    *out = v;
+    return 0;
+}
+
+int
+zq_float(PyObject *o, const char *name, double *out)
+{
+    *out = PyFloat_AsDouble(o);
+    if (*out == -1.0 && PyErr_Occurred()) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError, "%s: expected a number", name);
+        return -1;
+    }
+    return 0;
+}
+
+int
+zq_count(const char *function, Py_ssize_t got, Py_ssize_t want)
+{
+    if (got != want) {
+        PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", function, want, got);
+        return -1;
+    }
+    return 0;
+}
+
+int
+zq_check(zq_status status, const char *what, int64_t bad_row)
+{
+    switch (status) {
+    case ZQ_OK: return 0;
+    case ZQ_ENOMEM: PyErr_NoMemory(); return -1;
+    case ZQ_ENONFINITE:
+        PyErr_Format(PyExc_ValueError, "%s: NaN or Inf in row %lld", what, (long long)bad_row);
+        return -1;
+    case ZQ_ERANGE:
+        PyErr_Format(PyExc_ValueError, "%s: value out of range", what);
+        return -1;
+    }
+    PyErr_Format(PyExc_SystemError, "%s: unknown status %d", what, (int)status);
+    return -1;
+}

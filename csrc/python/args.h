@@ -1,0 +1,60 @@
+/* Every argument check of the extension lives here; wrappers only name their arguments. All functions set a
+ * Python exception that names the argument and return NULL / -1 on failure. */
+#ifndef ZQ_ARGS_H
+#define ZQ_ARGS_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
+#define NPY_TARGET_VERSION NPY_1_22_API_VERSION
+#define PY_ARRAY_UNIQUE_SYMBOL zq_ARRAY_API
+#ifndef ZQ_IMPORT_ARRAY
+#define NO_IMPORT_ARRAY
+#endif
+#include <numpy/arrayobject.h>
+
+#include "../zq.h"
+#include "../zq_common.h"
+
+/* A NumPy array argument. `arr` is a new reference, C-contiguous, aligned, native byte order; its data may be a
+ * copy of what the caller passed. */
+typedef struct {
+    PyArrayObject *arr;
+    void *data;
+    int ndim;
+    int64_t dim[4]; /* 1 behind ndim */
+    int64_t size;
+} zq_arg;
+
+/* The type codes used below; more than one may be or-ed together. */
+enum { ZQ_F32 = 1, ZQ_I8 = 2, ZQ_U8 = 4, ZQ_I32 = 8, ZQ_I64 = 16, ZQ_BOOL = 32 };
+
+/* Input array of exactly one of the types, with min_ndim..max_ndim dimensions. */
+int zq_in(PyObject *o, const char *name, int types, int min_ndim, int max_ndim, zq_arg *out);
+/* As zq_in, but None gives arr = NULL, data = NULL and success. */
+int zq_in_or_none(PyObject *o, const char *name, int types, int min_ndim, int max_ndim, zq_arg *out);
+/* Output array handed in by the caller: must be exactly right (type, contiguous, aligned, native, writeable, shape)
+ * or ValueError / TypeError; never a copy. dims: ndim of them. */
+int zq_out_array(PyObject *o, const char *name, int type, int ndim, const int64_t *dims, zq_arg *out);
+/* A new array (uninitialised). */
+int zq_new(int type, int ndim, const int64_t *dims, zq_arg *out);
+/* A new (rows, cols) array of `type` whose rows are ld >= cols items apart (64-byte aligned buffer, slack zeroed
+ * by whoever fills it): what the GEMM reads without copying. data points to row 0. */
+int zq_new_strided(int type, int64_t rows, int64_t cols, int64_t ld, zq_arg *out);
+/* Refuse a shape: ValueError "name: expected shape (a, b), got (c, d)". -1 in dims matches anything. */
+int zq_shape(const zq_arg *a, const char *name, int ndim, const int64_t *dims);
+/* Refuse memory overlap between an output and an input. */
+int zq_disjoint(const zq_arg *out, const char *out_name, const zq_arg *in, const char *in_name);
+/* Release n arguments (NULL arr allowed). */
+void zq_release(int n, zq_arg *args);
+/* The array as a Python object; gives the reference away. */
+PyObject *zq_give(zq_arg *a);
+
+int zq_int(PyObject *o, const char *name, int64_t lo, int64_t hi, int64_t *out);
+int zq_float(PyObject *o, const char *name, double *out);
+int zq_count(const char *function, Py_ssize_t got, Py_ssize_t want);
+
+/* Status to exception: NULL with the exception set, or `result` when ZQ_OK. `what` names the array. */
+int zq_check(zq_status status, const char *what, int64_t bad_row);
+
+#endif

@@ -1,0 +1,120 @@
+/* zq.h: the C core of zquant. Post-training quantization kernels on plain pointers; no Python, no C++.
+ *
+ * Conventions, everywhere:
+ *   x   activations, (m, k) float32, row-major; one row is one token
+ *   w   weights, (n, k), row-major; one row is one output channel
+ *   q   integer codes;  x_hat = (q - zero) * scale;  scales multiply on dequantization
+ *   rounding is half to even (rintf); symmetric codes stay in +-(2^(bits-1) - 1)
+ * Functions return a zq_status. ZQ_ENONFINITE also stores the first bad row.
+ * Every result is the same for any number of threads and at any dispatch level, bit for bit: integers
+ * because they are exact, floats because each function fixes one order of operations. */
+#ifndef ZQ_H
+#define ZQ_H
+
+#include <stdint.h>
+
+typedef enum {
+    ZQ_OK = 0,
+    ZQ_ENOMEM,     /* allocation failed */
+    ZQ_ENONFINITE, /* NaN or Inf in a float32 input */
+    ZQ_ERANGE,     /* a code or size outside what the kernel is exact for */
+} zq_status;
+
+/* ---- dispatch (zq_dispatch.c) ------------------------------------------------------------------- */
+typedef enum { ZQ_REF, ZQ_AVX2, ZQ_AVX512VNNI, ZQ_LEVELS } zq_level;
+extern const char *const zq_level_names[ZQ_LEVELS];
+zq_level zq_level_supported(void); /* the best level of this CPU and OS */
+zq_level zq_level_active(void);
+void zq_level_use(zq_level level); /* level <= zq_level_supported() */
+
+/* ---- threads (parallel.c) ----------------------------------------------------------------------- */
+typedef void (*zq_job_fn)(void *ctx, int64_t job);
+/* Run fn(ctx, 0..jobs-1), each once, on up to zq_threads() threads. Jobs must not depend on each other.
+ * A call from inside a job, or while another thread holds the pool, runs its jobs on the calling thread. */
+void zq_parallel_for(int64_t jobs, zq_job_fn fn, void *ctx);
+int zq_threads(void);
+void zq_set_threads(int n);
+int zq_threads_default(void); /* CPUs this process may use: affinity mask and cgroup quota */
+
+/* ---- linear layers: y = act(x W^T + bias) + residual (gemm.c, pack.c) ----------------------------- */
+
+/* u8 x s8 products of |255 * 127| in an int32 accumulator are exact up to this many of them. */
+#define ZQ_MAX_K 66000
+
+typedef enum { ZQ_ACT_NONE, ZQ_ACT_RELU, ZQ_ACT_GELU, ZQ_ACT_GELU_TANH, ZQ_ACT_SILU, ZQ_ACTS } zq_activation;
+
+/* How rows are turned into codes. Codes are always handed to the GEMM as uint8 with a zero point per
+ * token; symmetric int8 codes q are stored as q + 128 with zero point 128. */
+typedef enum {
+    ZQ_QUANT_NONE,
+    ZQ_QUANT_TOKEN_SYM,  /* scale = max|x| / 127, codes 1..255, zero 128 */
+    ZQ_QUANT_TOKEN_ASYM, /* scale = (hi - lo) / 255 over [min(x,0), max(x,0)], zero = rint(-lo / scale) */
+    ZQ_QUANT_STATIC,     /* scale and zero given: one of each, or one per feature */
+} zq_quant;
+
+typedef enum { ZQ_W_F32, ZQ_W_S8, ZQ_W_S8_GROUP, ZQ_W_S4_GROUP } zq_weight_kind;
+
+/* A weight matrix packed for the micro-kernels: panels of ZQ_NR output channels, the same layout at every
+ * dispatch level (see pack.c). Read-only after packing; may be used from many threads. */
+typedef struct {
+    zq_weight_kind kind;
+    int64_t n, k;        /* output channels, input features */
+    int64_t group;       /* input features per scale; k for one scale per channel */
+    int64_t panel_bytes; /* distance from one panel to the next */
+    void *panels;
+    int32_t *colsum; /* (n) sum of codes per channel; (panels, groups, NR) with groups: -128 * code sums */
+    float *scale;    /* (n) or (panels, groups, NR) */
+    float *zcorr;    /* (n) sum over groups of scale * code sum: what a zero point multiplies; groups only */
+    float *bias;     /* (n), zeros without bias */
+} zq_linear;
+
+zq_status zq_linear_pack_f32(zq_linear *w, const float *weight, int64_t n, int64_t k, const float *bias);
+/* codes (n, k) in +-127; scale (n). ZQ_ERANGE on a code of -128 or k > ZQ_MAX_K. */
+zq_status zq_linear_pack_s8(zq_linear *w, const int8_t *codes, const float *scale, int64_t n, int64_t k,
+                            const float *bias);
+/* codes (n, k); scales (n, ceil(k / group)); group a multiple of 8 or >= k; bits 4 (codes -8..7) or 8. */
+zq_status zq_linear_pack_group(zq_linear *w, const int8_t *codes, const float *scales, int64_t n, int64_t k,
+                               int64_t group, int bits, const float *bias);
+void zq_linear_free(zq_linear *w);
+int64_t zq_linear_bytes(const zq_linear *w);
+
+/* Activations going in: float32 rows, or codes made before. */
+typedef struct {
+    const float *f32;    /* (m, k) or NULL */
+    int64_t ld_f32;
+    zq_quant quant;      /* how float32 rows are quantized: TOKEN_SYM or TOKEN_ASYM (integer weights only) */
+    const uint8_t *u8;   /* (m, k) codes, used when f32 is NULL; rows readable to round_up(k, 8) */
+    int64_t ld_u8;
+    const float *scale;  /* (m) */
+    const int32_t *zero; /* (m), 0..255 */
+} zq_rows;
+
+/* What comes out: y, or q with its scales, or both. */
+typedef struct {
+    zq_activation act;
+    const float *residual; /* (m, n) added after the activation, or NULL */
+    int64_t ld_residual;
+    float *y; /* (m, n) or NULL */
+    int64_t ld_y;
+    zq_quant quant;
+    uint8_t *q; /* (m, n), rows of ld_q >= round_up(n, 8) bytes; the slack is zeroed */
+    int64_t ld_q;
+    float *q_scale;             /* (m): written by TOKEN_*; unused by STATIC */
+    int32_t *q_zero;            /* (m) */
+    const float *static_scale;  /* (1) or (n) */
+    const int32_t *static_zero; /* (1) or (n) */
+    int64_t static_count;       /* 1 or n */
+} zq_out;
+
+zq_status zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out, int64_t *bad_row);
+
+/* Exact integer product: acc = (a - zero_a) (b - zero_b)^T is built on this: c (m, n) int32 = a (m, k) u8 times
+ * packed s8 weights, minus zero[i] * column sums. Used by MatMulInteger and the tests. */
+zq_status zq_gemm_u8s8_s32(const zq_linear *w, const uint8_t *a, int64_t ld, const int32_t *zero, int64_t m,
+                           int32_t *c);
+
+/* ---- quantizers (quantize.c) and Transformer operators (norm.c, attention.c): see below ------------ */
+#include "zq_quantize.h"
+#include "zq_nn.h"
+
+#endif

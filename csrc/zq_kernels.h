@@ -1,0 +1,115 @@
+/* The one list of kernels. Each entry X(name, return type, (arguments)) makes a field of struct zq_kernels,
+ * a prototype zq_<name>__ref (forgetting it is a link error), the inheritance of a level from the one below
+ * and a row of zq.cpu.info(). A level overrides what it does better; everything else it inherits.
+ *
+ * Contracts shared by all: pointers are valid for exactly the stated lengths (reads past the end never happen,
+ * tails are masked); outputs do not overlap inputs unless stated; n >= 0. Every level gives the same bits. */
+#ifndef ZQ_KERNELS_H
+#define ZQ_KERNELS_H
+
+#include "zq.h"
+#include "zq_common.h"
+
+/* Output channels per panel of packed weights, and the tallest tile any level computes. */
+enum { ZQ_NR = 32, ZQ_MR_MAX = 14, ZQ_KSTEP = 8 };
+
+/* One tile of y = act((a - zero) w^T * sx * sw + bias) + residual; mr rows by nr <= ZQ_NR columns.
+ * The arrays that run over columns (colsum, scale, zcorr, bias) are padded to ZQ_NR. */
+typedef struct {
+    int mr, nr;
+    int64_t k;     /* input features, padded: to 4 (S8), to 8 (groups), any (F32) */
+    int64_t group; /* groups only: input features per scale, a multiple of 8; the last may be short */
+    const void *a; /* u8 or f32 rows */
+    int64_t lda;   /* in elements */
+    const void *b; /* panel */
+    const float *sx;
+    const int32_t *zx;
+    const int32_t *colsum; /* S8: (NR). groups: (ceil(k/group), NR), -128 * sum of the group's codes (* 16 for S4) */
+    const float *scale;    /* S8: (NR). groups: (ceil(k/group), NR)  (/ 16 for S4) */
+    const float *zcorr;    /* groups: (NR) */
+    const float *bias;     /* (NR) */
+    zq_activation act;
+    const float *residual;
+    int64_t ldr;
+    float *y;
+    int64_t ldy;
+} zq_tile;
+
+/* clang-format off */
+#define ZQ_KERNELS(X) \
+    /* ---- rows of float32 to codes and back (quantize) ---- */ \
+    /* max |x|; NaN or Inf when x has one (the maximum is taken over the bit patterns). 0 for n = 0 */ \
+    X(absmax_f32, float, (const float *x, int64_t n)) \
+    /* lo = min(0, min x), hi = max(0, max x); returns 1 when all of x is finite, else 0 */ \
+    X(minmax_f32, int, (const float *x, int64_t n, float *lo, float *hi)) \
+    /* q = low byte of rint(clamp(x * inv, qmin - zero, qmax - zero)) + zero. x finite */ \
+    X(quantize_mul_f32_b8, void, (const float *x, int64_t n, float inv, int32_t zero, int32_t qmin, int32_t qmax, uint8_t *q)) \
+    /* the same with x / scale: what QuantizeLinear means, and what offline code uses */ \
+    X(quantize_div_f32_b8, void, (const float *x, int64_t n, float scale, int32_t zero, int32_t qmin, int32_t qmax, uint8_t *q)) \
+    /* the same with one scale and zero per element (per feature) */ \
+    X(quantize_vec_f32_b8, void, (const float *x, int64_t n, const float *scale, const int32_t *zero, int32_t qmin, int32_t qmax, uint8_t *q)) \
+    /* out = (q - zero) * scale; q is read as signed or unsigned bytes */ \
+    X(dequantize_b8_f32, void, (const uint8_t *q, int64_t n, int is_signed, float scale, int32_t zero, float *out)) \
+    X(dequantize_vec_b8_f32, void, (const uint8_t *q, int64_t n, int is_signed, const float *scale, const int32_t *zero, float *out)) \
+    /* n codes of `bits` (2, 3, 4 or 8) bits, one per byte (high bits ignored), to a dense little-endian bit stream \
+     * of ceil(n * bits / 8) bytes; unused high bits of the last byte are 0. */ \
+    X(pack_bits, void, (const uint8_t *codes, int64_t n, int bits, uint8_t *packed)) \
+    /* and back; sign-extended to int8 when is_signed */ \
+    X(unpack_bits, void, (const uint8_t *packed, int64_t n, int bits, int is_signed, uint8_t *codes)) \
+    /* ---- Transformer operators on rows (norm, activation, attention) ---- */ \
+    /* h = x (+ residual if not NULL); y = (h - mean) / sqrt(var + eps) * gamma + beta. y may be x */ \
+    X(layernorm_f32, void, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y)) \
+    /* h = x (+ residual); y = h / sqrt(mean h^2 + eps) * gamma. y may be x */ \
+    X(rmsnorm_f32, void, (const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y)) \
+    /* y = act(x); y may be x */ \
+    X(activation_f32, void, (const float *x, int64_t n, zq_activation act, float *y)) \
+    /* y = act(gate) * up; y may be gate or up */ \
+    X(gated_f32, void, (const float *gate, const float *up, int64_t n, zq_activation act, float *y)) \
+    /* max over x of finite-or--Inf values; -Inf for n = 0 */ \
+    X(max_f32, float, (const float *x, int64_t n)) \
+    /* y = exp(x * scale - shift); returns the sum of y in the fixed order. y may be x. x may hold -Inf (y = 0) */ \
+    X(exp_sum_f32, float, (const float *x, int64_t n, float scale, float shift, float *y)) \
+    /* y = x * s; y may be x */ \
+    X(scale_f32, void, (const float *x, int64_t n, float s, float *y)) \
+    /* ---- tiles of matrix products (gemm) ---- */ \
+    X(gemm_u8s8, void, (const zq_tile *t)) \
+    X(gemm_u8s8_s32, void, (const zq_tile *t, int32_t *c, int64_t ldc)) \
+    X(gemm_u8s8_group, void, (const zq_tile *t)) \
+    X(gemm_u8s4_group, void, (const zq_tile *t)) \
+    X(gemm_f32, void, (const zq_tile *t)) \
+    /* c (mr, nr) = a (mr, k) b (k, nr) [+ c when accumulate]: t->b is row-major with ldb; no epilogue; nr <= 64 */ \
+    X(matmul_f32, void, (const zq_tile *t, int64_t ldb, int accumulate))
+/* clang-format on */
+
+typedef struct zq_kernels {
+#define X(name, ret, args) ret(*name) args;
+    ZQ_KERNELS(X)
+#undef X
+    /* Tile heights: they only make sense beside the kernels. */
+    int mr_u8s8, mr_group, mr_f32, mr_matmul;
+} zq_kernels;
+
+#define X(name, ret, args) __attribute__((weak)) ret zq_##name##__ref args; /* DEV-WEAK */
+ZQ_KERNELS(X)
+#undef X
+
+/* The active level's table: load it once per entry into the core, not per row. */
+const zq_kernels *zq_active(void);
+/* For tests: the table of one level, whether or not it is active; NULL where this CPU lacks it. */
+const zq_kernels *zq_level_kernels(zq_level level);
+/* The level whose implementation `level` uses for the kernel at field index i of the list. */
+zq_level zq_kernel_origin(zq_level level, int i);
+extern const char *const zq_kernel_names[];
+extern const int zq_kernel_count;
+
+/* Each x86 level fills in its own families (one function per file). */
+#if defined(__x86_64__)
+__attribute__((weak)) void zq_fill_quantize__avx2(zq_kernels *t); /* DEV-WEAK */
+__attribute__((weak)) void zq_fill_quantize__avx512vnni(zq_kernels *t); /* DEV-WEAK */
+__attribute__((weak)) void zq_fill_nn__avx2(zq_kernels *t); /* DEV-WEAK */
+__attribute__((weak)) void zq_fill_nn__avx512vnni(zq_kernels *t); /* DEV-WEAK */
+__attribute__((weak)) void zq_fill_gemm__avx2(zq_kernels *t); /* DEV-WEAK */
+__attribute__((weak)) void zq_fill_gemm__avx512vnni(zq_kernels *t); /* DEV-WEAK */
+#endif
+
+#endif

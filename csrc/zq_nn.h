@@ -1,0 +1,45 @@
+/* Transformer operators other than linear layers, threaded over rows (norm.c, attention.c). Included by zq.h. */
+#ifndef ZQ_NN_H
+#define ZQ_NN_H
+
+#include <stdint.h>
+
+/* Where a row operator puts its rows: float32, token codes, or both. As in zq_out. */
+typedef struct {
+    float *y; /* (m, n) or NULL */
+    zq_quant quant; /* NONE, TOKEN_SYM or TOKEN_ASYM */
+    uint8_t *q;
+    int64_t ld_q;
+    float *q_scale;
+    int32_t *q_zero;
+} zq_rows_out;
+
+/* h = x (+ residual); y = (h - mean) / sqrt(var + eps) * gamma + beta, per row of n. */
+zq_status zq_layernorm(const float *x, const float *residual, const float *gamma, const float *beta, int64_t m, int64_t n,
+                       float eps, const zq_rows_out *out, int64_t *bad_row);
+zq_status zq_rmsnorm(const float *x, const float *residual, const float *gamma, int64_t m, int64_t n, float eps,
+                     const zq_rows_out *out, int64_t *bad_row);
+zq_status zq_activate(const float *x, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out, int64_t *bad_row);
+/* act(gate) * up */
+zq_status zq_gated(const float *gate, const float *up, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out,
+                   int64_t *bad_row);
+void zq_softmax(const float *x, int64_t m, int64_t n, float *y);
+
+/* Multi-head attention over ragged sequences, float32: softmax(q k^T * scale + mask) v per head, online over key
+ * tiles (no (T, T) matrix). Sequence s owns rows offsets[s] .. offsets[s+1]-1 of q, k, v and out. q, k, v have row
+ * strides ld_q, ld_kv (slices of one fused qkv matrix are fine); head h is columns h*d .. h*d+d-1. key_mask: one byte
+ * per row, 0 = this key is hidden; or NULL. A query whose keys are all hidden gets zeros. */
+typedef struct {
+    const float *q, *k, *v;
+    int64_t ld_q, ld_kv;
+    const int64_t *offsets; /* (sequences + 1) */
+    int64_t sequences;
+    int64_t heads, head_dim;
+    float scale;
+    const uint8_t *key_mask;
+    float *out; /* (rows, heads * head_dim) */
+    int64_t ld_out;
+} zq_attention_args;
+zq_status zq_attention(const zq_attention_args *a);
+
+#endif

@@ -1,0 +1,58 @@
+"""What this CPU offers and what runs: dispatch levels, kernels, threads, BLAS."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from . import _core
+
+__all__ = ["CPUInfo", "info", "use"]
+
+
+@dataclass(frozen=True)
+class CPUInfo:
+    """The state of dispatch at one moment; see :func:`info`."""
+
+    active: str
+    available: tuple[str, ...]
+    threads: int
+    blas_core: str
+    blas_config: str = field(repr=False)
+    kernels: dict[str, str] = field(repr=False)
+
+
+def info() -> CPUInfo:
+    """Dispatch level in use, levels available, threads, and the kernel set that OpenBLAS chose.
+
+    ``kernels`` maps each kernel to the level whose code serves it (a level inherits what it does not override).
+    ``ZQUANT_ISA=ref|avx2|avx512vnni`` in the environment caps the level at import.
+
+    >>> import zquant as zq
+    >>> zq.cpu.info().active in zq.cpu.info().available
+    True
+    """
+    core, config = _core.blas()
+    return CPUInfo(_core.level(), tuple(_core.levels()), _core.threads(), core, config, _core.kernels())
+
+
+@contextmanager
+def use(level: str) -> Iterator[None]:
+    """Run the body at another dispatch level (process-wide; meant for tests and comparisons).
+
+    Parameters
+    ----------
+    level
+        One of ``info().available``; anything else is a ValueError.
+
+    >>> import zquant as zq
+    >>> with zq.cpu.use("ref"):
+    ...     zq.cpu.info().active
+    'ref'
+    """
+    before = _core.level()
+    _core.use_level(level)
+    try:
+        yield
+    finally:
+        _core.use_level(before)
