@@ -42,7 +42,7 @@ py_quantize_tokens(PyObject *self, PyObject *const *args, Py_ssize_t n)
         zq_int(args[2], "padded", 0, 1, &padded) < 0 || zq_in(args[0], "x", ZQ_F32, 2, 2, &a[0]) < 0) {
         return NULL;
     }
-    const int64_t m = a[0].dim[0], k = a[0].dim[1], ld = padded ? zq_round_up(k, 64) : k;
+    const int64_t m = a[0].dim[0], k = a[0].dim[1], ld = padded ? zq_row_pitch(k) : k;
     const int made = padded ? zq_new_strided(ZQ_U8, m, k, ld, &a[1]) : zq_new(ZQ_U8, 2, a[0].dim, &a[1]);
     if (made < 0 || zq_new(ZQ_F32, 1, &m, &a[2]) < 0 || zq_new(ZQ_I32, 1, &m, &a[3]) < 0) {
         return fail(4, a);
