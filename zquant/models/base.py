@@ -54,27 +54,32 @@ class Model:
         yield from self.linears.items()
 
     @property
-    def embeddings(self) -> dict[str, Table]:
+    def word_table(self) -> str:
+        """The tensor name of the word embedding table."""
+        return self.prefix + self.family.embeddings["word"]
+
+    @property
+    def tables(self) -> dict[str, Table]:
         """Embedding tables by tensor name; empty when the checkpoint has none."""
         return {name: self.tensors[name] for name in self.family.tables(self.dims, self.prefix) if name in self.tensors}
 
     @property
     def word_embeddings(self) -> Table | None:
         """The word embedding table (vocabulary, d): a float array, possibly memory-mapped, or a QTensor."""
-        return self.tensors.get(self.prefix + self.family.embeddings["word"])
+        return self.tensors.get(self.word_table)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as they would be stored."""
         return (sum(layer.nbytes for layer in self.linears.values())
-                + sum(getattr(t, "array", t).nbytes for t in self.tensors.values()))
+                + sum(t.nbytes for t in self.tensors.values()))
 
     @property
     def parameters(self) -> int:
         """Number of weights."""
         count = sum(layer.shape[0] * layer.shape[1] + (0 if layer.bias is None else layer.shape[0])
                     for layer in self.linears.values())
-        return count + sum(int(np.prod(getattr(t, "array", t).shape)) for t in self.tensors.values())
+        return count + sum(int(np.prod(t.shape)) for t in self.tensors.values())
 
     @property
     def max_length(self) -> int:
@@ -93,14 +98,14 @@ class Model:
             self._tokenizer = read_tokenizer(self.path)
         return self._tokenizer
 
-    def replace(self, linears: Mapping[str, Linear] | None = None, embeddings: Mapping[str, Table] | None = None,
+    def replace(self, linears: Mapping[str, Linear] | None = None, tables: Mapping[str, Table] | None = None,
                 **attributes: Any) -> Model:
         """A new model with some linear layers or embedding tables exchanged; everything else is shared.
 
         Parameters
         ----------
         linears : module name -> Linear of the same shape
-        embeddings : tensor name -> table of the same shape
+        tables : tensor name -> embedding table of the same shape
         attributes : ``scheme``, ``path``, ``config``
 
         Raises
@@ -108,14 +113,14 @@ class Model:
         ValueError
             Names that the model does not have, or shapes that differ.
         """
-        linears, embeddings = dict(linears or {}), dict(embeddings or {})
+        linears, tables = dict(linears or {}), dict(tables or {})
         _same_shapes("linear layer", self.linears, linears)
-        _same_shapes("embedding table", self.embeddings, embeddings)
+        _same_shapes("embedding table", self.tables, tables)
         known = dict(scheme=self.scheme, path=self.path, config=self.config)
         if not attributes.keys() <= known.keys():
             raise TypeError(f"replace() got {sorted(attributes.keys() - known.keys())}; known: {sorted(known)}")
         known.update(attributes)
-        model = Model(self.family, known["config"], self.dims, {**self.linears, **linears}, {**self.tensors, **embeddings},
+        model = Model(self.family, known["config"], self.dims, {**self.linears, **linears}, {**self.tensors, **tables},
                       path=known["path"], prefix=self.prefix, has_head=self.has_head, scheme=known["scheme"])
         model._tokenizer = self._tokenizer
         return model
@@ -286,7 +291,7 @@ def _same_shapes(what: str, have: Mapping[str, Any], new: Mapping[str, Any]) -> 
     if unknown:
         raise ValueError(f"replace: no such {what}: {', '.join(unknown)}")
     for name, value in new.items():
-        old = tuple(getattr(have[name], "array", have[name]).shape)
-        got = tuple(getattr(value, "array", value).shape)
+        old = tuple(have[name].shape)
+        got = tuple(value.shape)
         if got != old:
             raise ValueError(f"replace: {name}: expected shape {old}, got {got}")

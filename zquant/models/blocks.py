@@ -18,8 +18,8 @@ __all__ = ["CHUNK", "Block", "Embeddings", "Packed", "Table", "pack", "rows"]
 CHUNK = 1024
 
 Tap = Callable[[str, np.ndarray, np.ndarray], None]
-# An embedding table: float32 or float16, possibly mapped; bfloat16 as formats.safetensors.Stored; or quantized rows.
-Table = Union[np.ndarray, QTensor, Any]
+# An embedding table: float32 or float16, possibly mapped, or quantized rows.
+Table = Union[np.ndarray, QTensor]
 
 
 def rows(table: Table, index: np.ndarray) -> np.ndarray:
@@ -30,9 +30,7 @@ def rows(table: Table, index: np.ndarray) -> np.ndarray:
     """
     if isinstance(table, QTensor):
         return table.rows(index)
-    if isinstance(table, np.ndarray):
-        return table.take(index, axis=0).astype(np.float32, copy=False)
-    return (table.array.take(index, axis=0).astype(np.uint32) << 16).view(np.float32)  # bfloat16 bits
+    return table.take(index, axis=0).astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +186,7 @@ class Embeddings:
                 self._range("token_type_ids", packed.types, self.type)
 
     def _range(self, name: str, index: np.ndarray, table: Table) -> None:
-        count = getattr(table, "array", table).shape[0]
+        count = table.shape[0]
         if len(index) == 0 or (0 <= index.min() and index.max() < count):
             return
         if name == "position":
