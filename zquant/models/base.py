@@ -1,6 +1,7 @@
 """Model: an encoder read from a Hugging Face directory, run on packed tokens."""
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,19 +55,14 @@ class Model:
         yield from self.linears.items()
 
     @property
-    def word_table(self) -> str:
-        """The tensor name of the word embedding table."""
-        return self.prefix + self.family.embeddings["word"]
-
-    @property
-    def tables(self) -> dict[str, Table]:
+    def embeddings(self) -> dict[str, Table]:
         """Embedding tables by tensor name; empty when the checkpoint has none."""
         return {name: self.tensors[name] for name in self.family.tables(self.dims, self.prefix) if name in self.tensors}
 
     @property
     def word_embeddings(self) -> Table | None:
         """The word embedding table (vocabulary, d): a float array, possibly memory-mapped, or a QTensor."""
-        return self.tensors.get(self.word_table)
+        return self.tensors.get(self.prefix + self.family.embeddings["word"])
 
     @property
     def nbytes(self) -> int:
@@ -98,14 +94,20 @@ class Model:
             self._tokenizer = read_tokenizer(self.path)
         return self._tokenizer
 
-    def replace(self, linears: Mapping[str, Linear] | None = None, tables: Mapping[str, Table] | None = None,
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the model as a Hugging Face directory; see :func:`zquant.saving.save`."""
+        from ..saving import save
+
+        return save(self, directory)
+
+    def replace(self, linears: Mapping[str, Linear] | None = None, embeddings: Mapping[str, Table] | None = None,
                 **attributes: Any) -> Model:
         """A new model with some linear layers or embedding tables exchanged; everything else is shared.
 
         Parameters
         ----------
         linears : module name -> Linear of the same shape
-        tables : tensor name -> embedding table of the same shape
+        embeddings : tensor name -> embedding table of the same shape
         attributes : ``scheme``, ``path``, ``config``
 
         Raises
@@ -113,14 +115,14 @@ class Model:
         ValueError
             Names that the model does not have, or shapes that differ.
         """
-        linears, tables = dict(linears or {}), dict(tables or {})
+        linears, embeddings = dict(linears or {}), dict(embeddings or {})
         _same_shapes("linear layer", self.linears, linears)
-        _same_shapes("embedding table", self.tables, tables)
+        _same_shapes("embedding table", self.embeddings, embeddings)
         known = dict(scheme=self.scheme, path=self.path, config=self.config)
         if not attributes.keys() <= known.keys():
             raise TypeError(f"replace() got {sorted(attributes.keys() - known.keys())}; known: {sorted(known)}")
         known.update(attributes)
-        model = Model(self.family, known["config"], self.dims, {**self.linears, **linears}, {**self.tensors, **tables},
+        model = Model(self.family, known["config"], self.dims, {**self.linears, **linears}, {**self.tensors, **embeddings},
                       path=known["path"], prefix=self.prefix, has_head=self.has_head, scheme=known["scheme"])
         model._tokenizer = self._tokenizer
         return model
