@@ -59,7 +59,7 @@ typedef enum { ZQ_W_F32, ZQ_W_S8, ZQ_W_S8_GROUP, ZQ_W_S4_GROUP } zq_weight_kind;
 typedef struct {
     zq_weight_kind kind;
     int64_t n, k;        /* output channels, input features */
-    int64_t group;       /* input features per scale; k for one scale per channel */
+    int64_t group;       /* input features per scale; at least k for one scale per channel */
     int64_t panel_bytes; /* distance from one panel to the next */
     void *panels;
     int32_t *colsum; /* (n) sum of codes per channel; (panels, groups, NR) with groups: -128 * code sums */

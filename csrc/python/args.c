@@ -1,6 +1,10 @@
 /* See args.h. */
 #include "args.h"
 
+#include "../zq_kernels.h"
+
+#include <math.h>
+
 #include <string.h>
 
 static const struct {
@@ -233,6 +237,25 @@ zq_new_strided(int type, int64_t rows, int64_t cols, int64_t ld, zq_arg *out)
     }
     fill_arg(out, a);
     return 0;
+}
+
+int
+zq_finite(const zq_arg *a, const char *name)
+{
+    if (!a->arr || a->size == 0) {
+        return 0;
+    }
+    const int64_t cols = a->ndim ? a->dim[a->ndim - 1] : 1, rows = a->size / cols;
+    int64_t bad = -1;
+    Py_BEGIN_ALLOW_THREADS
+    const zq_kernels *K = zq_active();
+    for (int64_t r = 0; r < rows && bad < 0; r++) {
+        if (!isfinite(K->absmax_f32((const float *)a->data + r * cols, cols))) {
+            bad = r;
+        }
+    }
+    Py_END_ALLOW_THREADS
+    return bad < 0 ? 0 : zq_check(ZQ_ENONFINITE, name, bad);
 }
 
 int

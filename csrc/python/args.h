@@ -43,6 +43,8 @@ int zq_new(int type, int ndim, const int64_t *dims, zq_arg *out);
 int zq_new_strided(int type, int64_t rows, int64_t cols, int64_t ld, zq_arg *out);
 /* Refuse a shape: ValueError "name: expected shape (a, b), got (c, d)". -1 in dims matches anything. */
 int zq_shape(const zq_arg *a, const char *name, int ndim, const int64_t *dims);
+/* Refuse NaN and Inf in a float32 array: ValueError with the row (the last dimension is a row). NULL arr passes. */
+int zq_finite(const zq_arg *a, const char *name);
 /* Refuse memory overlap between an output and an input. */
 int zq_disjoint(const zq_arg *out, const char *out_name, const zq_arg *in, const char *in_name);
 /* Release n arguments (NULL arr allowed). */

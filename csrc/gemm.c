@@ -1,0 +1,348 @@
+/* Linear layers: y = act(x W^T + bias) + residual out of tiles. This file owns blocking, edges in m and n, the
+ * quantization of rows on the way in and out, and threads; the kernels own one tile.
+ *
+ * Two schedules. By rows: a job takes a chunk of rows through everything (quantize in, every panel, quantize
+ * out) while it stays in its core's L2; no barrier, weights are read once per chunk. By columns, when there are
+ * too few rows for that: quantize all rows, then panels are the jobs, then quantize the outputs.
+ * Every element is computed by the same tile arithmetic either way, so the schedule never shows in the result. */
+#include "zq_kernels.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+enum {
+    L2_BYTES = 512 * 1024, /* of a core's L2, what a chunk of rows may occupy */
+    MIN_CHUNK_TILES = 2,   /* a job by rows has at least so many tiles, or the weights are read too often */
+};
+
+typedef struct {
+    const zq_linear *w;
+    const zq_rows *x;
+    const zq_out *out;
+    const zq_kernels *K;
+    int64_t m;
+    int64_t kpad;     /* k as the kernels see it */
+    int64_t lda;      /* bytes between quantized rows */
+    int64_t tiles;    /* row tiles over all of m */
+    int64_t chunks;   /* row chunks (by rows) */
+    int64_t panels;
+    void (*kernel)(const zq_tile *);
+    int quantize_in;
+    int quantize_out;
+    /* by columns: shared scratch */
+    uint8_t *a;
+    float *sx;
+    int32_t *zx;
+    float *y;
+    _Atomic(int64_t) bad_row; /* lowest bad row seen, or m */
+    atomic_int no_memory;
+} gemm_job;
+
+/* Row tiles differ by at most one row: short tiles at the end would waste the kernel. */
+static int64_t
+tile_start(const gemm_job *g, int64_t tile)
+{
+    const int64_t rows = g->m / g->tiles, longer = g->m % g->tiles;
+    return tile * rows + zq_min(tile, longer);
+}
+
+static void
+note_bad_row(gemm_job *g, int64_t row)
+{
+    int64_t seen = atomic_load(&g->bad_row);
+    while (row < seen && !atomic_compare_exchange_weak(&g->bad_row, &seen, row)) {
+    }
+}
+
+/* Quantized (or given) activations of rows r0..r1: pointers such that index i is row r0 + i. */
+typedef struct {
+    const void *a;
+    int64_t lda;
+    const float *sx;
+    const int32_t *zx;
+} operand;
+
+/* Rows [r0, r1) of x into codes; q, sx, zx are indexed from r0. The slack up to kpad must be readable and is
+ * multiplied by zero weights: any value will do, zero keeps memory checkers quiet. */
+static void
+quantize_rows(gemm_job *g, int64_t r0, int64_t r1, uint8_t *q, float *sx, int32_t *zx)
+{
+    for (int64_t r = r0; r < r1; r++) {
+        uint8_t *row = q + (r - r0) * g->lda;
+        if (!zq_quantize_token(g->K, g->x->f32 + r * g->x->ld_f32, g->w->k, g->x->quant, row, sx + (r - r0), zx + (r - r0))) {
+            note_bad_row(g, r);
+        }
+        memset(row + g->w->k, 0, (size_t)(g->lda - g->w->k));
+    }
+}
+
+static operand
+given_operand(const gemm_job *g, int64_t r0)
+{
+    const zq_rows *x = g->x;
+    if (g->w->kind == ZQ_W_F32) {
+        return (operand){x->f32 + r0 * x->ld_f32, x->ld_f32, NULL, NULL};
+    }
+    return (operand){x->u8 + r0 * x->ld_u8, x->ld_u8, x->scale + r0, x->zero + r0};
+}
+
+/* One panel times the row tiles [t0, t1). `op` and `y` are indexed from row `base`. */
+static void
+run_panel(const gemm_job *g, int64_t p, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y, int64_t ldy)
+{
+    const zq_linear *w = g->w;
+    const int64_t col = p * ZQ_NR, per_panel = ZQ_NR * (w->scale ? zq_ceil_div(w->k, w->group) : 1);
+    const int64_t item = w->kind == ZQ_W_F32 ? (int64_t)sizeof(float) : 1;
+    zq_tile t = {.nr = (int)zq_min(ZQ_NR, w->n - col), .k = g->kpad, .group = w->group, .lda = op->lda,
+                 .b = (const char *)w->panels + p * w->panel_bytes, .bias = w->bias + col, .act = g->out->act, .ldy = ldy,
+                 .ldr = g->out->ld_residual};
+    if (w->scale) {
+        t.scale = w->scale + p * per_panel;
+        t.colsum = w->colsum + p * per_panel;
+        t.zcorr = w->zcorr + col;
+    }
+    for (int64_t tile = t0; tile < t1; tile++) {
+        const int64_t row = tile_start(g, tile);
+        t.mr = (int)(tile_start(g, tile + 1) - row);
+        t.a = (const char *)op->a + (row - base) * op->lda * item;
+        t.sx = op->sx ? op->sx + (row - base) : NULL;
+        t.zx = op->zx ? op->zx + (row - base) : NULL;
+        t.residual = g->out->residual ? g->out->residual + row * g->out->ld_residual + col : NULL;
+        t.y = y + (row - base) * ldy + col;
+        g->kernel(&t);
+    }
+}
+
+/* Finished float rows [r0, r1) to codes; y is indexed from r0. */
+static void
+quantize_outputs(gemm_job *g, int64_t r0, int64_t r1, const float *y, int64_t ldy)
+{
+    const zq_out *o = g->out;
+    const int64_t n = g->w->n, slack = zq_min(o->ld_q, zq_round_up(n, 64)) - n;
+    for (int64_t r = r0; r < r1; r++) {
+        const float *row = y + (r - r0) * ldy;
+        uint8_t *q = o->q + r * o->ld_q;
+        if (o->quant != ZQ_QUANT_STATIC) {
+            if (!zq_quantize_token(g->K, row, n, o->quant, q, o->q_scale + r, o->q_zero + r)) {
+                note_bad_row(g, r);
+            }
+        }
+        else if (o->static_count == 1) {
+            g->K->quantize_div_f32_b8(row, n, o->static_scale[0], o->static_zero[0], 0, 255, q);
+        }
+        else {
+            g->K->quantize_vec_f32_b8(row, n, o->static_scale, o->static_zero, 0, 255, q);
+        }
+        memset(q + n, 0, (size_t)slack);
+    }
+}
+
+/* ---- by rows --------------------------------------------------------------------------------------- */
+static void
+chunk_job(void *ctx, int64_t c)
+{
+    gemm_job *g = ctx;
+    const int64_t t0 = g->tiles * c / g->chunks, t1 = g->tiles * (c + 1) / g->chunks;
+    const int64_t r0 = tile_start(g, t0), rows = tile_start(g, t1) - r0;
+    operand op;
+    if (g->quantize_in) {
+        const int64_t scales = zq_round_up(rows, 16);
+        char *scratch = zq_scratch(ZQ_SCRATCH_A, (size_t)(rows * g->lda + scales * 8));
+        if (!scratch) {
+            atomic_store(&g->no_memory, 1);
+            return;
+        }
+        float *sx = (float *)scratch;
+        int32_t *zx = (int32_t *)(sx + scales);
+        uint8_t *q = (uint8_t *)(zx + scales);
+        quantize_rows(g, r0, r0 + rows, q, sx, zx);
+        op = (operand){q, g->lda, sx, zx};
+    }
+    else {
+        op = given_operand(g, r0);
+    }
+    int64_t ldy = g->out->ld_y;
+    float *y = g->out->y ? g->out->y + r0 * ldy : NULL;
+    if (!y) {
+        ldy = zq_round_up(g->w->n, 16);
+        y = zq_scratch(ZQ_SCRATCH_Y, (size_t)(rows * ldy) * sizeof *y);
+        if (!y) {
+            atomic_store(&g->no_memory, 1);
+            return;
+        }
+    }
+    for (int64_t p = 0; p < g->panels; p++) {
+        run_panel(g, p, t0, t1, r0, &op, y, ldy);
+    }
+    if (g->quantize_out) {
+        quantize_outputs(g, r0, r0 + rows, y, ldy);
+    }
+}
+
+/* Rows per chunk so that its codes (and its outputs, when they are quantized afterwards) stay in L2; a multiple
+ * of the thread count of chunks. */
+static int64_t
+count_chunks(const gemm_job *g, int threads, int mr)
+{
+    const int64_t in_bytes = g->w->kind == ZQ_W_F32 ? g->w->k * 4 : g->lda;
+    const int64_t row_bytes = in_bytes + (g->quantize_out ? g->w->n * 4 : 0);
+    const int64_t rows = zq_max(MIN_CHUNK_TILES * mr, L2_BYTES / zq_max(row_bytes, 1));
+    const int64_t chunks = zq_round_up(zq_ceil_div(g->m, rows), threads);
+    return zq_max(1, zq_min(chunks, g->tiles));
+}
+
+/* ---- by columns ------------------------------------------------------------------------------------ */
+static void
+quantize_job(void *ctx, int64_t r)
+{
+    gemm_job *g = ctx;
+    quantize_rows(g, r, r + 1, g->a + r * g->lda, g->sx + r, g->zx + r);
+}
+
+static void
+panel_job(void *ctx, int64_t p)
+{
+    gemm_job *g = ctx;
+    const operand op = g->quantize_in ? (operand){g->a, g->lda, g->sx, g->zx} : given_operand(g, 0);
+    const int64_t ldy = g->out->y ? g->out->ld_y : zq_round_up(g->w->n, 16);
+    run_panel(g, p, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
+}
+
+static void
+requantize_job(void *ctx, int64_t r)
+{
+    gemm_job *g = ctx;
+    const int64_t ldy = g->out->y ? g->out->ld_y : zq_round_up(g->w->n, 16);
+    quantize_outputs(g, r, r + 1, (g->out->y ? g->out->y : g->y) + r * ldy, ldy);
+}
+
+static void
+run_by_columns(gemm_job *g)
+{
+    const int64_t scales = zq_round_up(g->m, 16);
+    if (g->quantize_in) {
+        char *scratch = zq_scratch(ZQ_SCRATCH_A, (size_t)(g->m * g->lda + scales * 8));
+        if (!scratch) {
+            g->no_memory = 1;
+            return;
+        }
+        g->sx = (float *)scratch;
+        g->zx = (int32_t *)(g->sx + scales);
+        g->a = (uint8_t *)(g->zx + scales);
+        zq_parallel_for(g->m, quantize_job, g);
+    }
+    if (!g->out->y) {
+        g->y = zq_scratch(ZQ_SCRATCH_Y, (size_t)(g->m * zq_round_up(g->w->n, 16)) * sizeof *g->y);
+        if (!g->y) {
+            g->no_memory = 1;
+            return;
+        }
+    }
+    zq_parallel_for(g->panels, panel_job, g);
+    if (g->quantize_out) {
+        zq_parallel_for(g->m, requantize_job, g);
+    }
+}
+
+/* ---- entry ----------------------------------------------------------------------------------------- */
+static void
+choose_kernel(gemm_job *g, int *mr)
+{
+    const zq_kernels *K = g->K;
+    switch (g->w->kind) {
+    case ZQ_W_F32:
+        g->kernel = K->gemm_f32;
+        g->kpad = g->w->k;
+        *mr = K->mr_f32;
+        break;
+    case ZQ_W_S8:
+        g->kernel = K->gemm_u8s8;
+        g->kpad = zq_round_up(g->w->k, 4);
+        *mr = K->mr_u8s8;
+        break;
+    case ZQ_W_S8_GROUP:
+    case ZQ_W_S4_GROUP:
+        g->kernel = g->w->kind == ZQ_W_S4_GROUP ? K->gemm_u8s4_group : K->gemm_u8s8_group;
+        g->kpad = zq_round_up(g->w->k, ZQ_KSTEP);
+        *mr = K->mr_group;
+        break;
+    }
+}
+
+/* An odd number of cache lines between rows, so that the rows of a tile fall into different L1 sets. */
+static int64_t
+row_pitch(int64_t k)
+{
+    const int64_t lines = zq_ceil_div(k, 64);
+    return (lines + (lines % 2 == 0)) * 64;
+}
+
+zq_status
+zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out, int64_t *bad_row)
+{
+    if (m == 0 || w->n == 0) {
+        return ZQ_OK;
+    }
+    gemm_job g = {.w = w, .x = x, .out = out, .K = zq_active(), .m = m};
+    int mr = 1;
+    choose_kernel(&g, &mr);
+    g.lda = row_pitch(w->k);
+    g.panels = zq_ceil_div(w->n, ZQ_NR);
+    g.tiles = zq_ceil_div(m, mr);
+    g.quantize_in = w->kind != ZQ_W_F32 && x->f32 != NULL;
+    g.quantize_out = out->quant != ZQ_QUANT_NONE;
+    g.bad_row = m;
+    const int threads = zq_threads();
+    if (threads == 1 || g.tiles >= (int64_t)threads * MIN_CHUNK_TILES) {
+        g.chunks = count_chunks(&g, threads, mr);
+        zq_parallel_for(g.chunks, chunk_job, &g);
+    }
+    else {
+        run_by_columns(&g);
+    }
+    if (g.no_memory) {
+        return ZQ_ENOMEM;
+    }
+    if (g.bad_row < m) {
+        *bad_row = g.bad_row;
+        return ZQ_ENONFINITE;
+    }
+    return ZQ_OK;
+}
+
+/* ---- exact integer products ------------------------------------------------------------------------ */
+typedef struct {
+    const zq_linear *w;
+    const zq_kernels *K;
+    const uint8_t *a;
+    const int32_t *zero;
+    int64_t ld, m;
+    int32_t *c;
+} s32_job;
+
+static void
+s32_panel(void *ctx, int64_t p)
+{
+    const s32_job *s = ctx;
+    const zq_linear *w = s->w;
+    const int64_t col = p * ZQ_NR;
+    zq_tile t = {.nr = (int)zq_min(ZQ_NR, w->n - col), .k = zq_round_up(w->k, 4), .lda = s->ld, .colsum = w->colsum + col,
+                 .b = (const char *)w->panels + p * w->panel_bytes};
+    for (int64_t r = 0; r < s->m; r += s->K->mr_u8s8) {
+        t.mr = (int)zq_min(s->K->mr_u8s8, s->m - r);
+        t.a = s->a + r * s->ld;
+        t.zx = s->zero + r;
+        s->K->gemm_u8s8_s32(&t, s->c + r * w->n + col, w->n);
+    }
+}
+
+zq_status
+zq_gemm_u8s8_s32(const zq_linear *w, const uint8_t *a, int64_t ld, const int32_t *zero, int64_t m, int32_t *c)
+{
+    assert(w->kind == ZQ_W_S8);
+    s32_job s = {.w = w, .K = zq_active(), .a = a, .zero = zero, .ld = ld, .m = m, .c = c};
+    if (m > 0) {
+        zq_parallel_for(zq_ceil_div(w->n, ZQ_NR), s32_panel, &s);
+    }
+    return ZQ_OK;
+}

@@ -1,0 +1,229 @@
+/* Packed weights: panels of ZQ_NR = 32 output channels, the same layout at every dispatch level.
+ *
+ *   F32        [k][32] float32
+ *   S8         [k/4][32][4] int8: the four codes that one vpdpbusd lane multiplies lie together
+ *   S8_GROUP   the same, k padded to 8; scales and compensations per (group, 32)
+ *   S4_GROUP   [k/8][32][4] bytes: low nibble is code k+b, high nibble code k+4+b, two's complement
+ *
+ * Missing channels and the padding of k are zero codes, so kernels need no edges inside a panel. */
+#include "zq_kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+static int64_t
+panel_count(int64_t n)
+{
+    return zq_ceil_div(n, ZQ_NR);
+}
+
+static int64_t
+group_count(const zq_linear *w)
+{
+    return zq_ceil_div(w->k, w->group);
+}
+
+/* items elements of 4 bytes, zeroed */
+static void *
+alloc_words(int64_t items)
+{
+    void *p = zq_alloc((size_t)items * 4);
+    if (p) {
+        memset(p, 0, (size_t)items * 4);
+    }
+    return p;
+}
+
+void
+zq_linear_free(zq_linear *w)
+{
+    zq_free(w->panels);
+    zq_free(w->colsum);
+    zq_free(w->scale);
+    zq_free(w->zcorr);
+    zq_free(w->bias);
+    memset(w, 0, sizeof *w);
+}
+
+int64_t
+zq_linear_bytes(const zq_linear *w)
+{
+    const int64_t panels = panel_count(w->n);
+    const int64_t grouped = w->kind == ZQ_W_S8_GROUP || w->kind == ZQ_W_S4_GROUP;
+    const int64_t words = w->kind == ZQ_W_F32 ? 1 : grouped ? 2 * group_count(w) + 2 : 3;
+    return panels * (w->panel_bytes + words * ZQ_NR * 4);
+}
+
+/* Everything but the panels' contents; scale_words per panel and channel. */
+static zq_status
+start(zq_linear *w, zq_weight_kind kind, int64_t n, int64_t k, int64_t group, int64_t panel_bytes, int64_t scale_words,
+      const float *bias)
+{
+    const int64_t panels = panel_count(n), columns = panels * ZQ_NR;
+    *w = (zq_linear){.kind = kind, .n = n, .k = k, .group = group, .panel_bytes = panel_bytes};
+    w->panels = zq_alloc((size_t)(panels * panel_bytes));
+    w->bias = alloc_words(columns);
+    if (scale_words) {
+        w->scale = alloc_words(columns * scale_words);
+        w->colsum = alloc_words(columns * scale_words);
+        w->zcorr = alloc_words(columns);
+    }
+    if (!w->panels || !w->bias || (scale_words && (!w->scale || !w->colsum || !w->zcorr))) {
+        zq_linear_free(w);
+        return ZQ_ENOMEM;
+    }
+    memset(w->panels, 0, (size_t)(panels * panel_bytes));
+    if (bias) {
+        memcpy(w->bias, bias, (size_t)n * sizeof *bias);
+    }
+    return ZQ_OK;
+}
+
+typedef struct {
+    zq_linear *w;
+    const float *weight;
+    const int8_t *codes;
+    const float *scales;
+} pack_job;
+
+static void
+pack_f32_panel(void *ctx, int64_t p)
+{
+    const pack_job *job = ctx;
+    const zq_linear *w = job->w;
+    float *out = (float *)((char *)w->panels + p * w->panel_bytes);
+    const int64_t columns = zq_min(ZQ_NR, w->n - p * ZQ_NR);
+    for (int64_t k = 0; k < w->k; k++) {
+        for (int64_t j = 0; j < columns; j++) {
+            out[k * ZQ_NR + j] = job->weight[(p * ZQ_NR + j) * w->k + k];
+        }
+    }
+}
+
+zq_status
+zq_linear_pack_f32(zq_linear *w, const float *weight, int64_t n, int64_t k, const float *bias)
+{
+    const zq_status s = start(w, ZQ_W_F32, n, k, k, k * ZQ_NR * 4, 0, bias);
+    if (s == ZQ_OK) {
+        zq_parallel_for(panel_count(n), pack_f32_panel, &(pack_job){.w = w, .weight = weight});
+    }
+    return s;
+}
+
+/* -128 would make |code| * 255 * k leave int32 earlier, and has no counterpart in +-127 grids. */
+static int
+has_code_below(const int8_t *codes, int64_t count, int8_t lowest)
+{
+    int8_t m = 0;
+    for (int64_t i = 0; i < count; i++) {
+        m = codes[i] < m ? codes[i] : m;
+    }
+    return m < lowest;
+}
+
+static int
+has_code_above(const int8_t *codes, int64_t count, int8_t highest)
+{
+    int8_t m = 0;
+    for (int64_t i = 0; i < count; i++) {
+        m = codes[i] > m ? codes[i] : m;
+    }
+    return m > highest;
+}
+
+static void
+pack_s8_panel(void *ctx, int64_t p)
+{
+    const pack_job *job = ctx;
+    const zq_linear *w = job->w;
+    int8_t *out = (int8_t *)w->panels + p * w->panel_bytes;
+    const int64_t columns = zq_min(ZQ_NR, w->n - p * ZQ_NR);
+    for (int64_t j = 0; j < columns; j++) {
+        const int64_t channel = p * ZQ_NR + j;
+        const int8_t *row = job->codes + channel * w->k;
+        int32_t sum = 0;
+        for (int64_t k = 0; k < w->k; k++) {
+            out[(k / 4 * ZQ_NR + j) * 4 + k % 4] = row[k];
+            sum += row[k];
+        }
+        if (w->kind == ZQ_W_S8) {
+            w->colsum[channel] = sum;
+            w->scale[channel] = job->scales[channel];
+        }
+    }
+}
+
+zq_status
+zq_linear_pack_s8(zq_linear *w, const int8_t *codes, const float *scale, int64_t n, int64_t k, const float *bias)
+{
+    if (k > ZQ_MAX_K || has_code_below(codes, n * k, -127)) {
+        return ZQ_ERANGE;
+    }
+    const zq_status s = start(w, ZQ_W_S8, n, k, k, zq_round_up(k, 4) * ZQ_NR, 1, bias);
+    if (s == ZQ_OK) {
+        zq_parallel_for(panel_count(n), pack_s8_panel, &(pack_job){.w = w, .codes = codes, .scales = scale});
+    }
+    return s;
+}
+
+static void
+pack_s4_panel(void *ctx, int64_t p)
+{
+    const pack_job *job = ctx;
+    const zq_linear *w = job->w;
+    uint8_t *out = (uint8_t *)w->panels + p * w->panel_bytes;
+    const int64_t columns = zq_min(ZQ_NR, w->n - p * ZQ_NR);
+    for (int64_t j = 0; j < columns; j++) {
+        const int8_t *row = job->codes + (p * ZQ_NR + j) * w->k;
+        for (int64_t k = 0; k < w->k; k++) {
+            uint8_t *byte = out + (k / 8 * ZQ_NR + j) * 4 + k % 4;
+            const uint8_t nibble = (uint8_t)row[k] & 15u;
+            *byte = (uint8_t)(*byte | (k % 8 < 4 ? nibble : nibble << 4));
+        }
+    }
+}
+
+/* Per group: scale, and -128 * (sum of codes), which turns the u8 activations a into a - 128 inside the
+ * accumulator. The kernel's int4 operand is 16 * code, so there the sum is 16 times and the scale 1/16. */
+static void
+pack_group_scales(zq_linear *w, const int8_t *codes, const float *scales, int64_t channel)
+{
+    const int64_t groups = group_count(w), p = channel / ZQ_NR, j = channel % ZQ_NR;
+    const int unit = w->kind == ZQ_W_S4_GROUP ? 16 : 1;
+    float zcorr = 0;
+    for (int64_t g = 0; g < groups; g++) {
+        const int8_t *c = codes + channel * w->k + g * w->group;
+        const int64_t count = zq_min(w->group, w->k - g * w->group);
+        int32_t sum = 0;
+        for (int64_t k = 0; k < count; k++) {
+            sum += c[k];
+        }
+        const int64_t at = (p * groups + g) * ZQ_NR + j;
+        w->colsum[at] = -128 * unit * sum;
+        w->scale[at] = scales[channel * groups + g] / (float)unit;
+        zcorr = fmaf((float)sum, scales[channel * groups + g], zcorr);
+    }
+    w->zcorr[channel] = zcorr;
+}
+
+zq_status
+zq_linear_pack_group(zq_linear *w, const int8_t *codes, const float *scales, int64_t n, int64_t k, int64_t group, int bits,
+                     const float *bias)
+{
+    const int four = bits == 4;
+    if (group >= k) {
+        group = zq_round_up(zq_max(k, 1), ZQ_KSTEP); /* one group, as deep as the padded panel */
+    }
+    if (k > ZQ_MAX_K || has_code_below(codes, n * k, four ? -8 : -127) || has_code_above(codes, n * k, four ? 7 : 127)) {
+        return ZQ_ERANGE;
+    }
+    const int64_t bytes = zq_round_up(k, ZQ_KSTEP) * ZQ_NR / (four ? 2 : 1);
+    const zq_status s = start(w, four ? ZQ_W_S4_GROUP : ZQ_W_S8_GROUP, n, k, group, bytes, zq_ceil_div(k, group), bias);
+    if (s == ZQ_OK) {
+        zq_parallel_for(panel_count(n), four ? pack_s4_panel : pack_s8_panel, &(pack_job){.w = w, .codes = codes});
+        for (int64_t channel = 0; channel < n; channel++) {
+            pack_group_scales(w, codes, scales, channel);
+        }
+    }
+    return s;
+}

@@ -1,0 +1,257 @@
+/* AVX2 tiles: 4 rows by half a panel (16 columns) at a time. No vpmaddubsw: it saturates (255 * 127 * 2 > 32767).
+ * u8 and s8 codes are widened to int16 in place, even and odd positions apart, and multiplied by vpmaddwd, which
+ * is exact: per four k, vector and row two vpmaddwd and two vpaddd. */
+#if defined(__x86_64__)
+#include "../zq_kernels.h"
+
+#include <string.h>
+
+ZQ_TARGET_BEGIN(ZQ_TARGET_AVX2)
+#include "v16_avx2.h"
+
+#include "v16_math.h"
+
+#include "gemm_finish.inc.h"
+
+enum { MR = 4, NV = 2, HALF = 16 };
+
+/* Codes of one vector: (w0, w2) and (w1, w3) of each column as int16 pairs. */
+typedef struct {
+    __m256i even, odd;
+} pairs;
+
+ZQ_INLINE pairs
+widen_s8(__m256i w)
+{
+    return (pairs){_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
+}
+
+ZQ_INLINE pairs
+widen_u8(const uint8_t *a)
+{
+    int32_t v;
+    memcpy(&v, a, 4);
+    const __m256i x = _mm256_set1_epi32(v);
+    return (pairs){_mm256_and_si256(x, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(x, 8)};
+}
+
+ZQ_INLINE __m256i
+dot4(__m256i acc, pairs x, pairs w)
+{
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(x.even, w.even));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(x.odd, w.odd));
+}
+
+ZQ_INLINE __m256i
+load256(const void *p)
+{
+    return _mm256_load_si256((const __m256i *)p);
+}
+
+ZQ_INLINE void
+step(const int mr, const zq_tile *t, int64_t k, pairs w0, pairs w1, __m256i acc[MR][NV])
+{
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i++) {
+        const pairs x = widen_u8((const uint8_t *)t->a + i * t->lda + k);
+        acc[i][0] = dot4(acc[i][0], x, w0);
+        acc[i][1] = dot4(acc[i][1], x, w1);
+    }
+}
+
+ZQ_INLINE void
+accumulate_s8(const int mr, const zq_tile *t, int half, __m256i acc[MR][NV])
+{
+    const int8_t *b = (const int8_t *)t->b + half * HALF * 4;
+    for (int64_t k = 0; k < t->k; k += 4, b += ZQ_NR * 4) {
+        step(mr, t, k, widen_s8(load256(b)), widen_s8(load256(b + 32)), acc);
+    }
+}
+
+ZQ_INLINE void
+start_s8(const int mr, const zq_tile *t, int half, __m256i acc[MR][NV])
+{
+    const v16i sums = v16i_load(t->colsum + half * HALF);
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i++) {
+        const v16i z = v16i_mul(v16i_set1(-t->zx[i]), sums);
+        acc[i][0] = z.lo;
+        acc[i][1] = z.hi;
+    }
+}
+
+/* columns of this half that exist */
+ZQ_INLINE int64_t
+half_width(const zq_tile *t, int half)
+{
+    return zq_min(t->nr - half * HALF, HALF);
+}
+
+ZQ_INLINE void
+tile_s8(const int mr, const zq_tile *t, int half)
+{
+    __m256i acc[MR][NV];
+    start_s8(mr, t, half, acc);
+    accumulate_s8(mr, t, half, acc);
+    const v16 scale = v16_load(t->scale + half * HALF), bias = v16_load(t->bias + half * HALF);
+    for (int i = 0; i < mr; i++) {
+        const v16 y = v16_mul(v16_from_i((v16i){acc[i][0], acc[i][1]}), v16_set1(t->sx[i]));
+        v16_storen(t->y + i * t->ldy + half * HALF, v16_fma(y, scale, bias), half_width(t, half));
+    }
+}
+
+ZQ_INLINE void
+tile_s8_s32(const int mr, const zq_tile *t, int half, int32_t *c, int64_t ldc)
+{
+    __m256i acc[MR][NV];
+    start_s8(mr, t, half, acc);
+    accumulate_s8(mr, t, half, acc);
+    for (int i = 0; i < mr; i++) {
+        v16i_storen(c + i * ldc + half * HALF, (v16i){acc[i][0], acc[i][1]}, half_width(t, half));
+    }
+}
+
+/* Integer sums of one group, started at -128 * (code sums). */
+ZQ_INLINE void
+accumulate_group(const int mr, const int four_bits, const zq_tile *t, int half, int64_t g, __m256i acc[MR][NV])
+{
+    const __m256i high = _mm256_set1_epi8((char)0xf0);
+    const int64_t end = zq_min(t->k, (g + 1) * t->group);
+    const v16i start = v16i_load(t->colsum + g * ZQ_NR + half * HALF);
+    for (int i = 0; i < mr; i++) {
+        acc[i][0] = start.lo;
+        acc[i][1] = start.hi;
+    }
+    for (int64_t k = g * t->group; k < end; k += ZQ_KSTEP) {
+        if (four_bits) {
+            const uint8_t *b = (const uint8_t *)t->b + (k / 8 * ZQ_NR + half * HALF) * 4;
+            const __m256i v0 = load256(b), v1 = load256(b + 32);
+            step(mr, t, k, widen_s8(_mm256_and_si256(_mm256_slli_epi16(v0, 4), high)),
+                 widen_s8(_mm256_and_si256(_mm256_slli_epi16(v1, 4), high)), acc);
+            step(mr, t, k + 4, widen_s8(_mm256_and_si256(v0, high)), widen_s8(_mm256_and_si256(v1, high)), acc);
+        }
+        else {
+            const int8_t *b = (const int8_t *)t->b + (k / 4 * ZQ_NR + half * HALF) * 4;
+            step(mr, t, k, widen_s8(load256(b)), widen_s8(load256(b + 32)), acc);
+            b += ZQ_NR * 4;
+            step(mr, t, k + 4, widen_s8(load256(b)), widen_s8(load256(b + 32)), acc);
+        }
+    }
+}
+
+ZQ_INLINE void
+tile_group(const int mr, const int four_bits, const zq_tile *t, int half)
+{
+    v16 f[MR];
+    for (int i = 0; i < mr; i++) {
+        f[i] = v16_zero();
+    }
+    const int64_t groups = zq_ceil_div(t->k, t->group);
+    for (int64_t g = 0; g < groups; g++) {
+        __m256i acc[MR][NV];
+        accumulate_group(mr, four_bits, t, half, g, acc);
+        const v16 scale = v16_load(t->scale + g * ZQ_NR + half * HALF);
+        for (int i = 0; i < mr; i++) {
+            f[i] = v16_fma(v16_from_i((v16i){acc[i][0], acc[i][1]}), scale, f[i]);
+        }
+    }
+    const v16 zcorr = v16_load(t->zcorr + half * HALF), bias = v16_load(t->bias + half * HALF);
+    for (int i = 0; i < mr; i++) {
+        const v16 y = v16_fnma(v16_set1((float)(t->zx[i] - 128)), zcorr, f[i]);
+        v16_storen(t->y + i * t->ldy + half * HALF, v16_fma(y, v16_set1(t->sx[i]), bias), half_width(t, half));
+    }
+}
+
+ZQ_INLINE void
+tile_f32(const int mr, const zq_tile *t, int half)
+{
+    v16 acc[MR];
+    const float *a = t->a, *b = (const float *)t->b + half * HALF;
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i++) {
+        acc[i] = v16_zero();
+    }
+    for (int64_t k = 0; k < t->k; k++, b += ZQ_NR) {
+        const v16 w = v16_load(b);
+#pragma GCC unroll 4
+        for (int i = 0; i < mr; i++) {
+            acc[i] = v16_fma(v16_set1(a[i * t->lda + k]), w, acc[i]);
+        }
+    }
+    const v16 bias = v16_load(t->bias + half * HALF);
+    for (int i = 0; i < mr; i++) {
+        v16_storen(t->y + i * t->ldy + half * HALF, v16_add(acc[i], bias), half_width(t, half));
+    }
+}
+
+#define ROWS4(X) X(1) X(2) X(3) X(4)
+#define S8(n) \
+    case n: tile_s8(n, t, half); break;
+#define S32(n) \
+    case n: tile_s8_s32(n, t, half, c, ldc); break;
+#define F32(n) \
+    case n: tile_f32(n, t, half); break;
+#define G8(n) \
+    case n: tile_group(n, 0, t, half); break;
+#define G4(n) \
+    case n: tile_group(n, 1, t, half); break;
+
+static void
+zq_gemm_u8s8_4x16__avx2(const zq_tile *t)
+{
+    for (int half = 0; half * HALF < t->nr; half++) {
+        switch (t->mr) { ROWS4(S8) }
+    }
+    finish_tile(t);
+}
+
+static void
+zq_gemm_u8s8_s32_4x16__avx2(const zq_tile *t, int32_t *c, int64_t ldc)
+{
+    for (int half = 0; half * HALF < t->nr; half++) {
+        switch (t->mr) { ROWS4(S32) }
+    }
+}
+
+static void
+zq_gemm_u8s8_group_4x16__avx2(const zq_tile *t)
+{
+    for (int half = 0; half * HALF < t->nr; half++) {
+        switch (t->mr) { ROWS4(G8) }
+    }
+    finish_tile(t);
+}
+
+static void
+zq_gemm_u8s4_group_4x16__avx2(const zq_tile *t)
+{
+    for (int half = 0; half * HALF < t->nr; half++) {
+        switch (t->mr) { ROWS4(G4) }
+    }
+    finish_tile(t);
+}
+
+static void
+zq_gemm_f32_4x16__avx2(const zq_tile *t)
+{
+    for (int half = 0; half * HALF < t->nr; half++) {
+        switch (t->mr) { ROWS4(F32) }
+    }
+    finish_tile(t);
+}
+
+ZQ_TARGET_END
+
+void
+zq_fill_gemm__avx2(zq_kernels *t)
+{
+    t->gemm_u8s8 = zq_gemm_u8s8_4x16__avx2;
+    t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_4x16__avx2;
+    t->gemm_u8s8_group = zq_gemm_u8s8_group_4x16__avx2;
+    t->gemm_u8s4_group = zq_gemm_u8s4_group_4x16__avx2;
+    t->gemm_f32 = zq_gemm_f32_4x16__avx2;
+    t->mr_u8s8 = t->mr_f32 = t->mr_group = MR;
+}
+#else
+typedef int zq_no_x86;
+#endif

@@ -1,0 +1,271 @@
+/* AVX-512 VNNI tiles: mr rows by one panel of 32 columns, two zmm wide. Accumulators stay in registers: 24 for
+ * S8 and F32 (12 rows), 12 integer + 12 float for groups (6 rows). The epilogue's scale and bias are applied in
+ * registers; activation and residual run over the tile just stored, which is still in L1. */
+#if defined(__x86_64__)
+#include "../zq_kernels.h"
+
+#include <string.h>
+
+ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
+#include "v16_avx512.h"
+
+#include "v16_math.h"
+
+#include "gemm_finish.inc.h"
+
+enum { MR = 12, MR_GROUP = 6, NV = 2 };
+
+ZQ_INLINE __m512i
+broadcast4(const uint8_t *a)
+{
+    int32_t v;
+    memcpy(&v, a, 4);
+    return _mm512_set1_epi32(v);
+}
+
+/* acc[i][v] = sum over k of a[i][k] * b[k][16 v + lane] */
+ZQ_INLINE void
+accumulate_s8(const int mr, const zq_tile *t, __m512i acc[MR][NV])
+{
+    const uint8_t *a = t->a;
+    const int8_t *b = t->b;
+    for (int64_t k = 0; k < t->k; k += 4, b += 64 * NV) {
+        const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
+#pragma GCC unroll 16
+        for (int i = 0; i < mr; i++) {
+            const __m512i x = broadcast4(a + i * t->lda + k);
+            acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, b0);
+            acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, b1);
+        }
+    }
+}
+
+/* -zero[i] * colsum: what the zero point of a row contributes, as the accumulator's start */
+ZQ_INLINE void
+start_s8(const int mr, const zq_tile *t, __m512i acc[MR][NV])
+{
+    const __m512i c0 = _mm512_loadu_si512(t->colsum), c1 = _mm512_loadu_si512(t->colsum + 16);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        const __m512i z = _mm512_set1_epi32(-t->zx[i]);
+        acc[i][0] = _mm512_mullo_epi32(z, c0);
+        acc[i][1] = _mm512_mullo_epi32(z, c1);
+    }
+}
+
+ZQ_INLINE void
+store2(const zq_tile *t, int i, __m512 y0, __m512 y1)
+{
+    float *y = t->y + i * t->ldy;
+    if (t->nr == ZQ_NR) {
+        _mm512_storeu_ps(y, y0);
+        _mm512_storeu_ps(y + 16, y1);
+    }
+    else {
+        _mm512_mask_storeu_ps(y, v16_mask(zq_min(t->nr, 16)), y0);
+        _mm512_mask_storeu_ps(y + 16, v16_mask(zq_max(t->nr - 16, 0)), y1);
+    }
+}
+
+ZQ_INLINE void
+tile_s8(const int mr, const zq_tile *t)
+{
+    __m512i acc[MR][NV];
+    start_s8(mr, t, acc);
+    accumulate_s8(mr, t, acc);
+    const __m512 s0 = _mm512_loadu_ps(t->scale), s1 = _mm512_loadu_ps(t->scale + 16);
+    const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        const __m512 sx = _mm512_set1_ps(t->sx[i]);
+        store2(t, i, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][0]), sx), s0, bias0),
+               _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][1]), sx), s1, bias1));
+    }
+}
+
+ZQ_INLINE void
+tile_s8_s32(const int mr, const zq_tile *t, int32_t *c, int64_t ldc)
+{
+    __m512i acc[MR][NV];
+    start_s8(mr, t, acc);
+    accumulate_s8(mr, t, acc);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        _mm512_mask_storeu_epi32(c + i * ldc, v16_mask(zq_min(t->nr, 16)), acc[i][0]);
+        _mm512_mask_storeu_epi32(c + i * ldc + 16, v16_mask(zq_max(t->nr - 16, 0)), acc[i][1]);
+    }
+}
+
+/* The eight-deep step of a group: two dot products per row and vector. */
+ZQ_INLINE void
+step_group(const int mr, const zq_tile *t, int64_t k, const __m512i lo[NV], const __m512i hi[NV], __m512i acc[MR_GROUP][NV])
+{
+    const uint8_t *a = (const uint8_t *)t->a + k;
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+        const __m512i x = broadcast4(a + i * t->lda);
+        acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, lo[0]);
+        acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, lo[1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+        const __m512i x = broadcast4(a + i * t->lda + 4);
+        acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, hi[0]);
+        acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, hi[1]);
+    }
+}
+
+/* One group's integer sums, started at -128 * (code sums). Returns the panel pointer behind the group. */
+ZQ_INLINE const uint8_t *
+accumulate_group(const int mr, const int four_bits, const zq_tile *t, int64_t g, const uint8_t *b, __m512i acc[MR_GROUP][NV])
+{
+    const __m512i high = _mm512_set1_epi8((char)0xf0);
+    const int64_t end = zq_min(t->k, (g + 1) * t->group);
+    const int32_t *start = t->colsum + g * ZQ_NR;
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+        acc[i][0] = _mm512_loadu_si512(start);
+        acc[i][1] = _mm512_loadu_si512(start + 16);
+    }
+    for (int64_t k = g * t->group; k < end; k += ZQ_KSTEP) {
+        __m512i lo[NV], hi[NV];
+        if (four_bits) {
+            const __m512i v0 = _mm512_load_si512(b), v1 = _mm512_load_si512(b + 64);
+            lo[0] = _mm512_and_si512(_mm512_slli_epi16(v0, 4), high);
+            lo[1] = _mm512_and_si512(_mm512_slli_epi16(v1, 4), high);
+            hi[0] = _mm512_and_si512(v0, high);
+            hi[1] = _mm512_and_si512(v1, high);
+            b += 128;
+        }
+        else {
+            lo[0] = _mm512_load_si512(b);
+            lo[1] = _mm512_load_si512(b + 64);
+            hi[0] = _mm512_load_si512(b + 128);
+            hi[1] = _mm512_load_si512(b + 192);
+            b += 256;
+        }
+        step_group(mr, t, k, lo, hi, acc);
+    }
+    return b;
+}
+
+ZQ_INLINE void
+tile_group(const int mr, const int four_bits, const zq_tile *t)
+{
+    __m512 f[MR_GROUP][NV];
+    const uint8_t *b = t->b;
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+        f[i][0] = f[i][1] = _mm512_setzero_ps();
+    }
+    const int64_t groups = zq_ceil_div(t->k, t->group);
+    for (int64_t g = 0; g < groups; g++) {
+        __m512i acc[MR_GROUP][NV];
+        b = accumulate_group(mr, four_bits, t, g, b, acc);
+        const __m512 s0 = _mm512_loadu_ps(t->scale + g * ZQ_NR), s1 = _mm512_loadu_ps(t->scale + g * ZQ_NR + 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++) {
+            f[i][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][0]), s0, f[i][0]);
+            f[i][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][1]), s1, f[i][1]);
+        }
+    }
+    const __m512 z0 = _mm512_loadu_ps(t->zcorr), z1 = _mm512_loadu_ps(t->zcorr + 16);
+    const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+        const __m512 z = _mm512_set1_ps((float)(t->zx[i] - 128)), sx = _mm512_set1_ps(t->sx[i]);
+        store2(t, i, _mm512_fmadd_ps(_mm512_fnmadd_ps(z, z0, f[i][0]), sx, bias0),
+               _mm512_fmadd_ps(_mm512_fnmadd_ps(z, z1, f[i][1]), sx, bias1));
+    }
+}
+
+ZQ_INLINE void
+tile_f32(const int mr, const zq_tile *t)
+{
+    __m512 acc[MR][NV];
+    const float *a = t->a, *b = t->b;
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < t->k; k++, b += ZQ_NR) {
+        const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
+#pragma GCC unroll 16
+        for (int i = 0; i < mr; i++) {
+            const __m512 x = _mm512_set1_ps(a[i * t->lda + k]);
+            acc[i][0] = _mm512_fmadd_ps(x, b0, acc[i][0]);
+            acc[i][1] = _mm512_fmadd_ps(x, b1, acc[i][1]);
+        }
+    }
+    const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        store2(t, i, _mm512_add_ps(acc[i][0], bias0), _mm512_add_ps(acc[i][1], bias1));
+    }
+}
+
+/* One function per tile height: the compiler keeps the accumulators in registers only when mr is a constant. */
+#define ROWS12(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
+#define ROWS6(X) X(1) X(2) X(3) X(4) X(5) X(6)
+
+#define S8(n) \
+    case n: tile_s8(n, t); break;
+#define S32(n) \
+    case n: tile_s8_s32(n, t, c, ldc); break;
+#define F32(n) \
+    case n: tile_f32(n, t); break;
+#define G8(n) \
+    case n: tile_group(n, 0, t); break;
+#define G4(n) \
+    case n: tile_group(n, 1, t); break;
+
+static void
+zq_gemm_u8s8_12x32__avx512vnni(const zq_tile *t)
+{
+    switch (t->mr) { ROWS12(S8) }
+    finish_tile(t);
+}
+
+static void
+zq_gemm_u8s8_s32_12x32__avx512vnni(const zq_tile *t, int32_t *c, int64_t ldc)
+{
+    switch (t->mr) { ROWS12(S32) }
+}
+
+static void
+zq_gemm_f32_12x32__avx512vnni(const zq_tile *t)
+{
+    switch (t->mr) { ROWS12(F32) }
+    finish_tile(t);
+}
+
+static void
+zq_gemm_u8s8_group_6x32__avx512vnni(const zq_tile *t)
+{
+    switch (t->mr) { ROWS6(G8) }
+    finish_tile(t);
+}
+
+static void
+zq_gemm_u8s4_group_6x32__avx512vnni(const zq_tile *t)
+{
+    switch (t->mr) { ROWS6(G4) }
+    finish_tile(t);
+}
+
+ZQ_TARGET_END
+
+void
+zq_fill_gemm__avx512vnni(zq_kernels *t)
+{
+    t->gemm_u8s8 = zq_gemm_u8s8_12x32__avx512vnni;
+    t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_12x32__avx512vnni;
+    t->gemm_f32 = zq_gemm_f32_12x32__avx512vnni;
+    t->gemm_u8s8_group = zq_gemm_u8s8_group_6x32__avx512vnni;
+    t->gemm_u8s4_group = zq_gemm_u8s4_group_6x32__avx512vnni;
+    t->mr_u8s8 = t->mr_f32 = MR;
+    t->mr_group = MR_GROUP;
+}
+#else
+typedef int zq_no_x86;
+#endif

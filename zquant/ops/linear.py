@@ -1,0 +1,219 @@
+"""Linear layers on NumPy arrays: float32, int8 and grouped int4/int8 weights, and ONNX's integer products."""
+from __future__ import annotations
+
+import numpy as np
+
+from .. import _core
+
+__all__ = ["linear", "linear_w8a8", "linear_grouped", "matmul_integer", "qlinear_matmul", "ACTIVATIONS"]
+
+#: Activation names that linear layers fuse, and their codes in the C core.
+ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+_QUANT = {"symmetric": 1, "asymmetric": 2}
+
+
+def _activation(name: str | None) -> int:
+    if name not in ACTIVATIONS:
+        known = ", ".join(str(a) for a in ACTIVATIONS)
+        raise ValueError(f"activation: expected one of {known}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def _rows(x: np.ndarray, name: str) -> tuple[np.ndarray, tuple[int, ...]]:
+    """x as 2-D rows and its leading shape."""
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array, got {type(x).__name__}")
+    if x.ndim < 1:
+        raise ValueError(f"{name}: expected at least 1 dimension, got 0")
+    return x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x, x.shape[:-1]
+
+
+def _forward(handle: object, x: np.ndarray, quant: int, activation: str | None, residual: np.ndarray | None) -> np.ndarray:
+    rows, lead = _rows(x, "x")
+    if residual is not None:
+        residual = _rows(residual, "residual")[0]
+    _core.check_finite(rows, "x")
+    y = _core.linear_forward(handle, rows, quant, _activation(activation), residual, 0)
+    return y.reshape(*lead, y.shape[1])
+
+
+def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, activation: str | None = None,
+           residual: np.ndarray | None = None) -> np.ndarray:
+    """Float32 linear layer: y = act(x w^T + bias) + residual.
+
+    Sums run over k in order with fused multiply-add, so the result is the same at every dispatch level and for
+    any number of threads. The weights are packed on each call; for repeated use keep a :class:`zquant.Linear`.
+
+    Parameters
+    ----------
+    x : float32 (..., k)
+    w : float32 (n, k)
+    bias : float32 (n,), optional
+    activation : None, "relu", "gelu" (erf), "gelu_tanh" or "silu"
+    residual : float32 (..., n), optional
+        Added after the activation.
+
+    Returns
+    -------
+    float32 (..., n)
+
+    Raises
+    ------
+    TypeError
+        An array is not float32.
+    ValueError
+        Shapes do not match, or x, w or bias has NaN or Inf (the row is named).
+
+    >>> import numpy as np, zquant as zq
+    >>> zq.ops.linear(np.ones((1, 3), np.float32), np.eye(2, 3, dtype=np.float32)).tolist()
+    [[1.0, 1.0]]
+    """
+    return _forward(_core.linear_pack_f32(w, bias), x, 0, activation, residual)
+
+
+def linear_w8a8(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bias: np.ndarray | None = None,
+                activation: str | None = None, residual: np.ndarray | None = None,
+                activations: str = "asymmetric") -> np.ndarray:
+    """INT8 linear layer with token-wise dynamic activations (ZeroQuant, arXiv:2206.01861, section 4.1).
+
+    Rows of x are quantized on the way in, multiplied exactly in int32, and scaled in the epilogue:
+    y = act(acc * s_x[i] * scale[j] + bias) + residual, acc = (q_x - z_x) codes^T.
+
+    Parameters
+    ----------
+    x : float32 (..., k)
+    codes : int8 (n, k), in -127..127
+    scale : float32 (n,)
+        One per output channel; ZeroQuant's row blocks repeat a value.
+    bias, activation, residual : as in :func:`linear`
+    activations : "asymmetric" (uint8 with a zero point per token) or "symmetric" (int8)
+
+    Raises
+    ------
+    ValueError
+        A code of -128, k above 66,000 (int32 accumulation is exact up to there), NaN or Inf, wrong shapes.
+
+    >>> import numpy as np, zquant as zq
+    >>> codes, scale, _ = zq.ops.quantize_weight(np.eye(2, dtype=np.float32))
+    >>> zq.ops.linear_w8a8(np.float32([[1.0, 2.0]]), codes, scale[:, 0]).round(2).tolist()
+    [[1.0, 2.0]]
+    """
+    if activations not in _QUANT:
+        raise ValueError(f"activations: expected 'asymmetric' or 'symmetric', got {activations!r}")
+    return _forward(_core.linear_pack_s8(codes, scale, bias), x, _QUANT[activations], activation, residual)
+
+
+def linear_grouped(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_size: int, bits: int = 4,
+                   bias: np.ndarray | None = None, activation: str | None = None, residual: np.ndarray | None = None,
+                   activations: str = "asymmetric") -> np.ndarray:
+    """INT8 activations times int4 or int8 weights with one scale per group of input features (ZeroQuant-V2's
+    FGQ, arXiv:2303.08302).
+
+    y = act(s_x[i] * sum_g scales[j, g] * acc_g + bias) + residual; each group's sum is exact in int32.
+
+    Parameters
+    ----------
+    x : float32 (..., k)
+    codes : int8 (n, k), in -8..7 for bits=4, -127..127 for bits=8
+    scales : float32 (n, ceil(k / group_size))
+    group_size : a multiple of 8, or at least k for one scale per channel
+    bits : 4 or 8, how codes are stored
+    bias, activation, residual, activations : as in :func:`linear_w8a8`
+
+    Raises
+    ------
+    ValueError
+        Codes out of range, a group size that is neither a multiple of 8 nor >= k, NaN or Inf, wrong shapes.
+
+    >>> import numpy as np, zquant as zq
+    >>> w = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    >>> codes, scales, _ = zq.ops.quantize_weight(w, bits=4, group_size=32)
+    >>> zq.ops.linear_grouped(np.ones((2, 64), np.float32), codes, scales, 32).shape
+    (2, 4)
+    """
+    if activations not in _QUANT:
+        raise ValueError(f"activations: expected 'asymmetric' or 'symmetric', got {activations!r}")
+    handle = _core.linear_pack_group(codes, scales, group_size, bits, bias)
+    return _forward(handle, x, _QUANT[activations], activation, residual)
+
+
+def _zero_rows(zero: np.ndarray | int | None, m: int, name: str) -> np.ndarray | None:
+    """A zero point (scalar, or one per row) as int32 (m,)."""
+    if zero is None:
+        return None
+    z = np.asarray(zero).astype(np.int32).reshape(-1)
+    if z.size not in (1, m):
+        raise ValueError(f"{name}: expected 1 or {m} values, got {z.size}")
+    return np.ascontiguousarray(np.broadcast_to(z, (m,)))
+
+
+def matmul_integer(a: np.ndarray, b: np.ndarray, a_zero_point: np.ndarray | int | None = None,
+                   b_zero_point: np.ndarray | int | None = None) -> np.ndarray:
+    """ONNX MatMulInteger: (a - a_zero_point) (b - b_zero_point), exact in int32.
+
+    Parameters
+    ----------
+    a : int8 or uint8 (..., m, k)
+    b : int8 or uint8 (k, n), or with the same leading dimensions as a
+    a_zero_point : scalar or (m,), of a's range
+    b_zero_point : scalar or (n,), of b's range
+
+    Returns
+    -------
+    int32 (..., m, n)
+
+    >>> import numpy as np, zquant as zq
+    >>> zq.ops.matmul_integer(np.uint8([[11, 7]]), np.uint8([[1], [2]]), 12, 0).tolist()
+    [[-11]]
+    """
+    for name, x in (("a", a), ("b", b)):
+        if not isinstance(x, np.ndarray) or x.dtype not in (np.int8, np.uint8):
+            got = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
+            raise TypeError(f"{name}: expected int8 or uint8, got {got}")
+        if x.ndim < 2:
+            raise ValueError(f"{name}: expected at least 2 dimensions, got {x.ndim}")
+    if a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"b: expected {a.shape[-1]} rows, got {b.shape[-2]}")
+    if a.ndim > 2 or b.ndim > 2:
+        lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        a3 = np.broadcast_to(a, (*lead, *a.shape[-2:])).reshape(-1, *a.shape[-2:])
+        b3 = np.broadcast_to(b, (*lead, *b.shape[-2:])).reshape(-1, *b.shape[-2:])
+        out = [matmul_integer(x, y, a_zero_point, b_zero_point) for x, y in zip(a3, b3)]
+        return np.stack(out).reshape(*lead, a.shape[-2], b.shape[-1]) if out else np.zeros(
+            (*lead, a.shape[-2], b.shape[-1]), np.int32)
+    m, n = a.shape[0], b.shape[1]
+    za, zb = _zero_rows(a_zero_point, m, "a_zero_point"), _zero_rows(b_zero_point, n, "b_zero_point")
+    # The kernel multiplies by int8 codes in -127..127; other codes split into two such matrices.
+    wide = b.T.astype(np.int16) - (0 if zb is None else zb.astype(np.int16)[:, None])
+    half = np.clip(wide, -127, 127)
+    total = np.zeros((m, n), np.int32)
+    ones = np.ones(n, np.float32)
+    while True:
+        total += _core.gemm_s32(a, _core.linear_pack_s8(np.ascontiguousarray(half, np.int8), ones, None), za)
+        wide = wide - half
+        if not wide.any():
+            return total
+        half = np.clip(wide, -127, 127)
+
+
+def qlinear_matmul(a: np.ndarray, a_scale: np.ndarray, a_zero_point: np.ndarray, b: np.ndarray, b_scale: np.ndarray,
+                   b_zero_point: np.ndarray, y_scale: np.ndarray, y_zero_point: np.ndarray) -> np.ndarray:
+    """ONNX QLinearMatMul: quantize((a - a_zero) (b - b_zero) * a_scale * b_scale / y_scale) to y's grid.
+
+    Scales and zero points are scalars or, for a, one per row, for b and y one per column. The result has the type
+    of ``y_zero_point``; values are rounded half to even and saturate.
+
+    >>> import numpy as np, zquant as zq
+    >>> one, zero = np.float32(1), np.uint8(0)
+    >>> zq.ops.qlinear_matmul(np.uint8([[2]]), one, zero, np.uint8([[3]]), one, zero, one, zero).tolist()
+    [[6]]
+    """
+    acc = matmul_integer(a, b, a_zero_point, b_zero_point)
+    dtype = np.asarray(y_zero_point).dtype
+    if dtype not in (np.int8, np.uint8):
+        raise TypeError(f"y_zero_point: expected int8 or uint8, got {dtype}")
+    row = np.asarray(a_scale, np.float64).reshape(-1, 1) if np.size(a_scale) > 1 else np.float64(np.asarray(a_scale).reshape(()))
+    ratio = row * np.asarray(b_scale, np.float64) / np.asarray(y_scale, np.float64)
+    info = np.iinfo(dtype)
+    y = np.rint(acc * ratio) + np.asarray(y_zero_point).astype(np.float64)
+    return np.clip(y, info.min, info.max).astype(dtype)

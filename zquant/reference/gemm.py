@@ -1,0 +1,58 @@
+"""Linear layers in plain NumPy: exact integer products, float64 epilogues. The oracle of ``zquant.ops.linear``."""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+__all__ = ["activate", "linear", "linear_w8a8", "linear_grouped"]
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def activate(y: np.ndarray, name: str | None) -> np.ndarray:
+    """Apply an activation by name to float64 values: relu, gelu (erf), gelu_tanh, silu, or None."""
+    if name is None:
+        return y
+    if name == "relu":
+        return np.maximum(y, 0.0)
+    if name == "gelu":
+        return y * 0.5 * (1.0 + _erf(y / math.sqrt(2.0)))
+    if name == "gelu_tanh":
+        return 0.5 * y * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (y + 0.044715 * y**3)))
+    if name == "silu":
+        return y / (1.0 + np.exp(-y))
+    raise ValueError(f"activation: unknown name {name!r}")
+
+
+def _finish(y: np.ndarray, bias: np.ndarray | None, activation: str | None, residual: np.ndarray | None) -> np.ndarray:
+    if bias is not None:
+        y = y + bias.astype(np.float64)
+    y = activate(y, activation)
+    if residual is not None:
+        y = y + residual.astype(np.float64)
+    return y
+
+
+def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, activation: str | None = None,
+           residual: np.ndarray | None = None) -> np.ndarray:
+    """y = act(x w^T + bias) + residual in float64."""
+    return _finish(x.astype(np.float64) @ w.astype(np.float64).T, bias, activation, residual)
+
+
+def linear_w8a8(q: np.ndarray, x_scale: np.ndarray, x_zero: np.ndarray, codes: np.ndarray, scale: np.ndarray,
+                bias: np.ndarray | None = None, activation: str | None = None,
+                residual: np.ndarray | None = None) -> np.ndarray:
+    """y = act((q - zero) codes^T * x_scale * scale + bias) + residual: the product exact, the rest float64."""
+    acc = (q.astype(np.int64) - x_zero.astype(np.int64)[:, None]) @ codes.astype(np.int64).T
+    return _finish(acc * x_scale.astype(np.float64)[:, None] * scale.astype(np.float64), bias, activation, residual)
+
+
+def linear_grouped(q: np.ndarray, x_scale: np.ndarray, x_zero: np.ndarray, codes: np.ndarray, scales: np.ndarray,
+                   group_size: int, bias: np.ndarray | None = None, activation: str | None = None,
+                   residual: np.ndarray | None = None) -> np.ndarray:
+    """y = act(sum_g (q_g - zero) codes_g^T * scales_g * x_scale + bias) + residual."""
+    columns = np.arange(codes.shape[1]) // min(group_size, max(codes.shape[1], 1))
+    w = codes.astype(np.float64) * scales.astype(np.float64)[:, columns]
+    x = q.astype(np.float64) - x_zero.astype(np.float64)[:, None]
+    return _finish((x @ w.T) * x_scale.astype(np.float64)[:, None], bias, activation, residual)
