@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def _one_line(error: Exception) -> str:
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------
+
+
+def _batch_size(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
 
 
 def _threads(text: str) -> int:
@@ -175,7 +182,7 @@ def _add_eval(commands: Any) -> None:
     )
     task.add_argument("model", metavar="DIR", type=Path, help="a sentence encoder, float or quantized")
     task.add_argument("file", metavar="FILE", type=Path, help="csv or tsv: sentence1, sentence2, score; a header is optional")
-    task.add_argument("--batch-size", metavar="N", type=int, default=32, help="sentences per forward pass (default: %(default)s)")
+    task.add_argument("--batch-size", metavar="N", type=_batch_size, default=32, help="sentences per forward pass (default: %(default)s)")
 
 
 def _add_info(commands: Any) -> None:
@@ -196,18 +203,19 @@ def _add_demo(commands: Any) -> None:
 
 def _set_threads(count: int | None) -> None:
     if count is not None:
-        import zquant
+        from . import _core
 
-        zquant.set_num_threads(count)
+        _core.set_threads(count)
 
 
-def _open(path: Path) -> Any:
-    """A sentence encoder where the directory says that it is one, else the bare model."""
-    import zquant
+def _open(path: Path, encoder: bool = False) -> Any:
+    """A sentence encoder where the directory says that it is one (or always), else the bare model."""
+    from .encoder import SentenceEncoder
+    from .models import load
 
     if not path.is_dir():
         raise NotADirectoryError(f"{path}: not a directory")
-    return zquant.SentenceEncoder(path) if (path / "modules.json").is_file() else zquant.load(path)
+    return SentenceEncoder(path) if encoder or (path / "modules.json").is_file() else load(path)
 
 
 def _check_output(source: Path, output: Path, force: bool) -> None:
@@ -224,13 +232,13 @@ def _network(model: Any) -> Any:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    import zquant
+    from .quantize import quantize
 
     _check_output(arguments.model, arguments.output, arguments.force)
     start = time.perf_counter()
     model = _open(arguments.model)
     scheme = arguments.scheme.with_overrides(dict(arguments.override))
-    quantized = zquant.quantize(model, scheme, progress=sys.stderr.isatty())
+    quantized = quantize(model, scheme)
     quantized.save(arguments.output)
     before, after = _network(model).nbytes, _network(quantized).nbytes
     print(f"{arguments.output}: {scheme.name}, {before / 1e6:.1f} -> {after / 1e6:.1f} MB "
@@ -273,13 +281,10 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _eval_sts(arguments: argparse.Namespace) -> None:
-    import zquant
-
     from .evaluate import read_pairs, sts
 
     pairs = read_pairs(arguments.file)
-    encoder = zquant.SentenceEncoder(arguments.model)
-    print(sts(encoder, pairs, batch_size=arguments.batch_size, show_progress_bar=sys.stderr.isatty()))
+    print(sts(_open(arguments.model, encoder=True), pairs, batch_size=arguments.batch_size, show_progress_bar=sys.stderr.isatty()))
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -308,19 +313,14 @@ def _model_rows(path: Path) -> list[tuple[str, str]]:
 
     model = _open(path)
     network = _network(model)
-    linears = list(network.named_linears())
-    formats: dict[str, int] = {}
-    for _, linear in linears:
-        name = str(linear.spec or "float32")
-        formats[name] = formats.get(name, 0) + 1
-    parameters = sum(linear.out_features * linear.in_features for _, linear in linears)
+    formats = Counter(str(linear.spec or "float32") for _, linear in network.named_linears())
     return [
         ("model", str(path)),
-        ("family", str(network.config.get("model_type"))),
-        ("task", "sentence encoder" if model is not network else "model"),
+        ("family", network.family.name),
+        ("use", f"sentence encoder, {model.dimension} features" if model is not network else "logits" if network.has_head else "hidden states"),
+        ("parameters", f"{network.parameters / 1e6:.1f} M"),
         ("scheme", scheme_name(network)),
-        ("linears", f"{len(linears)} with {parameters / 1e6:.1f} M weights: "
-                    + ", ".join(f"{count} x ({name})" for name, count in formats.items())),
+        ("layers", f"{network.dims.layers} blocks; linear: " + "; ".join(f"{count} x {name}" for name, count in formats.items())),
         ("size", f"{network.nbytes / 1e6:.1f} MB"),
     ]
 

@@ -89,17 +89,19 @@ def run(
     -------
     The rows of the table, float32 first.
     """
-    import zquant
+    from . import cpu
+    from .encoder import SentenceEncoder
+    from .quantize import quantize
 
     pairs = read_pairs(sts_file) if sts_file is not None else None
     path = Path(model) if model is not None else Path(_find_model())
-    reference = zquant.SentenceEncoder(path)
-    info = zquant.cpu.info()
+    reference = SentenceEncoder(path)
+    info = cpu.info()
     threads = f"{info.threads} thread{'s' * (info.threads != 1)}"
     show(f"{path.name if model is not None else 'all-MiniLM-L6-v2'}: {len(SENTENCES)} sentences, {threads}, {info.active} kernels\n")
     encoders = {"float32": reference}
     for name in bar(schemes, "quantizing"):
-        encoders[name] = zquant.quantize(reference, name)
+        encoders[name] = quantize(reference, name)
     rows = _measure(encoders, pairs, rounds)
     show(format_rows(rows))
     show(f"\nSpearman: rank correlation of cosines with scores; demo: {len(PAIRS)} pairs written for this demo"
