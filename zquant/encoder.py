@@ -103,6 +103,12 @@ class SentenceEncoder:
         new.__dict__.update(self.__dict__, model=model)
         return new
 
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the encoder as a sentence-transformers directory; see :func:`zquant.saving.save`."""
+        from .saving import save
+
+        return save(self, directory)
+
     def tokenize(self, sentences: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each sentence, special tokens included, cut at ``max_seq_length``; int32 arrays."""
         if self._tokenizer is None or self._tokenizer.max_length != self.max_seq_length:

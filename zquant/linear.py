@@ -52,8 +52,9 @@ class Linear:
     -----
     With ``activations`` the product is integer arithmetic: weights symmetric, k at most 66,000, one scale per row, or
     groups whose size is a multiple of 8 (or at least k). Without, a QTensor is dequantized to float32 when packed, which
-    is also the only way that asymmetric weights run. Packing happens once, at the first call, under a lock; the packed
-    form is not pickled.
+    is also the only way that asymmetric weights run. Other tools write 8-bit codes of -128, which the integer kernels do
+    not take: such a layer multiplies the same values in float32. Packing happens once, at the first call, under a lock;
+    the packed form is not pickled.
 
     >>> layer = Linear("fc", np.ones((2, 3), np.float32))
     >>> layer
@@ -67,6 +68,7 @@ class Linear:
         self.bias = bias
         self.activations = activations if isinstance(weight, QTensor) else None
         self._handle: Any = None
+        self._integer = False  # known once packed
         self._lock = threading.Lock()
         self._check()
 
@@ -139,7 +141,8 @@ class Linear:
 
     def _pack(self) -> Any:
         weight = self.weight
-        if self.activations is None or not isinstance(weight, QTensor):
+        self._integer = self.activations is not None and not (weight.spec.bits == 8 and (weight.codes == -128).any())
+        if not self._integer:
             dense = self.dense()
             handle = _core.linear_pack_f32(dense, self.bias)
             release(dense)
@@ -185,10 +188,13 @@ class Linear:
         ValueError
             Shapes that do not fit; NaN or Inf in x.
         """
-        if isinstance(x, tuple) and self.activations is None:
-            x = _core.dequantize_rows(*x)
-        return _core.linear_forward(self._packed(), x, QUANT[self.quant], _number(ACTIVATIONS, "activation", activation),
-                                    residual, _number(QUANT, "quantize", quantize))
+        handle = self._packed()
+        if not self._integer:
+            if self.activations is not None and not isinstance(x, tuple):
+                x = _core.quantize_tokens(x, QUANT[self.quant], False)
+            x = _core.dequantize_rows(*x) if isinstance(x, tuple) else x
+        return _core.linear_forward(handle, x, QUANT[self.quant], _number(ACTIVATIONS, "activation", activation), residual,
+                                    _number(QUANT, "quantize", quantize))
 
     @staticmethod
     def fuse(layers: Sequence[Linear]) -> Linear:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from .formats.safetensors import Stored
 from .linear import Linear
 from .mapped import release
 from .methods import Method, get_method
@@ -58,11 +59,8 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
         spec = scheme.weights_for(name)
         if spec is not None:
             linears[name] = _quantize_layer(name, layer, spec, scheme.activations, method)
-    tables = {}
-    if scheme.embeddings is not None:
-        name = model.word_table  # type: ignore[attr-defined]
-        tables[name] = _quantize_weight(name, model.tables[name], scheme.embeddings, method)  # type: ignore[attr-defined]
-    return model.replace(linears=linears, tables=tables, scheme=scheme)  # type: ignore[attr-defined]
+    tables = _quantize_embeddings(model, scheme.embeddings, method) if scheme.embeddings is not None else {}
+    return model.replace(linears=linears, embeddings=tables, scheme=scheme)  # type: ignore[attr-defined]
 
 
 def _check_overrides(scheme: Scheme, names: Iterable[str]) -> None:
@@ -76,6 +74,17 @@ def _check_overrides(scheme: Scheme, names: Iterable[str]) -> None:
 def _quantize_layer(name: str, layer: Linear, spec: QuantSpec, activations: QuantSpec | None, method: Method) -> Linear:
     weight = _quantize_weight(name, layer.weight, spec, method)
     return layer.with_weight(weight, activations)
+
+
+def _quantize_embeddings(model: Any, spec: QuantSpec, method: Method) -> dict[str, QTensor]:
+    """ZeroQuant quantizes the word embeddings; position and type tables are small and stay as they are."""
+    table = model.word_embeddings
+    for name, other in model.embeddings.items():
+        if other is table:
+            weight = table.float32() if isinstance(table, Stored) else table
+            weight = weight if isinstance(weight, QTensor) else weight.astype(np.float32, copy=False)
+            return {name: _quantize_weight(name, weight, spec, method)}
+    return {}
 
 
 def _quantize_weight(name: str, weight: np.ndarray | QTensor, spec: QuantSpec, method: Method) -> QTensor:

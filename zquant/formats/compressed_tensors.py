@@ -27,7 +27,7 @@ from ..linear import Linear
 from ..ops.quantize import pack, unpack
 from ..qtensor import QTensor
 from ..spec import QuantSpec, Scheme
-from .safetensors import Checkpoint
+from .safetensors import Checkpoint, Stored
 
 __all__ = ["FORMAT_VERSION", "ModelTensors", "pack_layer", "quantization_config", "zquant_metadata"]
 
@@ -53,8 +53,8 @@ def pack_layer(module: str, weight: QTensor, packed: bool) -> dict[str, np.ndarr
     bits, half = weight.spec.bits, 1 << (weight.spec.bits - 1)
     tensors = {f"{module}.weight_scale": weight.scales}
     if packed:
-        offset = half if weight.spec.symmetric else 0
-        tensors[f"{module}.weight_packed"] = _pack_rows((weight.codes + np.int8(offset)).view(np.uint8), bits)
+        offset = np.uint8(half if weight.spec.symmetric else 0)
+        tensors[f"{module}.weight_packed"] = _pack_rows(weight.codes.view(np.uint8) + offset, bits)
         tensors[f"{module}.weight_shape"] = np.array(weight.shape, np.int64)
         if weight.zeros is not None:
             columns = _pack_rows(np.ascontiguousarray(weight.zeros.T.astype(np.uint8)), bits)
@@ -298,30 +298,35 @@ class ModelTensors(Mapping[str, np.ndarray]):
             return self._packed_shape(module)
         return self.checkpoint.shape(name)
 
+    def dtype(self, name: str) -> str:
+        """The safetensors name of the stored type; "F32" for codes, which stand for float32 values."""
+        return "F32" if self.is_quantized(name) else self.checkpoint.dtype(name)
+
     def linear(self, module: str) -> Linear:
         """The linear layer ``module``: weight (float32 or QTensor), bias where there is one, input quantization."""
-        bias = self.checkpoint[f"{module}.bias"] if f"{module}.bias" in self.checkpoint else None
-        if bias is not None:
-            bias = self._float32(f"{module}.bias", bias)
+        bias = self._float32(f"{module}.bias") if f"{module}.bias" in self.checkpoint else None
         if module not in self._quantized:
-            return Linear(module, self._float32(f"{module}.weight", self.checkpoint.stored(f"{module}.weight").float32()), bias)
+            return Linear(module, self._float32(f"{module}.weight"), bias)
         weight, activations = self._qtensor(module, "Linear")
         return Linear(module, weight, bias, activations)
 
-    def table(self, name: str) -> np.ndarray | QTensor:
-        """The embedding table of that (float) name: float32, or a QTensor with one scale per row."""
+    def table(self, name: str) -> np.ndarray | Stored | QTensor:
+        """The embedding table of that (float) name as it is stored: float32 or float16 mapped, bfloat16 as
+        :class:`Stored`, or a QTensor with one scale per row."""
         module = name.removesuffix(".weight")
         if module not in self._quantized:
-            return self._float32(name, self.checkpoint.stored(name).float32())
+            stored = self.checkpoint.stored(name)
+            return stored if stored.dtype == "BF16" else stored.array
         weight, _ = self._qtensor(module, "Embedding")
         if weight.groups != 1 or weight.zeros is not None:
             raise FormatError(f"{self.checkpoint.path}: embedding table {name!r}: one symmetric scale per row is supported, "
                               f"not {weight.spec}")
         return weight
 
-    def _float32(self, name: str, array: np.ndarray) -> np.ndarray:
+    def _float32(self, name: str) -> np.ndarray:
+        array = self.checkpoint.stored(name).float32()
         if array.dtype != np.float32:
-            raise FormatError(f"{self.checkpoint.path}: tensor {name!r} is {array.dtype}; expected a float type")
+            raise FormatError(f"{self.checkpoint.path}: tensor {name!r} is {array.dtype}; expected F32, F16 or BF16")
         return array
 
     def _error(self, module: str, text: str) -> FormatError:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError
-from ..linear import Linear
 from . import bert, distilbert, roberta  # noqa: F401  (they register themselves)
 from .base import Model
 from .blocks import Table
@@ -47,14 +46,15 @@ def load(path: str | os.PathLike[str], *, weights: str | None = None, embeddings
         named); wrong shapes or types; malformed weight files; NaN or Inf in small tensors. Weight matrices are checked
         when they are packed or quantized: the ValueError then names the layer.
     """
+    from ..formats.compressed_tensors import ModelTensors
     from ..formats.safetensors import open_checkpoint
 
     path = Path(path)
     config = read_config(path)
     family = _family(path, config)
-    checkpoint = open_checkpoint(path / weights if weights else path)
+    tensors = ModelTensors(open_checkpoint(path / weights if weights else path), config)
     try:
-        return _Reader(family, config, checkpoint, embeddings).model(path)
+        return _Reader(family, config, tensors, embeddings).model(path)
     except FormatError:
         raise
     except ValueError as error:
@@ -85,12 +85,12 @@ def _family(path: Path, config: Mapping[str, Any]) -> Family:
 class _Reader:
     """Matches a checkpoint's tensors with what the family expects."""
 
-    def __init__(self, family: Family, config: Mapping[str, Any], checkpoint: Any, embeddings: bool) -> None:
-        self.family, self.config, self.checkpoint, self.embeddings = family, config, checkpoint, embeddings
+    def __init__(self, family: Family, config: Mapping[str, Any], tensors: Any, embeddings: bool) -> None:
+        self.family, self.config, self.tensors, self.embeddings = family, config, tensors, embeddings
         self.dims: Dims = family.dims(config)
         # Older BERT checkpoints call the layer norms' weights gamma and beta.
-        self.stored = {_renamed(name): name for name in checkpoint}
-        self.prefix = family.prefix if any(name.startswith(family.prefix) for name in checkpoint) else ""
+        self.stored = {_renamed(name): name for name in tensors}
+        self.prefix = family.prefix if any(name.startswith(family.prefix) for name in tensors) else ""
         self.has_head = self._wants_head()
         self.has_pooler = not self.has_head and family.pooler is not None and self._has(family.pooler)
 
@@ -111,10 +111,12 @@ class _Reader:
         expected = {f"{name}.weight": size for name, size in sizes.items()} | tables | small | biases
         self._compare_names(expected)
         self._compare_shapes(expected)
-        linears = {name: Linear(name, self.checkpoint[f"{name}.weight"], self._finite(f"{name}.bias")) for name in sizes}
-        tensors: dict[str, Table] = {name: self._finite(name) for name in small} | {name: self._table(name) for name in tables}
-        return Model(self.family, self.config, self.dims, linears, tensors, path=path, prefix=self.prefix,
-                     has_head=self.has_head)
+        for name in biases:
+            self._finite(name)
+        linears = {name: self.tensors.linear(name) for name in sizes}
+        arrays: dict[str, Table] = {name: self._finite(name) for name in small} | {name: self._table(name) for name in tables}
+        return Model(self.family, self.config, self.dims, linears, arrays, path=path, prefix=self.prefix,
+                     has_head=self.has_head, scheme=self.tensors.scheme)
 
     def _compare_names(self, expected: Mapping[str, Any]) -> None:
         missing = [name for name in expected if name not in self.stored]
@@ -132,27 +134,31 @@ class _Reader:
     def _compare_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         problems = []
         for name, shape in expected.items():
-            got, dtype = self.checkpoint.shape(self.stored[name]), self.checkpoint.dtype(self.stored[name])
+            got = self.tensors.shape(self.stored[name])
             if got != shape:
                 problems.append(f"{name}: expected shape {shape}, got {got}")
-            elif dtype not in _FLOATS:
-                problems.append(f"{name}: expected one of {', '.join(_FLOATS)}, got {dtype}")
+            elif not self.tensors.is_quantized(name) and self._dtype(name) not in _FLOATS:
+                problems.append(f"{name}: expected {', '.join(_FLOATS)} or quantized, got {self._dtype(name)}")
         if problems:
             raise ValueError("; ".join(problems))
 
+    def _dtype(self, name: str) -> str:
+        return self.tensors.checkpoint.dtype(self.stored[name])
+
     def _finite(self, name: str) -> np.ndarray:
         """A small tensor, read and checked now."""
-        array = self.checkpoint[self.stored[name]]
+        array = self.tensors[self.stored[name]]
         if not np.isfinite(array).all():
             raise ValueError(f"{name}: NaN or Inf")
         return array
 
     def _table(self, name: str) -> Table:
-        """An embedding table as stored, mapped. The rows of the word table are checked when they are used."""
-        if self.family.embeddings["word"] != name.removeprefix(self.prefix):
+        """An embedding table, mapped if it is float32 or float16. Rows of the word table are checked when they are used."""
+        if name.removeprefix(self.prefix) != self.family.embeddings["word"]:
             self._finite(name)
-        stored = self.checkpoint.stored(name)
-        return stored if stored.dtype == "BF16" else stored.array
+        if not self.tensors.is_quantized(name) and self._dtype(name) == "F16":
+            return self.tensors.checkpoint.stored(name).array
+        return self.tensors.table(name)
 
 
 def _renamed(name: str) -> str:

@@ -1,6 +1,7 @@
 """Model: an encoder read from a Hugging Face directory, run on packed tokens."""
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -67,14 +68,14 @@ class Model:
     def nbytes(self) -> int:
         """Bytes of all weights as they would be stored."""
         return (sum(layer.nbytes for layer in self.linears.values())
-                + sum(getattr(t, "array", t).nbytes for t in self.tensors.values()))
+                + sum(t.nbytes for t in self.tensors.values()))
 
     @property
     def parameters(self) -> int:
         """Number of weights."""
         count = sum(layer.shape[0] * layer.shape[1] + (0 if layer.bias is None else layer.shape[0])
                     for layer in self.linears.values())
-        return count + sum(int(np.prod(getattr(t, "array", t).shape)) for t in self.tensors.values())
+        return count + sum(int(np.prod(t.shape)) for t in self.tensors.values())
 
     @property
     def max_length(self) -> int:
@@ -93,6 +94,12 @@ class Model:
             self._tokenizer = read_tokenizer(self.path)
         return self._tokenizer
 
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the model as a Hugging Face directory; see :func:`zquant.saving.save`."""
+        from ..saving import save
+
+        return save(self, directory)
+
     def replace(self, linears: Mapping[str, Linear] | None = None, embeddings: Mapping[str, Table] | None = None,
                 **attributes: Any) -> Model:
         """A new model with some linear layers or embedding tables exchanged; everything else is shared.
@@ -100,7 +107,7 @@ class Model:
         Parameters
         ----------
         linears : module name -> Linear of the same shape
-        embeddings : tensor name -> table of the same shape
+        embeddings : tensor name -> embedding table of the same shape
         attributes : ``scheme``, ``path``, ``config``
 
         Raises
@@ -286,7 +293,7 @@ def _same_shapes(what: str, have: Mapping[str, Any], new: Mapping[str, Any]) -> 
     if unknown:
         raise ValueError(f"replace: no such {what}: {', '.join(unknown)}")
     for name, value in new.items():
-        old = tuple(getattr(have[name], "array", have[name]).shape)
-        got = tuple(getattr(value, "array", value).shape)
+        old = tuple(have[name].shape)
+        got = tuple(value.shape)
         if got != old:
             raise ValueError(f"replace: {name}: expected shape {old}, got {got}")

@@ -18,8 +18,8 @@ __all__ = ["CHUNK", "Block", "Embeddings", "Packed", "Table", "pack", "rows"]
 CHUNK = 1024
 
 Tap = Callable[[str, np.ndarray, np.ndarray], None]
-# An embedding table: float32 or float16, possibly mapped; bfloat16 as formats.safetensors.Stored; or quantized rows.
-Table = Union[np.ndarray, QTensor, Any]
+# An embedding table: float32 or float16, possibly mapped, or quantized rows.
+Table = Union[np.ndarray, QTensor]
 
 
 def rows(table: Table, index: np.ndarray) -> np.ndarray:
@@ -30,9 +30,7 @@ def rows(table: Table, index: np.ndarray) -> np.ndarray:
     """
     if isinstance(table, QTensor):
         return table.rows(index)
-    if isinstance(table, np.ndarray):
-        return table.take(index, axis=0).astype(np.float32, copy=False)
-    return (table.array.take(index, axis=0).astype(np.uint32) << 16).view(np.float32)  # bfloat16 bits
+    return table.take(index, axis=0).astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +186,7 @@ class Embeddings:
                 self._range("token_type_ids", packed.types, self.type)
 
     def _range(self, name: str, index: np.ndarray, table: Table) -> None:
-        count = getattr(table, "array", table).shape[0]
+        count = table.shape[0]
         if len(index) == 0 or (0 <= index.min() and index.max() < count):
             return
         if name == "position":
@@ -226,9 +224,9 @@ class Block:
         self.scale = 1.0 / np.sqrt(linears["query"].out_features / heads).item()
         self.attention_norm, self.output_norm = norms["attention_norm"], norms["output_norm"]
         self._prepare_attention([linears[role] for role in ("query", "key", "value")])
-        self.attention_in, self.attention = _ready(linears["attention"])
-        self.intermediate_in, self.intermediate = _ready(linears["intermediate"])
-        self.output_in, self.output = _ready(linears["output"])
+        for role in ("attention", "intermediate", "output"):
+            setattr(self, role, _bind(linears[role]))
+            setattr(self, role + "_in", QUANT[linears[role].quant])
 
     def _prepare_attention(self, parts: Sequence[Linear]) -> None:
         """One product for q, k and v, unless an override gave them different formats."""
@@ -237,51 +235,50 @@ class Block:
         try:
             fused = Linear.fuse(parts)
         except ValueError:
-            self._split = [_ready(part) for part in parts]
-            self.qkv = self._qkv_split
+            split = [_bind(part) for part in parts]
+            self.qkv = lambda x: np.concatenate([project(x) for project in split], axis=1)
             return
-        _, handle = _ready(fused)
+        self.qkv = _bind(fused)
         for part in parts:
             if isinstance(part.weight, np.ndarray):
                 release(part.weight)
-        forward, mode = _core.linear_forward, self.quant_in
-        self.qkv = lambda x: forward(handle, x, mode, 0, None, 0)
-
-    def _qkv_split(self, x: np.ndarray | Codes) -> np.ndarray:
-        return np.concatenate([_core.linear_forward(handle, x, mode, 0, None, 0) for mode, handle in self._split], axis=1)
 
     def __call__(self, x: np.ndarray, codes: Codes | None, offsets: np.ndarray,
                  quant_out: int) -> tuple[np.ndarray, Codes | None]:
         """x (tokens, d) and its codes (or None) to the same of the block's output; quant_out as in ``_core.layer_norm``."""
-        forward, norm = _core.linear_forward, _core.layer_norm
+        norm = _core.layer_norm
         context = _core.attention_fused(self.qkv(x if codes is None else codes), offsets, self.heads, self.scale, None,
                                         self.attention_in)
-        y = forward(self.attention, context, self.attention_in, 0, x, 0)
+        y = self.attention(context, 0, x)
         y, codes = norm(y, None, *self.attention_norm, self.eps, self.intermediate_in)
-        wide = forward(self.intermediate, y if codes is None else codes, self.intermediate_in, self.activation, None,
-                       self.output_in)
-        y = forward(self.output, wide, self.output_in, 0, y, 0)
+        wide = self.intermediate(y if codes is None else codes, self.activation, None, self.output_in)
+        y = self.output(wide, 0, y)
         return norm(y, None, *self.output_norm, self.eps, quant_out)
 
     def tapped(self, x: np.ndarray, codes: Codes | None, offsets: np.ndarray, quant_out: int,
                tap: Tap) -> tuple[np.ndarray, Codes | None]:
         """The same numbers, with ``tap(name, input, output)`` for every linear layer (output before the activation and
         without the residual): what is fused away is computed a second time for the tap."""
-        forward, norm, names = _core.linear_forward, _core.layer_norm, self.names
+        norm, names = _core.layer_norm, self.names
         qkv = self.qkv(x if codes is None else codes)
         for role, part in zip(("query", "key", "value"), np.split(qkv, 3, axis=1)):
             tap(names[role], x, part)
         context = _core.attention_fused(qkv, offsets, self.heads, self.scale, None, 0)
-        tap(names["attention"], context, forward(self.attention, context, self.attention_in, 0, None, 0))
-        y = forward(self.attention, context, self.attention_in, 0, x, 0)
-        y, _ = norm(y, None, *self.attention_norm, self.eps, 0)
-        tap(names["intermediate"], y, forward(self.intermediate, y, self.intermediate_in, 0, None, 0))
-        wide = forward(self.intermediate, y, self.intermediate_in, self.activation, None, 0)
-        tap(names["output"], wide, forward(self.output, wide, self.output_in, 0, None, 0))
-        y = forward(self.output, wide, self.output_in, 0, y, 0)
-        return norm(y, None, *self.output_norm, self.eps, quant_out)
+        tap(names["attention"], context, self.attention(context))
+        y, _ = norm(self.attention(context, 0, x), None, *self.attention_norm, self.eps, 0)
+        tap(names["intermediate"], y, self.intermediate(y))
+        wide = self.intermediate(y, self.activation)
+        tap(names["output"], wide, self.output(wide))
+        return norm(self.output(wide, 0, y), None, *self.output_norm, self.eps, quant_out)
 
 
-def _ready(linear: Linear) -> tuple[int, Any]:
-    """How the layer wants its input quantized, and its packed weights."""
-    return QUANT[linear.quant], linear._packed()
+_ACTIVATION_NAMES, _QUANT_NAMES = list(ACTIVATIONS), list(QUANT)
+
+
+def _bind(linear: Linear) -> Callable:
+    """The layer as f(x, activation, residual, quantize), numbers for names. It holds the packed weights only, so that the
+    concatenated copy of a fused layer can go."""
+    handle, mode, forward = linear._packed(), QUANT[linear.quant], _core.linear_forward
+    if linear.quant is None or linear._integer:
+        return lambda x, act=0, residual=None, quant=0: forward(handle, x, mode, act, residual, quant)
+    return lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant])
