@@ -59,8 +59,11 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
         spec = scheme.weights_for(name)
         if spec is not None:
             linears[name] = _quantize_layer(name, layer, spec, scheme.activations, method)
-    tables = _quantize_embeddings(model, scheme.embeddings, method) if scheme.embeddings is not None else {}
-    return model.replace(linears=linears, embeddings=tables, scheme=scheme)  # type: ignore[attr-defined]
+    tables = {}
+    if scheme.embeddings is not None and model.word_table in model.tables:  # type: ignore[attr-defined]
+        name = model.word_table  # type: ignore[attr-defined]
+        tables[name] = _quantize_table(name, model.tables[name], scheme.embeddings, method)  # type: ignore[attr-defined]
+    return model.replace(linears=linears, tables=tables, scheme=scheme)  # type: ignore[attr-defined]
 
 
 def _check_overrides(scheme: Scheme, names: Iterable[str]) -> None:
@@ -76,15 +79,11 @@ def _quantize_layer(name: str, layer: Linear, spec: QuantSpec, activations: Quan
     return layer.with_weight(weight, activations)
 
 
-def _quantize_embeddings(model: Any, spec: QuantSpec, method: Method) -> dict[str, QTensor]:
-    """ZeroQuant quantizes the word embeddings; position and type tables are small and stay as they are."""
-    table = model.word_embeddings
-    for name, other in model.embeddings.items():
-        if other is table:
-            weight = table.float32() if isinstance(table, Stored) else table
-            weight = weight if isinstance(weight, QTensor) else weight.astype(np.float32, copy=False)
-            return {name: _quantize_weight(name, weight, spec, method)}
-    return {}
+def _quantize_table(name: str, table: Any, spec: QuantSpec, method: Method) -> QTensor:
+    """An embedding table, of whatever float type. ZeroQuant quantizes that of words; the others are small."""
+    if not isinstance(table, QTensor):
+        table = (table.float32() if isinstance(table, Stored) else table).astype(np.float32, copy=False)
+    return _quantize_weight(name, table, spec, method)
 
 
 def _quantize_weight(name: str, weight: np.ndarray | QTensor, spec: QuantSpec, method: Method) -> QTensor:

@@ -89,32 +89,26 @@ def quantization_config(linears: Mapping[str, Linear], tables: Mapping[str, QTen
     tables
         The quantized embedding tables by module name.
     """
-    groups: dict[str, dict[str, Any]] = {}
-    members: dict[str, list[str]] = {}
+    linear_groups: dict[str, list[str]] = {}  # a group, as JSON -> its layers
     for name, layer in linears.items():
         if layer.spec is not None:
-            _add_group(groups, members, name, layer.spec, layer.activations)
-    linear_groups = len(groups)
-    for name, table in tables.items():
-        _add_group(groups, members, name, table.spec, None)
+            group = _group(layer.spec, layer.activations, storage_format(layer.spec, layer.activations))
+            linear_groups.setdefault(group, []).append(name)
+    groups = [json.loads(group) | {"targets": ["Linear"] if len(linear_groups) == 1 else _patterns(names, linears)}
+              for group, names in linear_groups.items()]
+    groups += [json.loads(_group(table.spec, None, "int-quantized")) | {"targets": _patterns([name], linears)}
+               for name, table in tables.items()]
+    formats = {group["format"] for group in groups}
     ignore = [name for name, layer in linears.items() if layer.spec is None]
-    for key, names in members.items():
-        whole = linear_groups == 1 and names[0] in linears
-        groups[key]["targets"] = ["Linear"] if whole else _patterns(names, linears)
-    config_groups = {f"group_{i}": group for i, group in enumerate(groups.values())}
-    formats = {group["format"] for group in config_groups.values()}
-    return {"quant_method": "compressed-tensors", "quantization_status": "compressed", "config_groups": config_groups,
+    return {"quant_method": "compressed-tensors", "quantization_status": "compressed",
+            "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "ignore": ignore + _without_prefix(ignore, linears), "kv_cache_scheme": None, "global_compression_ratio": None}
 
 
-def _add_group(groups: dict[str, dict[str, Any]], members: dict[str, list[str]], name: str, spec: QuantSpec,
-               activations: QuantSpec | None) -> None:
-    group = {"targets": [], "weights": _arguments(spec), "input_activations": activations and _arguments(activations),
-             "output_activations": None, "format": storage_format(spec, activations)}
-    key = json.dumps(group) + ("" if activations or "embed" not in name else name)
-    groups.setdefault(key, group)
-    members.setdefault(key, []).append(name)
+def _group(spec: QuantSpec, activations: QuantSpec | None, storage: str) -> str:
+    return json.dumps({"targets": [], "weights": _arguments(spec), "input_activations": activations and _arguments(activations),
+                       "output_activations": None, "format": storage})
 
 
 def _arguments(spec: QuantSpec) -> dict[str, Any]:
