@@ -132,7 +132,7 @@ typedef struct {
 } zq_moments;
 
 ZQ_INLINE int
-zq_finite(float x)
+zq_is_finite(float x)
 {
     return fabsf(x) <= FLT_MAX;
 }

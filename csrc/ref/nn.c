@@ -72,7 +72,7 @@ zq_layernorm_f32__ref(const float *x, const float *residual, const float *gamma,
         float first, second;
         row_moments(y, n, mean, &first, &second);
         s = zq_moments_of(mean, first, second, n);
-        if (attempt == 0 && !zq_finite(s.var)) {
+        if (attempt == 0 && !zq_is_finite(s.var)) {
             zq_scale_f32__ref(y, n, ZQ_SHRINK, y);
             eps *= ZQ_SHRINK * ZQ_SHRINK;
             continue;
@@ -83,7 +83,7 @@ zq_layernorm_f32__ref(const float *x, const float *residual, const float *gamma,
     for (int64_t i = 0; i < n; i++) {
         y[i] = fmaf((y[i] - s.mean) * inv, gamma[i], beta[i]);
     }
-    return zq_finite(s.var);
+    return zq_is_finite(s.var);
 }
 
 int
@@ -92,7 +92,7 @@ zq_rmsnorm_f32__ref(const float *x, const float *residual, const float *gamma, i
     load_row(x, residual, n, y);
     float unused, second;
     row_moments(y, n, 0.0f, &unused, &second);
-    if (!zq_finite(second)) {
+    if (!zq_is_finite(second)) {
         zq_scale_f32__ref(y, n, ZQ_SHRINK, y);
         eps *= ZQ_SHRINK * ZQ_SHRINK;
         row_moments(y, n, 0.0f, &unused, &second);
@@ -101,7 +101,7 @@ zq_rmsnorm_f32__ref(const float *x, const float *residual, const float *gamma, i
     for (int64_t i = 0; i < n; i++) {
         y[i] = y[i] * inv * gamma[i];
     }
-    return zq_finite(second);
+    return zq_is_finite(second);
 }
 
 void

@@ -93,7 +93,7 @@ layernorm_f32(const float *x, const float *residual, const float *gamma, const f
     float mean = zq_mean(residual ? load_sum(x, residual, n, y) : load_sum(x, NULL, n, y), n), first, second;
     row_moments(y, n, mean, &first, &second);
     zq_moments s = zq_moments_of(mean, first, second, n);
-    if (!zq_finite(s.var)) {
+    if (!zq_is_finite(s.var)) {
         scale_f32(y, n, ZQ_SHRINK, y);
         eps *= ZQ_SHRINK * ZQ_SHRINK;
         mean = zq_mean(load_sum(y, NULL, n, y), n);
@@ -111,7 +111,7 @@ layernorm_f32(const float *x, const float *residual, const float *gamma, const f
         const v16 h = v16_mul(v16_sub(v16_loadn(y + i, m), mu), inv);
         v16_storen(y + i, v16_fma(h, v16_loadn(gamma + i, m), v16_loadn(beta + i, m)), m);
     }
-    return zq_finite(s.var);
+    return zq_is_finite(s.var);
 }
 
 static int
@@ -120,7 +120,7 @@ rmsnorm_f32(const float *x, const float *residual, const float *gamma, int64_t n
     float unused, second;
     (void)load_sum(x, residual, n, y);
     row_moments(y, n, 0.0f, &unused, &second);
-    if (!zq_finite(second)) {
+    if (!zq_is_finite(second)) {
         scale_f32(y, n, ZQ_SHRINK, y);
         eps *= ZQ_SHRINK * ZQ_SHRINK;
         row_moments(y, n, 0.0f, &unused, &second);
@@ -134,7 +134,7 @@ rmsnorm_f32(const float *x, const float *residual, const float *gamma, int64_t n
         const int64_t m = n - i;
         v16_storen(y + i, v16_mul(v16_mul(v16_loadn(y + i, m), inv), v16_loadn(gamma + i, m)), m);
     }
-    return zq_finite(second);
+    return zq_is_finite(second);
 }
 
 /* act(x), or act(x) * up. `act` is a constant in every call, so each gets a loop of its own. */
