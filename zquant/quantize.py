@@ -59,11 +59,10 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
         spec = scheme.weights_for(name)
         if spec is not None:
             linears[name] = _quantize_layer(name, layer, spec, scheme.activations, method)
-    tables = {}
-    if scheme.embeddings is not None and model.word_table in model.tables:  # type: ignore[attr-defined]
-        name = model.word_table  # type: ignore[attr-defined]
-        tables[name] = _quantize_table(name, model.tables[name], scheme.embeddings, method)  # type: ignore[attr-defined]
-    return model.replace(linears=linears, tables=tables, scheme=scheme)  # type: ignore[attr-defined]
+    tables = {name: _quantize_table(name, table, scheme.embeddings, method)
+              for name, table in model.embeddings.items()  # type: ignore[attr-defined]
+              if scheme.embeddings is not None and table is model.word_embeddings}  # type: ignore[attr-defined]
+    return model.replace(linears=linears, embeddings=tables, scheme=scheme)  # type: ignore[attr-defined]
 
 
 def _check_overrides(scheme: Scheme, names: Iterable[str]) -> None:

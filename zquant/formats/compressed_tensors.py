@@ -76,7 +76,8 @@ def _pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _unpack_rows(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    return unpack(np.ascontiguousarray(words, "<i4").view(np.uint8), bits, columns, False)
+    stream = np.ascontiguousarray(words, "<i4").view(np.uint8)
+    return unpack(np.ascontiguousarray(stream[:, :math.ceil(columns * bits / 8)]), bits, columns, False)
 
 
 def quantization_config(linears: Mapping[str, Linear], tables: Mapping[str, QTensor]) -> dict[str, Any]:
