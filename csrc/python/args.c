@@ -376,3 +376,23 @@ zq_check(zq_status status, const char *what, int64_t bad_row)
     PyErr_Format(PyExc_SystemError, "%s: unknown status %d", what, (int)status);
     return -1;
 }
+
+int
+zq_new_codes(int64_t m, int64_t n, zq_arg a[3])
+{
+    return zq_new_strided(ZQ_U8, m, n, zq_row_pitch(n), &a[0]) < 0 || zq_new(ZQ_F32, 1, &m, &a[1]) < 0 ||
+                   zq_new(ZQ_I32, 1, &m, &a[2]) < 0
+               ? -1
+               : 0;
+}
+
+PyObject *
+zq_give_tuple(int n, zq_arg *args)
+{
+    PyObject *t = PyTuple_New(n);
+    for (int i = 0; t && i < n; i++) {
+        PyTuple_SetItem(t, i, args[i].arr ? zq_give(&args[i]) : Py_NewRef(Py_None));
+    }
+    zq_release(n, args);
+    return t;
+}

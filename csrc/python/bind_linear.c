@@ -269,8 +269,7 @@ parse_rows(const zq_linear *w, PyObject *o, int64_t quant, zq_arg a[3], zq_rows 
 static int
 new_codes(int64_t m, int64_t n, zq_arg a[3], zq_out *out)
 {
-    if (zq_new_strided(ZQ_U8, m, n, zq_row_pitch(n), &a[0]) < 0 || zq_new(ZQ_F32, 1, &m, &a[1]) < 0 ||
-        zq_new(ZQ_I32, 1, &m, &a[2]) < 0) {
+    if (zq_new_codes(m, n, a) < 0) {
         return -1;
     }
     out->q = a[0].data;
@@ -278,16 +277,6 @@ new_codes(int64_t m, int64_t n, zq_arg a[3], zq_out *out)
     out->q_scale = a[1].data;
     out->q_zero = a[2].data;
     return 0;
-}
-
-static PyObject *
-give_codes(zq_arg a[3])
-{
-    PyObject *t = PyTuple_New(3);
-    for (int i = 0; t && i < 3; i++) {
-        PyTuple_SetItem(t, i, zq_give(&a[i]));
-    }
-    return t;
 }
 
 static PyObject *
@@ -327,7 +316,7 @@ py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     s = zq_linear_forward(w, &x, m, &out, &bad_row);
     Py_END_ALLOW_THREADS
     if (zq_check(s, x.f32 ? "x" : "y", bad_row) == 0) {
-        result = quant_out ? give_codes(&a[OUT]) : zq_give(&a[Y]);
+        result = quant_out ? zq_give_tuple(3, &a[OUT]) : zq_give(&a[Y]);
     }
 cleanup:
     zq_release(N, a);

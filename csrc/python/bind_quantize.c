@@ -6,24 +6,6 @@
 
 #include <string.h>
 
-static PyObject *
-array_or_none(zq_arg *a)
-{
-    return a->arr ? zq_give(a) : Py_NewRef(Py_None);
-}
-
-/* A tuple of the arrays; NULL arr gives None. Takes the references, on failure too. */
-static PyObject *
-give_tuple(int n, zq_arg *args)
-{
-    PyObject *t = PyTuple_New(n);
-    for (int i = 0; t && i < n; i++) {
-        PyTuple_SetItem(t, i, array_or_none(&args[i]));
-    }
-    zq_release(n, args);
-    return t;
-}
-
 /* Arrays into args of a function, the first `inputs` given, the others made: both are released by the caller. */
 static PyObject *
 fail(int n, zq_arg *args)
@@ -59,7 +41,7 @@ py_quantize_tokens(PyObject *self, PyObject *const *args, Py_ssize_t n)
         return fail(4, a);
     }
     zq_release(1, a);
-    return give_tuple(3, a + 1);
+    return zq_give_tuple(3, a + 1);
 }
 
 static PyObject *
@@ -80,7 +62,7 @@ py_minmax_rows(PyObject *self, PyObject *x)
         return fail(3, a);
     }
     zq_release(1, a);
-    return give_tuple(2, a + 1);
+    return zq_give_tuple(2, a + 1);
 }
 
 /* scale (1) or (k) of float32 and zero_point of the same shape. */
@@ -202,7 +184,7 @@ py_quantize_groups(PyObject *self, PyObject *const *args, Py_ssize_t n)
         return fail(4, a);
     }
     zq_release(1, a);
-    return give_tuple(3, a + 1);
+    return zq_give_tuple(3, a + 1);
 }
 
 static PyObject *
@@ -259,7 +241,7 @@ py_quantize_row_blocks(PyObject *self, PyObject *const *args, Py_ssize_t n)
         return fail(3, a);
     }
     zq_release(1, a);
-    return give_tuple(2, a + 1);
+    return zq_give_tuple(2, a + 1);
 }
 
 /* Rows of (rows, items) or (items,) arrays. */
