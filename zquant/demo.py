@@ -16,7 +16,7 @@ from .report import speeds
 
 __all__ = ["Row", "format_rows", "run"]
 
-SCHEMES = ("w8a8", "w4/8a8")
+SCHEMES = ("w8a8", "w8a8+e8", "w4/8a8", "w4/8a8+e8")
 
 
 @dataclass(frozen=True)
