@@ -11,34 +11,24 @@ Importing needs NumPy alone; safetensors, tokenizers, tqdm and matplotlib are im
 """
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from ._blas import core_hint
 
-with core_hint():
-    from . import _core
+with core_hint():  # zquant._core loads OpenBLAS
+    from . import _core as _core
 from . import cpu, ops
+from .encoder import SentenceEncoder
+from .errors import FormatError
+from .linear import Linear
+from .methods import RTN, Method
+from .models import Model, load
+from .qtensor import QTensor
+from .quantize import quantize
+from .spec import QuantSpec, Scheme
 from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
-# Public names that live in modules imported on first use.
-_LAZY: dict[str, str] = {}
-
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["__version__", "cpu", "ops", "get_num_threads", "set_num_threads", *_LAZY]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'zquant' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+__all__ = [
+    "RTN", "FormatError", "Linear", "Method", "Model", "QTensor", "QuantSpec", "Scheme", "SentenceEncoder",
+    "__version__", "cpu", "get_num_threads", "load", "ops", "quantize", "set_num_threads",
+]
