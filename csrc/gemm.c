@@ -11,8 +11,10 @@
 #include <string.h>
 
 enum {
+    ALIAS_BYTES = 2048,    /* rows a multiple of this apart share too few L1 sets */
     L2_BYTES = 512 * 1024, /* of a core's L2, what a chunk of rows may occupy */
-    MIN_CHUNK_TILES = 2,   /* a job by rows has at least so many tiles, or the weights are read too often */
+    MIN_TILES = 2,         /* per thread: below that, work is split by columns */
+    MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
 };
 
 typedef struct {
@@ -28,6 +30,7 @@ typedef struct {
     int64_t panels;
     void (*kernel)(const zq_tile *);
     int quantize_in;
+    int copy_in; /* float32 rows whose pitch aliases: move them */
     int quantize_out;
     /* by columns: shared scratch */
     uint8_t *a;
@@ -158,6 +161,17 @@ chunk_job(void *ctx, int64_t c)
         quantize_rows(g, r0, r0 + rows, q, sx, zx);
         op = (operand){q, g->lda, sx, zx};
     }
+    else if (g->copy_in) {
+        float *rows_in = zq_scratch(ZQ_SCRATCH_A, (size_t)(rows * g->lda));
+        if (!rows_in) {
+            atomic_store(&g->no_memory, 1);
+            return;
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            memcpy((char *)rows_in + r * g->lda, g->x->f32 + (r0 + r) * g->x->ld_f32, (size_t)g->w->k * sizeof *rows_in);
+        }
+        op = (operand){rows_in, g->lda / 4, NULL, NULL};
+    }
     else {
         op = given_operand(g, r0);
     }
@@ -182,11 +196,11 @@ chunk_job(void *ctx, int64_t c)
 /* Rows per chunk so that its codes (and its outputs, when they are quantized afterwards) stay in L2; a multiple
  * of the thread count of chunks. */
 static int64_t
-count_chunks(const gemm_job *g, int threads, int mr)
+count_chunks(const gemm_job *g, int threads)
 {
     const int64_t in_bytes = g->w->kind == ZQ_W_F32 ? g->w->k * 4 : g->lda;
     const int64_t row_bytes = in_bytes + (g->quantize_out ? g->w->n * 4 : 0);
-    const int64_t rows = zq_max(MIN_CHUNK_TILES * mr, L2_BYTES / zq_max(row_bytes, 1));
+    const int64_t rows = zq_max(MIN_CHUNK_ROWS, L2_BYTES / zq_max(row_bytes, 1));
     const int64_t chunks = zq_round_up(zq_ceil_div(g->m, rows), threads);
     return zq_max(1, zq_min(chunks, g->tiles));
 }
@@ -269,11 +283,10 @@ choose_kernel(gemm_job *g, int *mr)
     }
 }
 
-/* An odd number of cache lines between rows, so that the rows of a tile fall into different L1 sets. */
-static int64_t
-row_pitch(int64_t k)
+int64_t
+zq_row_pitch(int64_t bytes)
 {
-    const int64_t lines = zq_ceil_div(k, 64);
+    const int64_t lines = zq_ceil_div(zq_max(bytes, 1), 64);
     return (lines + (lines % 2 == 0)) * 64;
 }
 
@@ -286,15 +299,16 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     gemm_job g = {.w = w, .x = x, .out = out, .K = zq_active(), .m = m};
     int mr = 1;
     choose_kernel(&g, &mr);
-    g.lda = row_pitch(w->k);
+    g.lda = zq_row_pitch(w->k * (w->kind == ZQ_W_F32 ? 4 : 1));
+    g.copy_in = w->kind == ZQ_W_F32 && x->ld_f32 % (ALIAS_BYTES / 4) == 0 && w->n > ZQ_NR;
     g.panels = zq_ceil_div(w->n, ZQ_NR);
     g.tiles = zq_ceil_div(m, mr);
     g.quantize_in = w->kind != ZQ_W_F32 && x->f32 != NULL;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
     g.bad_row = m;
     const int threads = zq_threads();
-    if (threads == 1 || g.tiles >= (int64_t)threads * MIN_CHUNK_TILES) {
-        g.chunks = count_chunks(&g, threads, mr);
+    if (threads == 1 || g.tiles >= (int64_t)threads * MIN_TILES) {
+        g.chunks = count_chunks(&g, threads);
         zq_parallel_for(g.chunks, chunk_job, &g);
     }
     else {

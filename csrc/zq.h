@@ -78,6 +78,10 @@ zq_status zq_linear_pack_group(zq_linear *w, const int8_t *codes, const float *s
 void zq_linear_free(zq_linear *w);
 int64_t zq_linear_bytes(const zq_linear *w);
 
+/* Bytes between rows of an operand of `bytes` bytes: an odd number of cache lines, so that the rows of a tile fall
+ * into different L1 sets. A multiple of 64, >= bytes. */
+int64_t zq_row_pitch(int64_t bytes);
+
 /* Activations going in: float32 rows, or codes made before. */
 typedef struct {
     const float *f32;    /* (m, k) or NULL */

@@ -57,27 +57,32 @@ typedef struct {
     /* and back; sign-extended to int8 when is_signed */ \
     X(unpack_bits, void, (const uint8_t *packed, int64_t n, int bits, int is_signed, uint8_t *codes)) \
     /* ---- Transformer operators on rows (norm, activation, attention) ---- */ \
-    /* h = x (+ residual if not NULL); y = (h - mean) / sqrt(var + eps) * gamma + beta. y may be x */ \
-    X(layernorm_f32, void, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y)) \
-    /* h = x (+ residual); y = h / sqrt(mean h^2 + eps) * gamma. y may be x */ \
-    X(rmsnorm_f32, void, (const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y)) \
+    /* h = x (+ residual if not NULL); y = (h - mean) / sqrt(var + eps) * gamma + beta. y may be x. Returns 1, or 0 \
+     * where h holds NaN or Inf (y is then undefined). A row whose sums overflow is rescaled first; n >= 1 */ \
+    X(layernorm_f32, int, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y)) \
+    /* h = x (+ residual); y = h / sqrt(mean h^2 + eps) * gamma. y may be x. Returns as layernorm */ \
+    X(rmsnorm_f32, int, (const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y)) \
     /* y = act(x); y may be x */ \
     X(activation_f32, void, (const float *x, int64_t n, zq_activation act, float *y)) \
     /* y = act(gate) * up; y may be gate or up */ \
     X(gated_f32, void, (const float *gate, const float *up, int64_t n, zq_activation act, float *y)) \
-    /* max over x of finite-or--Inf values; -Inf for n = 0 */ \
+    /* max over x of finite or -Inf values; -Inf for n = 0 */ \
     X(max_f32, float, (const float *x, int64_t n)) \
-    /* y = exp(x * scale - shift); returns the sum of y in the fixed order. y may be x. x may hold -Inf (y = 0) */ \
+    /* y = exp(x * scale - shift); returns the sum of y in the fixed order. y may be x. x may hold -Inf (y = 0) and NaN \
+     * (the sum is NaN) */ \
     X(exp_sum_f32, float, (const float *x, int64_t n, float scale, float shift, float *y)) \
     /* y = x * s; y may be x */ \
     X(scale_f32, void, (const float *x, int64_t n, float s, float *y)) \
+    /* y (cols, rows) = x (rows, cols) transposed */ \
+    X(transpose_f32, void, (const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)) \
     /* ---- tiles of matrix products (gemm) ---- */ \
     X(gemm_u8s8, void, (const zq_tile *t)) \
     X(gemm_u8s8_s32, void, (const zq_tile *t, int32_t *c, int64_t ldc)) \
     X(gemm_u8s8_group, void, (const zq_tile *t)) \
     X(gemm_u8s4_group, void, (const zq_tile *t)) \
     X(gemm_f32, void, (const zq_tile *t)) \
-    /* c (mr, nr) = a (mr, k) b (k, nr) [+ c when accumulate]: t->b is row-major with ldb; no epilogue; nr <= 64 */ \
+    /* t->y (mr, nr) = a (mr, k) b (k, nr) [+ y when accumulate]: t->b is row-major with ldb; each element is one chain of \
+     * fma in the order of k; no epilogue. mr <= mr_matmul; nr a multiple of 16 */ \
     X(matmul_f32, void, (const zq_tile *t, int64_t ldb, int accumulate))
 /* clang-format on */
 

@@ -4,7 +4,8 @@
 
 #include <stdint.h>
 
-/* Where a row operator puts its rows: float32, token codes, or both. As in zq_out. */
+/* Where a row operator puts its rows: float32, token codes, or both. As in zq_out: rows of ld_q >= n bytes, whose
+ * slack is zeroed. */
 typedef struct {
     float *y; /* (m, n) or NULL */
     zq_quant quant; /* NONE, TOKEN_SYM or TOKEN_ASYM */
@@ -13,6 +14,9 @@ typedef struct {
     float *q_scale;
     int32_t *q_zero;
 } zq_rows_out;
+
+/* A row of x that holds NaN or Inf, or whose result cannot be quantized because it overflowed, is ZQ_ENONFINITE, and
+ * *bad_row the first such row. Outputs are then undefined. y may be x. */
 
 /* h = x (+ residual); y = (h - mean) / sqrt(var + eps) * gamma + beta, per row of n. */
 zq_status zq_layernorm(const float *x, const float *residual, const float *gamma, const float *beta, int64_t m, int64_t n,
@@ -23,12 +27,14 @@ zq_status zq_activate(const float *x, int64_t m, int64_t n, zq_activation act, c
 /* act(gate) * up */
 zq_status zq_gated(const float *gate, const float *up, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out,
                    int64_t *bad_row);
-void zq_softmax(const float *x, int64_t m, int64_t n, float *y);
+/* exp(x - max x) / sum per row. -Inf is allowed and gives 0; a row of nothing but -Inf gives zeros. */
+zq_status zq_softmax(const float *x, int64_t m, int64_t n, float *y, int64_t *bad_row);
 
 /* Multi-head attention over ragged sequences, float32: softmax(q k^T * scale + mask) v per head, online over key
  * tiles (no (T, T) matrix). Sequence s owns rows offsets[s] .. offsets[s+1]-1 of q, k, v and out. q, k, v have row
  * strides ld_q, ld_kv (slices of one fused qkv matrix are fine); head h is columns h*d .. h*d+d-1. key_mask: one byte
- * per row, 0 = this key is hidden; or NULL. A query whose keys are all hidden gets zeros. */
+ * per row, 0 = this key is hidden: as if its row were not there, bit for bit; or NULL. A query whose keys are all
+ * hidden gets zeros. scale > 0. ZQ_ENONFINITE: NaN or Inf came in, or scores overflowed; *bad_row is the query's row. */
 typedef struct {
     const float *q, *k, *v;
     int64_t ld_q, ld_kv;
@@ -40,6 +46,6 @@ typedef struct {
     float *out; /* (rows, heads * head_dim) */
     int64_t ld_out;
 } zq_attention_args;
-zq_status zq_attention(const zq_attention_args *a);
+zq_status zq_attention(const zq_attention_args *a, int64_t *bad_row);
 
 #endif

@@ -9,13 +9,17 @@
 zq_status zq_quantize_tokens(const float *x, int64_t m, int64_t k, int64_t ld_x, zq_quant mode, uint8_t *q, int64_t ld_q,
                              float *scale, int32_t *zero, int64_t *bad_row);
 
-/* One row of the same; used inside jobs of other operators. Returns 0 where x is not finite. */
+/* One row of the same, without touching slack; used inside jobs of other operators. Returns 0, with nothing
+ * written, where x is not finite. */
 struct zq_kernels;
 int zq_quantize_token(const struct zq_kernels *K, const float *x, int64_t k, zq_quant mode, uint8_t *q, float *scale,
                       int32_t *zero);
 
-/* Static: scale and zero (count 1, or k: one per feature). bytes of int8 (is_signed) or uint8, in [qmin, qmax].
- * Division, half to even, saturating: QuantizeLinear. x may hold anything finite. */
+/* lo[i] = min(0, min of row i), hi[i] = max(0, max of row i): what static and asymmetric scales are made of. */
+zq_status zq_minmax_rows(const float *x, int64_t m, int64_t k, float *lo, float *hi, int64_t *bad_row);
+
+/* Static: scale and zero (count 1, or k: one per feature). bytes of int8 (is_signed) or uint8, in [qmin, qmax],
+ * every zero in there too. Division, half to even, saturating: QuantizeLinear. x may hold anything finite. */
 zq_status zq_quantize_static(const float *x, int64_t m, int64_t k, const float *scale, const int32_t *zero, int64_t count,
                              int32_t qmin, int32_t qmax, uint8_t *q, int64_t *bad_row);
 void zq_dequantize_rows(const uint8_t *q, int is_signed, int64_t m, int64_t k, const float *scale, const int32_t *zero,

@@ -1,7 +1,34 @@
-"""zquant: post-training quantization of Transformers on a CPU."""
+"""zquant: post-training quantization of Transformers on a CPU, in C and NumPy.
+
+    import zquant as zq
+    enc = zq.SentenceEncoder("all-MiniLM-L6-v2")      # a Hugging Face directory
+    q = zq.quantize(enc, "w8a8")                      # ZeroQuant; no calibration data needed
+    q.encode(["a sentence"])                          # float32 (1, 384)
+    zq.compare(enc, q, sentences)                     # per-layer error, fidelity, size, speed
+    q.save("minilm-w8a8")
+
+Importing needs NumPy alone; safetensors, tokenizers, tqdm and matplotlib are imported where they are used.
+"""
 from __future__ import annotations
 
-from . import cpu
+from ._blas import core_hint
+
+with core_hint():  # zquant._core loads OpenBLAS
+    from . import _core as _core
+from . import cpu, ops
+from .encoder import SentenceEncoder
+from .errors import FormatError
+from .linear import Linear
+from .methods import RTN, Method
+from .models import Model, load
+from .qtensor import QTensor
+from .quantize import quantize
+from .spec import QuantSpec, Scheme
+from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
-__all__ = ["cpu", "__version__"]
+
+__all__ = [
+    "RTN", "FormatError", "Linear", "Method", "Model", "QTensor", "QuantSpec", "Scheme", "SentenceEncoder",
+    "__version__", "cpu", "get_num_threads", "load", "ops", "quantize", "set_num_threads",
+]

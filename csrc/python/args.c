@@ -187,34 +187,17 @@ zq_out_array(PyObject *o, const char *name, int type, int ndim, const int64_t *d
     return 0;
 }
 
-int
-zq_new(int type, int ndim, const int64_t *dims, zq_arg *out)
-{
-    npy_intp d[4];
-    for (int i = 0; i < ndim; i++) {
-        d[i] = (npy_intp)dims[i];
-    }
-    memset(out, 0, sizeof *out);
-    PyArrayObject *a = (PyArrayObject *)PyArray_SimpleNew(ndim, d, type_num(type));
-    if (!a) {
-        return -1;
-    }
-    fill_arg(out, a);
-    return 0;
-}
-
 static void
 free_capsule(PyObject *capsule)
 {
     zq_free(PyCapsule_GetPointer(capsule, "zquant.memory"));
 }
 
-int
-zq_new_strided(int type, int64_t rows, int64_t cols, int64_t ld, zq_arg *out)
+/* An array over `bytes` bytes of the core's allocator, which keeps big blocks for the next call. */
+static int
+new_on_core_memory(int type, int ndim, npy_intp *dims, npy_intp *strides, int64_t bytes, zq_arg *out)
 {
-    memset(out, 0, sizeof *out);
-    const int64_t item = type == ZQ_F32 || type == ZQ_I32 ? 4 : type == ZQ_I64 ? 8 : 1;
-    void *p = zq_alloc((size_t)(zq_max(rows, 1) * ld * item));
+    void *p = zq_alloc((size_t)zq_max(bytes, 1));
     if (!p) {
         PyErr_NoMemory();
         return -1;
@@ -224,9 +207,8 @@ zq_new_strided(int type, int64_t rows, int64_t cols, int64_t ld, zq_arg *out)
         zq_free(p);
         return -1;
     }
-    npy_intp dims[2] = {(npy_intp)rows, (npy_intp)cols}, strides[2] = {(npy_intp)(ld * item), (npy_intp)item};
-    PyArrayObject *a = (PyArrayObject *)PyArray_New(&PyArray_Type, 2, dims, type_num(type), strides, p, 0,
-                                                    NPY_ARRAY_WRITEABLE | NPY_ARRAY_ALIGNED, NULL);
+    PyArrayObject *a = (PyArrayObject *)PyArray_New(&PyArray_Type, ndim, dims, type_num(type), strides, p, 0,
+                                                    NPY_ARRAY_WRITEABLE | NPY_ARRAY_ALIGNED | NPY_ARRAY_C_CONTIGUOUS, NULL);
     if (!a) {
         Py_DECREF(base);
         return -1;
@@ -235,8 +217,45 @@ zq_new_strided(int type, int64_t rows, int64_t cols, int64_t ld, zq_arg *out)
         Py_DECREF(a);
         return -1;
     }
+    PyArray_UpdateFlags(a, NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS | NPY_ARRAY_ALIGNED);
     fill_arg(out, a);
     return 0;
+}
+
+static int64_t
+item_bytes(int type)
+{
+    return type == ZQ_F32 || type == ZQ_I32 ? 4 : type == ZQ_I64 ? 8 : 1;
+}
+
+int
+zq_new(int type, int ndim, const int64_t *dims, zq_arg *out)
+{
+    npy_intp d[4];
+    int64_t bytes = item_bytes(type);
+    for (int i = 0; i < ndim; i++) {
+        d[i] = (npy_intp)dims[i];
+        bytes *= dims[i];
+    }
+    memset(out, 0, sizeof *out);
+    if (bytes >= ZQ_CORE_MEMORY_BYTES) {
+        return new_on_core_memory(type, ndim, d, NULL, bytes, out);
+    }
+    PyArrayObject *a = (PyArrayObject *)PyArray_SimpleNew(ndim, d, type_num(type));
+    if (!a) {
+        return -1;
+    }
+    fill_arg(out, a);
+    return 0;
+}
+
+int
+zq_new_strided(int type, int64_t rows, int64_t cols, int64_t ld, zq_arg *out)
+{
+    memset(out, 0, sizeof *out);
+    const int64_t item = item_bytes(type);
+    npy_intp dims[2] = {(npy_intp)rows, (npy_intp)cols}, strides[2] = {(npy_intp)(ld * item), (npy_intp)item};
+    return new_on_core_memory(type, 2, dims, strides, zq_max(rows, 1) * ld * item, out);
 }
 
 int
@@ -356,4 +375,24 @@ zq_check(zq_status status, const char *what, int64_t bad_row)
     }
     PyErr_Format(PyExc_SystemError, "%s: unknown status %d", what, (int)status);
     return -1;
+}
+
+int
+zq_new_codes(int64_t m, int64_t n, zq_arg a[3])
+{
+    return zq_new_strided(ZQ_U8, m, n, zq_row_pitch(n), &a[0]) < 0 || zq_new(ZQ_F32, 1, &m, &a[1]) < 0 ||
+                   zq_new(ZQ_I32, 1, &m, &a[2]) < 0
+               ? -1
+               : 0;
+}
+
+PyObject *
+zq_give_tuple(int n, zq_arg *args)
+{
+    PyObject *t = PyTuple_New(n);
+    for (int i = 0; t && i < n; i++) {
+        PyTuple_SetItem(t, i, args[i].arr ? zq_give(&args[i]) : Py_NewRef(Py_None));
+    }
+    zq_release(n, args);
+    return t;
 }

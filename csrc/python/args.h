@@ -36,11 +36,14 @@ int zq_in_or_none(PyObject *o, const char *name, int types, int min_ndim, int ma
 /* Output array handed in by the caller: must be exactly right (type, contiguous, aligned, native, writeable, shape)
  * or ValueError / TypeError; never a copy. dims: ndim of them. */
 int zq_out_array(PyObject *o, const char *name, int type, int ndim, const int64_t *dims, zq_arg *out);
-/* A new array (uninitialised). */
+/* A new array (uninitialised); from this size on, on the core's allocator. */
+enum { ZQ_CORE_MEMORY_BYTES = 64 << 10 };
 int zq_new(int type, int ndim, const int64_t *dims, zq_arg *out);
 /* A new (rows, cols) array of `type` whose rows are ld >= cols items apart (64-byte aligned buffer, slack zeroed
  * by whoever fills it): what the GEMM reads without copying. data points to row 0. */
 int zq_new_strided(int type, int64_t rows, int64_t cols, int64_t ld, zq_arg *out);
+/* New token codes of m rows of n: q (m, n) uint8 with padded rows, scale (m), zero (m). */
+int zq_new_codes(int64_t m, int64_t n, zq_arg a[3]);
 /* Refuse a shape: ValueError "name: expected shape (a, b), got (c, d)". -1 in dims matches anything. */
 int zq_shape(const zq_arg *a, const char *name, int ndim, const int64_t *dims);
 /* Refuse NaN and Inf in a float32 array: ValueError with the row (the last dimension is a row). NULL arr passes. */
@@ -51,6 +54,8 @@ int zq_disjoint(const zq_arg *out, const char *out_name, const zq_arg *in, const
 void zq_release(int n, zq_arg *args);
 /* The array as a Python object; gives the reference away. */
 PyObject *zq_give(zq_arg *a);
+/* A tuple of n arrays, None where arr is NULL; takes the references, on failure too. */
+PyObject *zq_give_tuple(int n, zq_arg *args);
 
 int zq_int(PyObject *o, const char *name, int64_t lo, int64_t hi, int64_t *out);
 int zq_float(PyObject *o, const char *name, double *out);

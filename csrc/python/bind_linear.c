@@ -185,7 +185,7 @@ pad_codes(PyObject *o, zq_arg *out)
     if (zq_in(o, "q", ZQ_U8, 2, 2, &q) < 0) {
         return -1;
     }
-    const int64_t m = q.dim[0], k = q.dim[1], ld = zq_round_up(zq_max(k, 1), 64);
+    const int64_t m = q.dim[0], k = q.dim[1], ld = zq_row_pitch(k);
     const int failed = zq_new_strided(ZQ_U8, m, k, ld, out);
     for (int64_t r = 0; !failed && r < m; r++) {
         uint8_t *row = (uint8_t *)out->data + r * ld;
@@ -269,8 +269,7 @@ parse_rows(const zq_linear *w, PyObject *o, int64_t quant, zq_arg a[3], zq_rows 
 static int
 new_codes(int64_t m, int64_t n, zq_arg a[3], zq_out *out)
 {
-    if (zq_new_strided(ZQ_U8, m, n, zq_round_up(zq_max(n, 1), 64), &a[0]) < 0 || zq_new(ZQ_F32, 1, &m, &a[1]) < 0 ||
-        zq_new(ZQ_I32, 1, &m, &a[2]) < 0) {
+    if (zq_new_codes(m, n, a) < 0) {
         return -1;
     }
     out->q = a[0].data;
@@ -278,16 +277,6 @@ new_codes(int64_t m, int64_t n, zq_arg a[3], zq_out *out)
     out->q_scale = a[1].data;
     out->q_zero = a[2].data;
     return 0;
-}
-
-static PyObject *
-give_codes(zq_arg a[3])
-{
-    PyObject *t = PyTuple_New(3);
-    for (int i = 0; t && i < 3; i++) {
-        PyTuple_SetItem(t, i, zq_give(&a[i]));
-    }
-    return t;
 }
 
 static PyObject *
@@ -327,7 +316,7 @@ py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     s = zq_linear_forward(w, &x, m, &out, &bad_row);
     Py_END_ALLOW_THREADS
     if (zq_check(s, x.f32 ? "x" : "y", bad_row) == 0) {
-        result = quant_out ? give_codes(&a[OUT]) : zq_give(&a[Y]);
+        result = quant_out ? zq_give_tuple(3, &a[OUT]) : zq_give(&a[Y]);
     }
 cleanup:
     zq_release(N, a);
@@ -346,7 +335,7 @@ py_bytes(PyObject *self, PyObject *handle)
 static int
 shifted_rows(const zq_arg *a, const zq_arg *zero, zq_arg *rows, zq_arg *zeros)
 {
-    const int64_t m = a->dim[0], k = a->dim[1], ld = zq_round_up(zq_max(k, 1), 64);
+    const int64_t m = a->dim[0], k = a->dim[1], ld = zq_row_pitch(k);
     if (zq_new_strided(ZQ_U8, m, k, ld, rows) < 0 || zq_new(ZQ_I32, 1, &m, zeros) < 0) {
         return -1;
     }

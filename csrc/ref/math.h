@@ -9,6 +9,7 @@
 #include "../zq.h"
 #include "../zq_common.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -119,6 +120,43 @@ zq_activate1(float x, zq_activation act)
     case ZQ_ACTS: break;
     }
     return x;
+}
+
+/* ---- row statistics: the scalar steps between the passes of LayerNorm and RMSNorm ------------------- */
+
+/* A row whose sums overflow float32 is normalised after scaling by this, which is exact and changes nothing else. */
+#define ZQ_SHRINK 0x1p-80f
+
+typedef struct {
+    float mean, var;
+} zq_moments;
+
+ZQ_INLINE int
+zq_is_finite(float x)
+{
+    return fabsf(x) <= FLT_MAX;
+}
+
+ZQ_INLINE float
+zq_mean(float sum, int64_t n)
+{
+    return sum / (float)n;
+}
+
+/* Corrected two-pass: with d = x - mean for a mean that was rounded, mean + E d and E d^2 - (E d)^2 make up for the
+ * rounding, and a constant row has exactly its value as mean. */
+ZQ_INLINE zq_moments
+zq_moments_of(float mean, float first, float second, int64_t n)
+{
+    const float shift = zq_mean(first, n);
+    return (zq_moments){mean + shift, zq_maxf(0.0f, fmaf(-shift, shift, zq_mean(second, n)))};
+}
+
+/* 1 / sqrt(var + eps); the floor keeps constant rows finite where eps is 0. */
+ZQ_INLINE float
+zq_rsqrt(float var, float eps)
+{
+    return 1.0f / sqrtf(zq_maxf(FLT_MIN, var + eps));
 }
 
 #endif

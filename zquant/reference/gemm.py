@@ -21,7 +21,7 @@ def activate(y: np.ndarray, name: str | None) -> np.ndarray:
     if name == "gelu_tanh":
         return 0.5 * y * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (y + 0.044715 * y**3)))
     if name == "silu":
-        return y / (1.0 + np.exp(-y))
+        return 0.5 * y * (1.0 + np.tanh(0.5 * y))
     raise ValueError(f"activation: unknown name {name!r}")
 
 

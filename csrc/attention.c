@@ -1,0 +1,238 @@
+/* Multi-head attention in float32 over ragged sequences: per head O = softmax(scale Q K^T) V, keys in tiles and the
+ * softmax carried along (Milakov and Gimelshein, arXiv:1805.02867; tiles as in FlashAttention, arXiv:2205.14135), so
+ * that no (T, T) matrix exists.
+ *
+ * A query row goes over tiles of KEY_TILE visible keys in order. With s the scores of a tile, m the running maximum
+ * of scale * s, l the running sum and o the running sum of p v:
+ *     m' = max(m, max scale s)   c = exp(m - m')   p = exp(scale s - m')   l = l c + sum p   o = o c + p V
+ * and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result depends on its own
+ * query and the visible keys of its sequence only: which rows share a job, a tile of registers or a thread never
+ * shows in the bits. */
+#include "bad_row.h"
+#include "ref/math.h"
+#include "zq_kernels.h"
+
+enum {
+    KEY_TILE = 256, /* keys: K and V tiles (2 x 32 KiB at 32 dimensions) stay in L2 */
+    PANEL = 32,     /* keys per panel of K^T: what one call of matmul_f32 reads, (head_dim, PANEL) and contiguous */
+    ITEM_ROWS = 264 /* query rows per job: gathering a tile is paid once per so many rows */
+};
+
+typedef struct {
+    const zq_attention_args *a;
+    const zq_kernels *K;
+    int64_t dp;         /* head_dim rounded up to whole vectors */
+    int64_t item_rows;  /* query rows of a job */
+    int64_t *first_job; /* (sequences + 1): jobs of one head before sequence s */
+    zq_trouble trouble;
+} attention;
+
+/* One job: some query rows of one head of one sequence, and its working memory. */
+typedef struct {
+    const attention *t;
+    int64_t head;
+    int64_t row, rows;       /* query rows in the whole arrays */
+    int64_t next_key, end;   /* keys not yet gathered, in the whole arrays */
+    int64_t keys;            /* in the tile */
+    float *kt;               /* panels of K^T */
+    float *v;                /* (KEY_TILE, dp) */
+    float *s;                /* (mr, KEY_TILE) scores, then p */
+    float *o;                /* (rows, dp) */
+    float *max, *sum;        /* (rows): m and l */
+} item;
+
+/* Visible keys [from, to) become columns keys.. of K^T and rows keys.. of V. They do not cross a panel. */
+static void
+gather_run(item *w, int64_t from, int64_t to)
+{
+    const zq_attention_args *a = w->t->a;
+    const int64_t d = a->head_dim, dp = w->t->dp, at = from * a->ld_kv + w->head * d;
+    float *panel = w->kt + w->keys / PANEL * PANEL * d + w->keys % PANEL;
+    w->t->K->transpose_f32(a->k + at, to - from, d, a->ld_kv, panel, PANEL);
+    for (int64_t i = 0; i < to - from; i++) {
+        float *row = w->v + (w->keys + i) * dp;
+        memcpy(row, a->v + at + i * a->ld_kv, (size_t)d * sizeof *row);
+        memset(row + d, 0, (size_t)(dp - d) * sizeof *row);
+    }
+    w->keys += to - from;
+}
+
+/* The next tile of up to KEY_TILE visible keys; 0 when there are none left. */
+static int64_t
+gather_tile(item *w)
+{
+    const uint8_t *mask = w->t->a->key_mask;
+    for (w->keys = 0; w->keys < KEY_TILE && w->next_key < w->end;) {
+        const int64_t from = w->next_key, room = PANEL - w->keys % PANEL;
+        int64_t to = from;
+        while (to < w->end && to - from < room && (!mask || mask[to])) {
+            to++;
+        }
+        if (to > from) {
+            gather_run(w, from, to);
+        }
+        w->next_key = to > from ? to : from + 1;
+    }
+    /* the columns that fill up the last vector are computed and never read: they only must hold numbers */
+    const int64_t d = w->t->a->head_dim, tail = zq_round_up(w->keys, 16) - w->keys;
+    for (int64_t i = 0; tail && i < d; i++) {
+        memset(w->kt + w->keys / PANEL * PANEL * d + i * PANEL + w->keys % PANEL, 0, (size_t)tail * sizeof *w->kt);
+    }
+    return w->keys;
+}
+
+/* s = Q K^T for query rows r .. r + mr - 1 of the item. */
+static void
+scores(const item *w, int64_t r, int64_t mr)
+{
+    const zq_attention_args *a = w->t->a;
+    zq_tile tile = {.mr = (int)mr, .k = a->head_dim, .lda = a->ld_q, .ldy = KEY_TILE};
+    tile.a = a->q + (w->row + r) * a->ld_q + w->head * a->head_dim;
+    for (int64_t key = 0; key < w->keys; key += PANEL) {
+        tile.nr = (int)zq_round_up(zq_min(PANEL, w->keys - key), 16);
+        tile.b = w->kt + key * a->head_dim;
+        tile.y = w->s + key;
+        w->t->K->matmul_f32(&tile, PANEL, 0);
+    }
+}
+
+/* Scores to p, and the row's m, l and o brought to the new maximum. */
+static void
+softmax_row(const item *w, int64_t r, float *s, int first)
+{
+    const zq_kernels *K = w->t->K;
+    const float scale = w->t->a->scale, old = w->max[r];
+    const float max = zq_maxf(old, K->max_f32(s, w->keys) * scale);
+    const float sum = K->exp_sum_f32(s, w->keys, scale, max, s);
+    if (!first && max != old) {
+        const float c = zq_exp(old - max);
+        w->sum[r] *= c;
+        K->scale_f32(w->o + r * w->t->dp, w->t->dp, c, w->o + r * w->t->dp);
+    }
+    w->max[r] = max;
+    w->sum[r] = first ? sum : w->sum[r] + sum;
+}
+
+/* One key tile for query rows r .. r + mr - 1. */
+static void
+tile_rows(const item *w, int64_t r, int64_t mr, int first)
+{
+    const int64_t dp = w->t->dp;
+    scores(w, r, mr);
+    for (int64_t i = 0; i < mr; i++) {
+        softmax_row(w, r + i, w->s + i * KEY_TILE, first);
+    }
+    const zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .k = w->keys, .a = w->s, .lda = KEY_TILE, .b = w->v,
+                          .y = w->o + r * dp, .ldy = dp};
+    w->t->K->matmul_f32(&tile, dp, !first);
+}
+
+static void
+write_rows(item *w, int any_keys, zq_trouble *trouble)
+{
+    const zq_attention_args *a = w->t->a;
+    const int64_t d = a->head_dim, dp = w->t->dp;
+    for (int64_t r = 0; r < w->rows; r++) {
+        float *out = a->out + (w->row + r) * a->ld_out + w->head * d;
+        if (!any_keys) {
+            memset(out, 0, (size_t)d * sizeof *out);
+            continue;
+        }
+        w->t->K->scale_f32(w->o + r * dp, d, 1.0f / w->sum[r], out);
+        if (!(w->t->K->absmax_f32(w->o + r * dp, d) <= FLT_MAX && w->sum[r] <= FLT_MAX)) {
+            zq_note_bad_row(trouble, w->row + r);
+        }
+    }
+}
+
+/* Memory of one item, out of this thread's scratch; 0 on failure. */
+static int
+carve(item *w)
+{
+    const int64_t dp = w->t->dp, d = w->t->a->head_dim, mr = w->t->K->mr_matmul, rows = w->t->item_rows;
+    const int64_t floats = KEY_TILE * (zq_round_up(d, 16) + dp + mr) + rows * (dp + 2);
+    float *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)floats * sizeof *p);
+    if (!p) {
+        return 0;
+    }
+    w->kt = p;
+    w->v = w->kt + KEY_TILE * zq_round_up(d, 16);
+    w->s = w->v + KEY_TILE * dp;
+    w->o = w->s + KEY_TILE * mr;
+    w->max = w->o + rows * dp;
+    w->sum = w->max + rows;
+    return 1;
+}
+
+/* The sequence whose jobs include `job`. */
+static int64_t
+find_sequence(const attention *t, int64_t job)
+{
+    int64_t lo = 0, hi = t->a->sequences;
+    while (hi - lo > 1) {
+        const int64_t mid = lo + (hi - lo) / 2;
+        *(t->first_job[mid] <= job ? &lo : &hi) = mid;
+    }
+    return lo;
+}
+
+static void
+attention_job(void *ctx, int64_t job)
+{
+    attention *t = ctx;
+    const zq_attention_args *a = t->a;
+    const int64_t per_head = job / a->heads, s = find_sequence(t, per_head);
+    const int64_t begin = a->offsets[s], end = a->offsets[s + 1], first = begin + (per_head - t->first_job[s]) * t->item_rows;
+    item w = {.t = t, .head = job % a->heads, .row = first, .rows = zq_min(t->item_rows, end - first), .next_key = begin,
+              .end = end};
+    if (!carve(&w)) {
+        atomic_store(&t->trouble.no_memory, 1);
+        return;
+    }
+    for (int64_t r = 0; r < w.rows; r++) {
+        w.max[r] = -INFINITY;
+    }
+    /* row tiles differ by at most one row: a short one at the end would waste the kernel */
+    const int64_t tiles = zq_ceil_div(w.rows, t->K->mr_matmul);
+    int any_keys = 0;
+    while (gather_tile(&w) > 0) {
+        for (int64_t i = 0; i < tiles; i++) {
+            const int64_t r = i * w.rows / tiles;
+            tile_rows(&w, r, (i + 1) * w.rows / tiles - r, !any_keys);
+        }
+        any_keys = 1;
+    }
+    write_rows(&w, any_keys, &t->trouble);
+}
+
+/* Jobs per head with item_rows query rows each; fills first_job. */
+static int64_t
+count_jobs(attention *t)
+{
+    int64_t jobs = 0;
+    for (int64_t s = 0; s < t->a->sequences; s++) {
+        t->first_job[s] = jobs;
+        jobs += zq_ceil_div(t->a->offsets[s + 1] - t->a->offsets[s], t->item_rows);
+    }
+    t->first_job[t->a->sequences] = jobs;
+    return jobs;
+}
+
+zq_status
+zq_attention(const zq_attention_args *a, int64_t *bad_row)
+{
+    attention t = {.a = a, .K = zq_active(), .dp = zq_round_up(a->head_dim, 16), .item_rows = ITEM_ROWS};
+    zq_trouble_init(&t.trouble);
+    t.first_job = zq_alloc((size_t)(a->sequences + 1) * sizeof *t.first_job);
+    if (!t.first_job) {
+        return ZQ_ENOMEM;
+    }
+    int64_t jobs = count_jobs(&t);
+    while (jobs * a->heads < 2 * zq_threads() && t.item_rows > ITEM_ROWS / 8) {
+        t.item_rows /= 2;
+        jobs = count_jobs(&t);
+    }
+    zq_parallel_for(jobs * a->heads, attention_job, &t);
+    zq_free(t.first_job);
+    return zq_trouble_status(&t.trouble, bad_row);
+}

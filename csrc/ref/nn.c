@@ -1,0 +1,176 @@
+/* Transformer operators on rows, scalar. Sums over a row run in 64 partial sums (element i goes to sum i % 64: four
+ * vectors of sixteen), which are then added in one fixed tree, so that the vector levels give the same bits. */
+#include "math.h"
+
+#include "../zq_kernels.h"
+
+#include <float.h>
+
+enum { STRIPES = 64 };
+
+static float
+add(float a, float b)
+{
+    return a + b;
+}
+
+/* Four vectors pairwise, then lane l with l + 8, l + 4, l + 2, l + 1. Destroys s. */
+static float
+reduce(float *s, float (*op)(float, float))
+{
+    for (int l = 0; l < 16; l++) {
+        s[l] = op(op(s[l], s[l + 16]), op(s[l + 32], s[l + 48]));
+    }
+    for (int half = 8; half >= 1; half /= 2) {
+        for (int l = 0; l < half; l++) {
+            s[l] = op(s[l], s[l + half]);
+        }
+    }
+    return s[0];
+}
+
+static float
+row_sum(const float *x, int64_t n)
+{
+    float s[STRIPES] = {0};
+    for (int64_t i = 0; i < n; i++) {
+        s[i % STRIPES] += x[i];
+    }
+    return reduce(s, add);
+}
+
+/* sum (x - mean), sum (x - mean)^2 */
+static void
+row_moments(const float *x, int64_t n, float mean, float *first, float *second)
+{
+    float s1[STRIPES] = {0}, s2[STRIPES] = {0};
+    for (int64_t i = 0; i < n; i++) {
+        const float d = x[i] - mean;
+        s1[i % STRIPES] += d;
+        s2[i % STRIPES] = fmaf(d, d, s2[i % STRIPES]);
+    }
+    *first = reduce(s1, add);
+    *second = reduce(s2, add);
+}
+
+static void
+load_row(const float *x, const float *residual, int64_t n, float *y)
+{
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = residual ? x[i] + residual[i] : x[i];
+    }
+}
+
+int
+zq_layernorm_f32__ref(const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps,
+                      float *y)
+{
+    load_row(x, residual, n, y);
+    zq_moments s;
+    for (int attempt = 0; attempt < 2; attempt++) {
+        const float mean = zq_mean(row_sum(y, n), n);
+        float first, second;
+        row_moments(y, n, mean, &first, &second);
+        s = zq_moments_of(mean, first, second, n);
+        if (attempt == 0 && !zq_is_finite(s.var)) {
+            zq_scale_f32__ref(y, n, ZQ_SHRINK, y);
+            eps *= ZQ_SHRINK * ZQ_SHRINK;
+            continue;
+        }
+        break;
+    }
+    const float inv = zq_rsqrt(s.var, eps);
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = fmaf((y[i] - s.mean) * inv, gamma[i], beta[i]);
+    }
+    return zq_is_finite(s.var);
+}
+
+int
+zq_rmsnorm_f32__ref(const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y)
+{
+    load_row(x, residual, n, y);
+    float unused, second;
+    row_moments(y, n, 0.0f, &unused, &second);
+    if (!zq_is_finite(second)) {
+        zq_scale_f32__ref(y, n, ZQ_SHRINK, y);
+        eps *= ZQ_SHRINK * ZQ_SHRINK;
+        row_moments(y, n, 0.0f, &unused, &second);
+    }
+    const float inv = zq_rsqrt(zq_mean(second, n), eps);
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = y[i] * inv * gamma[i];
+    }
+    return zq_is_finite(second);
+}
+
+void
+zq_activation_f32__ref(const float *x, int64_t n, zq_activation act, float *y)
+{
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = zq_activate1(x[i], act);
+    }
+}
+
+void
+zq_gated_f32__ref(const float *gate, const float *up, int64_t n, zq_activation act, float *y)
+{
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = zq_activate1(gate[i], act) * up[i];
+    }
+}
+
+float
+zq_max_f32__ref(const float *x, int64_t n)
+{
+    float s[STRIPES];
+    for (int l = 0; l < STRIPES; l++) {
+        s[l] = -INFINITY;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        s[i % STRIPES] = zq_maxf(s[i % STRIPES], x[i]);
+    }
+    return reduce(s, zq_maxf);
+}
+
+float
+zq_exp_sum_f32__ref(const float *x, int64_t n, float scale, float shift, float *y)
+{
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = zq_exp(fmaf(x[i], scale, -shift));
+    }
+    return row_sum(y, n);
+}
+
+void
+zq_scale_f32__ref(const float *x, int64_t n, float s, float *y)
+{
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = x[i] * s;
+    }
+}
+
+void
+zq_transpose_f32__ref(const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < cols; c++) {
+            y[c * ldy + r] = x[r * ldx + c];
+        }
+    }
+}
+
+void
+zq_matmul_f32__ref(const zq_tile *t, int64_t ldb, int accumulate)
+{
+    const float *a = t->a, *b = t->b;
+    for (int64_t i = 0; i < t->mr; i++) {
+        for (int64_t j = 0; j < t->nr; j++) {
+            float c = accumulate ? t->y[i * t->ldy + j] : 0.0f;
+            for (int64_t k = 0; k < t->k; k++) {
+                c = fmaf(a[i * t->lda + k], b[k * ldb + j], c);
+            }
+            t->y[i * t->ldy + j] = c;
+        }
+    }
+}

@@ -1,0 +1,354 @@
+/* Transformer operators on rows, on v16: what ref/nn.c does, sixteen lanes at a time. Included by nn_avx2.c and
+ * nn_avx512.c after v16_*.h and v16_math.h, with MATMUL_MR and MATMUL_NV set to the register tile of the level. */
+
+/* Lane numbers, to cut a vector at a row's end. */
+static const float lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* Lanes n.. of x replaced by those of other. */
+ZQ_INLINE v16
+keep(v16 x, int64_t n, v16 other)
+{
+    return v16_select_lt(v16_load(lane_numbers), v16_set1((float)n), x, other);
+}
+
+ZQ_INLINE float
+sum4(const v16 *s)
+{
+    return v16_hsum(v16_add(v16_add(s[0], s[1]), v16_add(s[2], s[3])));
+}
+
+/* In every row function: whole blocks of 64 elements, vector j of a block into partial sum j; then up to four
+ * vectors of the last block, the last one cut. */
+#define FOUR _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++)
+
+/* y = x (+ residual), and its sum. */
+ZQ_INLINE float
+load_sum(const float *x, const float *residual, int64_t n, float *y)
+{
+    v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        FOUR {
+            v16 h = v16_load(x + i + 16 * j);
+            h = residual ? v16_add(h, v16_load(residual + i + 16 * j)) : h;
+            v16_store(y + i + 16 * j, h);
+            s[j] = v16_add(s[j], h);
+        }
+    }
+    FOUR {
+        const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
+        if (m > 0) {
+            v16 h = v16_loadn(x + at, m);
+            h = residual ? v16_add(h, v16_loadn(residual + at, m)) : h;
+            v16_storen(y + at, h, m);
+            s[j] = v16_add(s[j], h);
+        }
+    }
+    return sum4(s);
+}
+
+/* sum (x - mean), sum (x - mean)^2 */
+ZQ_INLINE void
+row_moments(const float *x, int64_t n, float mean, float *first, float *second)
+{
+    v16 s1[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()}, s2[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
+    const v16 mu = v16_set1(mean);
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        FOUR {
+            const v16 d = v16_sub(v16_load(x + i + 16 * j), mu);
+            s1[j] = v16_add(s1[j], d);
+            s2[j] = v16_fma(d, d, s2[j]);
+        }
+    }
+    FOUR {
+        const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
+        if (m > 0) {
+            const v16 d = keep(v16_sub(v16_loadn(x + at, m), mu), m, v16_zero());
+            s1[j] = v16_add(s1[j], d);
+            s2[j] = v16_fma(d, d, s2[j]);
+        }
+    }
+    *first = sum4(s1);
+    *second = sum4(s2);
+}
+
+/* y = x * s: the definition of a loop over a row without sums. */
+static void
+scale_f32(const float *x, int64_t n, float s, float *y)
+{
+    const v16 f = v16_set1(s);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        v16_store(y + i, v16_mul(v16_load(x + i), f));
+    }
+    if (i < n) {
+        v16_storen(y + i, v16_mul(v16_loadn(x + i, n - i), f), n - i);
+    }
+}
+
+static int
+layernorm_f32(const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y)
+{
+    float mean = zq_mean(residual ? load_sum(x, residual, n, y) : load_sum(x, NULL, n, y), n), first, second;
+    row_moments(y, n, mean, &first, &second);
+    zq_moments s = zq_moments_of(mean, first, second, n);
+    if (!zq_is_finite(s.var)) {
+        scale_f32(y, n, ZQ_SHRINK, y);
+        eps *= ZQ_SHRINK * ZQ_SHRINK;
+        mean = zq_mean(load_sum(y, NULL, n, y), n);
+        row_moments(y, n, mean, &first, &second);
+        s = zq_moments_of(mean, first, second, n);
+    }
+    const v16 mu = v16_set1(s.mean), inv = v16_set1(zq_rsqrt(s.var, eps));
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const v16 h = v16_mul(v16_sub(v16_load(y + i), mu), inv);
+        v16_store(y + i, v16_fma(h, v16_load(gamma + i), v16_load(beta + i)));
+    }
+    if (i < n) {
+        const int64_t m = n - i;
+        const v16 h = v16_mul(v16_sub(v16_loadn(y + i, m), mu), inv);
+        v16_storen(y + i, v16_fma(h, v16_loadn(gamma + i, m), v16_loadn(beta + i, m)), m);
+    }
+    return zq_is_finite(s.var);
+}
+
+static int
+rmsnorm_f32(const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y)
+{
+    float unused, second;
+    (void)load_sum(x, residual, n, y);
+    row_moments(y, n, 0.0f, &unused, &second);
+    if (!zq_is_finite(second)) {
+        scale_f32(y, n, ZQ_SHRINK, y);
+        eps *= ZQ_SHRINK * ZQ_SHRINK;
+        row_moments(y, n, 0.0f, &unused, &second);
+    }
+    const v16 inv = v16_set1(zq_rsqrt(zq_mean(second, n), eps));
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        v16_store(y + i, v16_mul(v16_mul(v16_load(y + i), inv), v16_load(gamma + i)));
+    }
+    if (i < n) {
+        const int64_t m = n - i;
+        v16_storen(y + i, v16_mul(v16_mul(v16_loadn(y + i, m), inv), v16_loadn(gamma + i, m)), m);
+    }
+    return zq_is_finite(second);
+}
+
+/* act(x), or act(x) * up. `act` is a constant in every call, so each gets a loop of its own. */
+ZQ_INLINE void
+activation_loop(const float *x, const float *up, int64_t n, zq_activation act, float *y)
+{
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const v16 a = v16_activate(v16_load(x + i), act);
+        v16_store(y + i, up ? v16_mul(a, v16_load(up + i)) : a);
+    }
+    if (i < n) {
+        const int64_t m = n - i;
+        const v16 a = v16_activate(v16_loadn(x + i, m), act);
+        v16_storen(y + i, up ? v16_mul(a, v16_loadn(up + i, m)) : a, m);
+    }
+}
+
+static void
+activation_f32(const float *x, int64_t n, zq_activation act, float *y)
+{
+    switch (act) {
+    case ZQ_ACT_RELU: activation_loop(x, NULL, n, ZQ_ACT_RELU, y); break;
+    case ZQ_ACT_GELU: activation_loop(x, NULL, n, ZQ_ACT_GELU, y); break;
+    case ZQ_ACT_GELU_TANH: activation_loop(x, NULL, n, ZQ_ACT_GELU_TANH, y); break;
+    case ZQ_ACT_SILU: activation_loop(x, NULL, n, ZQ_ACT_SILU, y); break;
+    case ZQ_ACT_NONE:
+    case ZQ_ACTS: activation_loop(x, NULL, n, ZQ_ACT_NONE, y); break;
+    }
+}
+
+static void
+gated_f32(const float *gate, const float *up, int64_t n, zq_activation act, float *y)
+{
+    switch (act) {
+    case ZQ_ACT_RELU: activation_loop(gate, up, n, ZQ_ACT_RELU, y); break;
+    case ZQ_ACT_GELU: activation_loop(gate, up, n, ZQ_ACT_GELU, y); break;
+    case ZQ_ACT_GELU_TANH: activation_loop(gate, up, n, ZQ_ACT_GELU_TANH, y); break;
+    case ZQ_ACT_SILU: activation_loop(gate, up, n, ZQ_ACT_SILU, y); break;
+    case ZQ_ACT_NONE:
+    case ZQ_ACTS: activation_loop(gate, up, n, ZQ_ACT_NONE, y); break;
+    }
+}
+
+static float
+max_f32(const float *x, int64_t n)
+{
+    const v16 low = v16_set1(-INFINITY);
+    v16 s[4] = {low, low, low, low};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        FOUR {
+            s[j] = v16_max(s[j], v16_load(x + i + 16 * j));
+        }
+    }
+    FOUR {
+        const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
+        if (m > 0) {
+            /* -Inf in the cut lanes; s on the left, as in the scalar code, decides between equal zeros */
+            s[j] = keep(v16_max(s[j], v16_loadn(x + at, m)), m, s[j]);
+        }
+    }
+    return v16_hmax(v16_max(v16_max(s[0], s[1]), v16_max(s[2], s[3])));
+}
+
+static float
+exp_sum_f32(const float *x, int64_t n, float scale, float shift, float *y)
+{
+    const v16 f = v16_set1(scale), minus = v16_set1(-shift);
+    v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        FOUR {
+            const v16 e = v16_exp(v16_fma(v16_load(x + i + 16 * j), f, minus));
+            v16_store(y + i + 16 * j, e);
+            s[j] = v16_add(s[j], e);
+        }
+    }
+    FOUR {
+        const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
+        if (m > 0) {
+            const v16 e = keep(v16_exp(v16_fma(v16_loadn(x + at, m), f, minus)), m, v16_zero());
+            v16_storen(y + at, e, m);
+            s[j] = v16_add(s[j], e);
+        }
+    }
+    return sum4(s);
+}
+
+/* 8 x 8 floats: pairs, then quads, then the 128-bit halves. */
+ZQ_INLINE void
+transpose_8x8(const float *x, int64_t ldx, float *y, int64_t ldy)
+{
+    __m256 r[8], p[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        r[i] = _mm256_loadu_ps(x + i * ldx);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 2) {
+        p[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(p[i], p[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0xee);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(y + i * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(y + (i + 4) * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
+
+static void
+transpose_f32(const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)
+{
+    const int64_t rows8 = rows & ~(int64_t)7, cols8 = cols & ~(int64_t)7;
+    for (int64_t r = 0; r < rows8; r += 8) {
+        for (int64_t c = 0; c < cols8; c += 8) {
+            transpose_8x8(x + r * ldx + c, ldx, y + c * ldy + r, ldy);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = r < rows8 ? cols8 : 0; c < cols; c++) {
+            y[c * ldy + r] = x[r * ldx + c];
+        }
+    }
+}
+
+/* mr x 16 nv accumulators stay in registers; mr and nv are constants in every call. */
+ZQ_INLINE void
+matmul_tile(const zq_tile *t, int64_t col, int64_t ldb, int accumulate, const int mr, const int nv)
+{
+    const float *a = t->a, *b = (const float *)t->b + col;
+    const int64_t lda = t->lda, ldc = t->ldy, depth = t->k;
+    float *c = t->y + col;
+    v16 acc[MATMUL_MR][MATMUL_NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) {
+            acc[i][j] = accumulate ? v16_load(c + i * ldc + 16 * j) : v16_zero();
+        }
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        v16 bk[MATMUL_NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) {
+            bk[j] = v16_load(b + k * ldb + 16 * j);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < mr; i++) {
+            const v16 aik = v16_set1(a[i * lda + k]);
+#pragma GCC unroll 4
+            for (int j = 0; j < nv; j++) {
+                acc[i][j] = v16_fma(aik, bk[j], acc[i][j]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) {
+            v16_store(c + i * ldc + 16 * j, acc[i][j]);
+        }
+    }
+}
+
+/* The constant heights. Cases above the level's tile are never reached and compile to nothing. */
+ZQ_INLINE void
+matmul_columns(const zq_tile *t, int64_t col, int64_t ldb, int accumulate, const int nv)
+{
+    switch (t->mr) {
+#define HEIGHT(h) \
+    case h: \
+        if (h <= MATMUL_MR) { \
+            matmul_tile(t, col, ldb, accumulate, h <= MATMUL_MR ? h : 1, nv); \
+        } \
+        break;
+        HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
+        HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)
+#undef HEIGHT
+    default: break;
+    }
+}
+
+static void
+matmul_f32(const zq_tile *t, int64_t ldb, int accumulate)
+{
+    assert(t->nr % 16 == 0 && t->mr <= MATMUL_MR);
+    int64_t col = 0;
+    for (; col + 16 * MATMUL_NV <= t->nr; col += 16 * MATMUL_NV) {
+        matmul_columns(t, col, ldb, accumulate, MATMUL_NV);
+    }
+    for (; col < t->nr; col += 16) {
+        matmul_columns(t, col, ldb, accumulate, 1);
+    }
+}
+
+static void
+fill(zq_kernels *t)
+{
+    t->layernorm_f32 = layernorm_f32;
+    t->rmsnorm_f32 = rmsnorm_f32;
+    t->activation_f32 = activation_f32;
+    t->gated_f32 = gated_f32;
+    t->max_f32 = max_f32;
+    t->exp_sum_f32 = exp_sum_f32;
+    t->scale_f32 = scale_f32;
+    t->transpose_f32 = transpose_f32;
+    t->matmul_f32 = matmul_f32;
+    t->mr_matmul = MATMUL_MR;
+}

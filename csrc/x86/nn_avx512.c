@@ -1,0 +1,22 @@
+/* Transformer operators on rows at level avx512vnni. */
+#include "../zq_kernels.h"
+
+#if defined(__x86_64__)
+#include <math.h>
+
+/* 12 x 32 floats: 24 accumulators, 2 vectors of b, 1 of a; 24 independent chains cover 2 fma x 4 cycles. */
+enum { MATMUL_MR = 12, MATMUL_NV = 2 };
+
+ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
+#include "v16_avx512.h"
+#include "v16_math.h"
+
+#include "nn.inc.h"
+ZQ_TARGET_END
+
+void
+zq_fill_nn__avx512vnni(zq_kernels *t)
+{
+    fill(t);
+}
+#endif

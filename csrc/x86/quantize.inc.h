@@ -1,0 +1,273 @@
+/* Rows of float32 to codes and back, and bit streams, on v16; included once per level, which defines LEVEL(name).
+ * Loops take 64 or 32 elements a step (to hide the latency of min, max and the conversion), then 16, then the
+ * masked rest. Element-wise work and exact minima do not depend on the order, so any step size gives
+ * the bits of ref/quantize.c. */
+
+static float
+LEVEL(absmax_f32)(const float *x, int64_t n)
+{
+    const v16i no_sign = v16i_set1(0x7fffffff);
+    v16i a = v16i_zero(), b = a, c = a, d = a;
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        a = v16i_max(a, v16i_and(v16_bits(v16_load(x + i)), no_sign));
+        b = v16i_max(b, v16i_and(v16_bits(v16_load(x + i + 16)), no_sign));
+        c = v16i_max(c, v16i_and(v16_bits(v16_load(x + i + 32)), no_sign));
+        d = v16i_max(d, v16i_and(v16_bits(v16_load(x + i + 48)), no_sign));
+    }
+    for (; i < n; i += 16) {
+        const v16 v = n - i >= 16 ? v16_load(x + i) : v16_loadn(x + i, n - i);
+        a = v16i_max(a, v16i_and(v16_bits(v), no_sign));
+    }
+    const int32_t top = v16i_hmax(v16i_max(v16i_max(a, b), v16i_max(c, d)));
+    float amax;
+    memcpy(&amax, &top, sizeof amax);
+    return amax;
+}
+
+/* One register of the running minimum, maximum and largest bit pattern without sign (whose exponent tells NaN and
+ * Inf). The accumulator is the second operand: it stays when x is NaN or a zero of the other sign. */
+#define MINMAX_STEP(v, lo, hi, top)                              \
+    do {                                                         \
+        const v16 x_ = (v);                                      \
+        lo = v16_min(x_, lo);                                    \
+        hi = v16_max(x_, hi);                                    \
+        top = v16i_max(top, v16i_and(v16_bits(x_), no_sign));    \
+    } while (0)
+
+static int
+LEVEL(minmax_f32)(const float *x, int64_t n, float *lo, float *hi)
+{
+    /* Two of each, not four: that is what sixteen AVX2 registers hold. */
+    const v16i no_sign = v16i_set1(0x7fffffff);
+    v16 l0 = v16_zero(), l1 = l0, h0 = l0, h1 = l0;
+    v16i t0 = v16i_zero(), t1 = t0;
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        MINMAX_STEP(v16_load(x + i), l0, h0, t0);
+        MINMAX_STEP(v16_load(x + i + 16), l1, h1, t1);
+    }
+    for (; i < n; i += 16) {
+        MINMAX_STEP(n - i >= 16 ? v16_load(x + i) : v16_loadn(x + i, n - i), l0, h0, t0);
+    }
+    *lo = v16_hmin(v16_min(l0, l1));
+    *hi = v16_hmax(v16_max(h0, h1));
+    return v16i_hmax(v16i_max(t0, t1)) < 0x7f800000;
+}
+
+/* Sixteen codes from values already divided by the scale. */
+ZQ_INLINE v16i
+to_codes(v16 scaled, v16 lo, v16 hi, v16i zero)
+{
+    return v16i_add(v16_to_i(v16_min(v16_max(scaled, lo), hi)), zero);
+}
+
+/* q = to_codes(scaled(i)) for all i; SCALED(load) is an expression of `load`, the registers of x. */
+#define QUANTIZE_ROW(SCALED)                                                                  \
+    const v16 lo = v16_set1((float)(qmin - zero)), hi = v16_set1((float)(qmax - zero));       \
+    const v16i zeros = v16i_set1(zero);                                                       \
+    int64_t i = 0;                                                                            \
+    for (; i + 64 <= n; i += 64) {                                                            \
+        v16i_store_b8(q + i, to_codes(SCALED(v16_load(x + i)), lo, hi, zeros));           \
+        v16i_store_b8(q + i + 16, to_codes(SCALED(v16_load(x + i + 16)), lo, hi, zeros)); \
+        v16i_store_b8(q + i + 32, to_codes(SCALED(v16_load(x + i + 32)), lo, hi, zeros)); \
+        v16i_store_b8(q + i + 48, to_codes(SCALED(v16_load(x + i + 48)), lo, hi, zeros)); \
+    }                                                                                         \
+    for (; i + 16 <= n; i += 16) {                                                            \
+        v16i_store_b8(q + i, to_codes(SCALED(v16_load(x + i)), lo, hi, zeros));           \
+    }                                                                                         \
+    if (i < n) {                                                                              \
+        v16i_storen_b8(q + i, to_codes(SCALED(v16_loadn(x + i, n - i)), lo, hi, zeros), n - i); \
+    }
+
+static void
+LEVEL(quantize_mul_f32_b8)(const float *x, int64_t n, float inv, int32_t zero, int32_t qmin, int32_t qmax, uint8_t *q)
+{
+    const v16 factor = v16_set1(inv);
+#define SCALED(v) v16_mul(v, factor)
+    QUANTIZE_ROW(SCALED)
+#undef SCALED
+}
+
+static void
+LEVEL(quantize_div_f32_b8)(const float *x, int64_t n, float scale, int32_t zero, int32_t qmin, int32_t qmax, uint8_t *q)
+{
+    const v16 divisor = v16_set1(scale);
+#define SCALED(v) v16_div(v, divisor)
+    QUANTIZE_ROW(SCALED)
+#undef SCALED
+}
+
+static void
+LEVEL(quantize_vec_f32_b8)(const float *x, int64_t n, const float *scale, const int32_t *zero, int32_t qmin, int32_t qmax,
+                           uint8_t *q)
+{
+    const v16i least = v16i_set1(qmin), most = v16i_set1(qmax);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const v16i z = v16i_load(zero + i);
+        const v16 lo = v16_from_i(v16i_sub(least, z)), hi = v16_from_i(v16i_sub(most, z));
+        v16i_store_b8(q + i, to_codes(v16_div(v16_load(x + i), v16_load(scale + i)), lo, hi, z));
+    }
+    if (i < n) {
+        const v16i z = v16i_loadn(zero + i, n - i);
+        const v16 lo = v16_from_i(v16i_sub(least, z)), hi = v16_from_i(v16i_sub(most, z));
+        const v16 scaled = v16_div(v16_loadn(x + i, n - i), v16_loadn(scale + i, n - i));
+        v16i_storen_b8(q + i, to_codes(scaled, lo, hi, z), n - i);
+    }
+}
+
+ZQ_INLINE v16i
+widen(const uint8_t *q, int64_t n, int is_signed)
+{
+    if (n >= 16) {
+        return is_signed ? v16i_load_s8(q) : v16i_load_u8(q);
+    }
+    return is_signed ? v16i_loadn_s8(q, n) : v16i_loadn_u8(q, n);
+}
+
+static void
+LEVEL(dequantize_b8_f32)(const uint8_t *q, int64_t n, int is_signed, float scale, int32_t zero, float *out)
+{
+    const v16 s = v16_set1(scale);
+    const v16i z = v16i_set1(zero);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        v16_store(out + i, v16_mul(v16_from_i(v16i_sub(widen(q + i, 16, is_signed), z)), s));
+    }
+    if (i < n) {
+        v16_storen(out + i, v16_mul(v16_from_i(v16i_sub(widen(q + i, n - i, is_signed), z)), s), n - i);
+    }
+}
+
+static void
+LEVEL(dequantize_vec_b8_f32)(const uint8_t *q, int64_t n, int is_signed, const float *scale, const int32_t *zero, float *out)
+{
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const v16i centred = v16i_sub(widen(q + i, 16, is_signed), v16i_load(zero + i));
+        v16_store(out + i, v16_mul(v16_from_i(centred), v16_load(scale + i)));
+    }
+    if (i < n) {
+        const v16i centred = v16i_sub(widen(q + i, n - i, is_signed), v16i_loadn(zero + i, n - i));
+        v16_storen(out + i, v16_mul(v16_from_i(centred), v16_loadn(scale + i, n - i)), n - i);
+    }
+}
+
+/* ---- bit streams: eight codes are a 64-bit word whose bytes are squeezed together in three halving steps, which
+ * the compiler does for all words of a block at once. Eight codes of b bits are exactly b bytes. ---- */
+
+enum { PACK_WORDS = 8 };
+
+typedef struct {
+    uint64_t keep1, keep2, keep4; /* the low b of every 8 bits, 2b of 16, 4b of 32 */
+    uint64_t keep8;               /* the low 8b of 64 */
+    uint64_t sign;                /* bit b - 1 of every byte */
+    int gap1, gap2, gap4;         /* what a halving step closes */
+} squeeze;
+
+ZQ_INLINE squeeze
+squeeze_of(int bits)
+{
+    const uint64_t ones = 0x0101010101010101u;
+    squeeze s;
+    s.keep1 = ones * ((1u << bits) - 1u);
+    s.keep2 = 0x0001000100010001u * ((1u << 2 * bits) - 1u);
+    s.keep4 = 0x0000000100000001u * ((UINT64_C(1) << 4 * bits) - 1u);
+    s.keep8 = bits == 8 ? ~UINT64_C(0) : (UINT64_C(1) << 8 * bits) - 1u;
+    s.sign = ones << (bits - 1);
+    s.gap1 = 8 - bits;
+    s.gap2 = 2 * s.gap1;
+    s.gap4 = 4 * s.gap1;
+    return s;
+}
+
+ZQ_INLINE uint64_t
+squeeze_word(const squeeze *s, uint64_t w)
+{
+    w &= s->keep1;
+    w = (w | w >> s->gap1) & s->keep2;
+    w = (w | w >> s->gap2) & s->keep4;
+    return (w | w >> s->gap4) & s->keep8;
+}
+
+ZQ_INLINE uint64_t
+spread_word(const squeeze *s, uint64_t w, int bits, int is_signed)
+{
+    w &= s->keep8;
+    w = (w | w << s->gap4) & s->keep4;
+    w = (w | w << s->gap2) & s->keep2;
+    w = (w | w << s->gap1) & s->keep1;
+    /* Sign extension of byte 2^(b-1): ored with 2^8 - 2^b = (sign << (9 - b)) - (sign << 1); what each byte gets is
+     * less than 2^8, so nothing is carried over in the end. */
+    const uint64_t sign = is_signed ? w & s->sign : 0;
+    return w | ((sign << (9 - bits)) - (sign << 1));
+}
+
+/* Words are stored eight bytes wide where there is room: the next one overwrites the zeros above. */
+ZQ_INLINE void
+put_words(const uint64_t *w, int words, int bits, uint8_t *out, int64_t room)
+{
+    for (int j = 0; j < words; j++, out += bits, room -= bits) {
+        memcpy(out, &w[j], room >= 8 ? 8 : (size_t)zq_min(room, bits));
+    }
+}
+
+ZQ_INLINE void
+get_words(const uint8_t *in, int64_t have, int bits, uint64_t *w, int words)
+{
+    for (int j = 0; j < words; j++, in += bits, have -= bits) {
+        w[j] = 0;
+        memcpy(&w[j], in, have >= 8 ? 8 : (size_t)zq_max(have, 0));
+    }
+}
+
+static void
+LEVEL(pack_bits)(const uint8_t *codes, int64_t n, int bits, uint8_t *packed)
+{
+    const squeeze s = squeeze_of(bits);
+    int64_t room = zq_ceil_div(n * bits, 8);
+    while (n > 0) {
+        const int64_t take = zq_min(n, 8 * PACK_WORDS);
+        uint64_t w[PACK_WORDS] = {0};
+        memcpy(w, codes, (size_t)take);
+        for (int j = 0; j < PACK_WORDS; j++) {
+            w[j] = squeeze_word(&s, w[j]);
+        }
+        put_words(w, (int)zq_ceil_div(take, 8), bits, packed, room);
+        codes += take, n -= take;
+        packed += PACK_WORDS * bits, room -= PACK_WORDS * bits;
+    }
+}
+
+static void
+LEVEL(unpack_bits)(const uint8_t *packed, int64_t n, int bits, int is_signed, uint8_t *codes)
+{
+    const squeeze s = squeeze_of(bits);
+    int64_t have = zq_ceil_div(n * bits, 8);
+    while (n > 0) {
+        const int64_t take = zq_min(n, 8 * PACK_WORDS);
+        uint64_t w[PACK_WORDS] = {0};
+        get_words(packed, have, bits, w, (int)zq_ceil_div(take, 8));
+        for (int j = 0; j < PACK_WORDS; j++) {
+            w[j] = spread_word(&s, w[j], bits, is_signed);
+        }
+        memcpy(codes, w, (size_t)take);
+        codes += take, n -= take;
+        packed += PACK_WORDS * bits, have -= PACK_WORDS * bits;
+    }
+}
+
+static void
+LEVEL(fill)(zq_kernels *t)
+{
+    t->absmax_f32 = LEVEL(absmax_f32);
+    t->minmax_f32 = LEVEL(minmax_f32);
+    t->quantize_mul_f32_b8 = LEVEL(quantize_mul_f32_b8);
+    t->quantize_div_f32_b8 = LEVEL(quantize_div_f32_b8);
+    t->quantize_vec_f32_b8 = LEVEL(quantize_vec_f32_b8);
+    t->dequantize_b8_f32 = LEVEL(dequantize_b8_f32);
+    t->dequantize_vec_b8_f32 = LEVEL(dequantize_vec_b8_f32);
+    t->pack_bits = LEVEL(pack_bits);
+    t->unpack_bits = LEVEL(unpack_bits);
+}

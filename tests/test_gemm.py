@@ -1,0 +1,328 @@
+"""Linear layers and integer products: every kernel at every level against the layer below, bit for bit."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import zquant as zq
+from zquant import _core, ops
+from zquant.reference import gemm as reference
+
+LEVELS = _core.levels()
+SIZES = [(1, 1, 1), (2, 3, 5), (3, 31, 8), (5, 33, 17), (7, 64, 31), (11, 65, 64), (12, 32, 65), (13, 37, 127), (25, 96, 128),
+         (37, 61, 193), (61, 128, 96), (131, 40, 72)]
+ACTIVATIONS = [None, "relu", "gelu", "gelu_tanh", "silu"]
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    before = _core.threads()
+    yield
+    _core.set_threads(before)
+
+
+def same_bits(a, b):
+    """Equal to the last bit, NaN payloads and signed zeros included; tuples element by element."""
+    if isinstance(a, tuple):
+        return all(same_bits(x, y) for x, y in zip(a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def everywhere(run):
+    """run() at every level with 1 and 2 threads; all must agree with ref on one thread. Returns that result."""
+    want = None
+    for level in LEVELS:
+        with zq.cpu.use(level):
+            for threads in (1, 2):
+                _core.set_threads(threads)
+                got = run()
+                want = got if want is None else want
+                assert same_bits(got, want), f"{level}, {threads} threads"
+    return want
+
+
+def make(m, n, k, group=None, bits=8, seed=0):
+    rng = np.random.default_rng(seed * 1000003 + m * 10007 + n * 101 + k)
+    top = 2 ** (bits - 1) - 1
+    groups = -(-k // group) if group else 1
+    return {
+        "q": rng.integers(0, 256, (m, k)).astype(np.uint8),
+        "sx": (rng.random(m) + 0.1).astype(np.float32),
+        "zx": rng.integers(0, 256, m).astype(np.int32),
+        "codes": rng.integers(-top, top + 1, (n, k)).astype(np.int8),
+        "scales": (rng.random((n, groups)) + 0.1).astype(np.float32),
+        "bias": rng.standard_normal(n).astype(np.float32),
+        "x": rng.standard_normal((m, k)).astype(np.float32),
+        "w": rng.standard_normal((n, k)).astype(np.float32),
+        "residual": rng.standard_normal((m, n)).astype(np.float32),
+    }
+
+
+def close(got, want, tolerance):
+    scale = max(1.0, float(np.abs(want).max(initial=0.0)))
+    assert got.dtype == np.float32 and got.shape == want.shape
+    assert np.abs(got - want).max(initial=0.0) <= tolerance * scale
+
+
+def test_the_comparator_sees_a_planted_fault():
+    a = np.zeros((3, 4), np.float32)
+    b = a.copy()
+    b[2, 3] = np.float32(1e-45)
+    assert same_bits(a, a.copy()) and not same_bits(a, b)
+    assert not same_bits(a, -a)
+    with pytest.raises(AssertionError):
+        results = iter([a, b])
+        everywhere(lambda: next(results, b))
+
+
+@pytest.mark.parametrize("m,n,k", SIZES)
+def test_integer_product_is_exact(m, n, k):
+    d = make(m, n, k)
+    want = (d["q"].astype(np.int64) - d["zx"][:, None]) @ d["codes"].astype(np.int64).T
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], None)
+    got = everywhere(lambda: _core.gemm_s32(d["q"], handle, d["zx"]))
+    assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("k", [1, 31, 4096, 16384, 66000])
+@pytest.mark.parametrize("a,w,zero", [(255, 127, 0), (255, -127, 0), (0, 127, 255), (255, 127, 255), (0, -127, 255)])
+def test_extreme_codes_do_not_saturate_or_overflow(a, w, zero, k):
+    q = np.full((3, k), a, np.uint8)
+    codes = np.full((33, k), w, np.int8)
+    handle = _core.linear_pack_s8(codes, np.ones(33, np.float32), None)
+    got = everywhere(lambda: _core.gemm_s32(q, handle, np.full(3, zero, np.int32)))
+    assert (got == (a - zero) * w * k).all()
+
+
+def test_int8_activations_are_shifted_by_128():
+    rng = np.random.default_rng(5)
+    a = rng.integers(-128, 128, (9, 77)).astype(np.int8)
+    d = make(9, 40, 77)
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], None)
+    got = everywhere(lambda: _core.gemm_s32(a, handle, None))
+    assert np.array_equal(got, a.astype(np.int64) @ d["codes"].astype(np.int64).T)
+
+
+@pytest.mark.parametrize("m,n,k", SIZES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_w8a8_from_codes(m, n, k, activation):
+    d = make(m, n, k)
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])
+    act = ops.ACTIVATIONS[activation]
+    x = (d["q"], d["sx"], d["zx"])
+    got = everywhere(lambda: _core.linear_forward(handle, x, 0, act, d["residual"], 0))
+    want = reference.linear_w8a8(*x, d["codes"], d["scales"][:, 0], d["bias"], activation, d["residual"])
+    close(got, want, 4e-6)
+
+
+@pytest.mark.parametrize("m,n,k", SIZES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [8, 32, 64, 128, 1000])
+def test_groups_from_codes(m, n, k, bits, group):
+    d = make(m, n, k, min(group, k), bits)
+    handle = _core.linear_pack_group(d["codes"], d["scales"], group, bits, d["bias"]) if group % 8 == 0 or group >= k else None
+    if d["scales"].shape[1] != -(-k // group):
+        pytest.fail("test is wrong about the number of groups")
+    x = (d["q"], d["sx"], d["zx"])
+    got = everywhere(lambda: _core.linear_forward(handle, x, 0, 0, None, 0))
+    want = reference.linear_grouped(*x, d["codes"], d["scales"], group, d["bias"])
+    close(got, want, 4e-6)
+
+
+def test_int4_takes_minus_eight_and_extreme_activations():
+    k = 4096
+    codes = np.full((5, k), -8, np.int8)
+    handle = _core.linear_pack_group(codes, np.ones((5, 1), np.float32), k, 4, None)
+    for a, zero in ((255, 0), (0, 255), (255, 255)):
+        x = (np.full((7, k), a, np.uint8), np.ones(7, np.float32), np.full(7, zero, np.int32))
+        got = everywhere(lambda: _core.linear_forward(handle, x, 0, 0, None, 0))
+        assert (got == (a - zero) * -8 * k).all()
+
+
+@pytest.mark.parametrize("m,n,k", SIZES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float32(m, n, k, activation):
+    d = make(m, n, k)
+    got = everywhere(lambda: ops.linear(d["x"], d["w"], d["bias"], activation, d["residual"]))
+    close(got, reference.linear(d["x"], d["w"], d["bias"], activation, d["residual"]), 2e-6)
+
+
+@pytest.mark.parametrize("m,n,k", SIZES)
+@pytest.mark.parametrize("mode", [1, 2])
+def test_float_rows_are_quantized_on_the_way_in_and_out(m, n, k, mode):
+    """Fused quantization gives the bits of the separate steps."""
+    d = make(m, n, k)
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])
+    fused = everywhere(lambda: _core.linear_forward(handle, d["x"], mode, 2, d["residual"], mode))
+    codes = _core.quantize_tokens(d["x"], mode, True)
+    y = _core.linear_forward(handle, codes, 0, 2, d["residual"], 0)
+    assert same_bits(fused, _core.quantize_tokens(y, mode, True))
+
+
+def test_rows_do_not_depend_on_the_batch():
+    d = make(300, 96, 200)
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])
+    grouped = _core.linear_pack_group(d["codes"], np.ones((96, 4), np.float32), 56, 8, None)
+    dense = _core.linear_pack_f32(d["w"], d["bias"])
+    for run in (lambda x: _core.linear_forward(handle, x, 2, 2, None, 0), lambda x: _core.linear_forward(grouped, x, 1, 0, None, 0),
+                lambda x: _core.linear_forward(dense, x, 0, 3, None, 0)):
+        whole = run(d["x"])
+        for lo, hi in ((0, 1), (3, 8), (100, 141), (299, 300)):
+            assert same_bits(run(d["x"][lo:hi].copy()), whole[lo:hi].copy())
+
+
+def test_no_rows():
+    d = make(1, 40, 24)
+    for handle, quant in ((_core.linear_pack_f32(d["w"], None), 0), (_core.linear_pack_s8(d["codes"], d["scales"][:, 0], None), 2)):
+        assert _core.linear_forward(handle, np.zeros((0, 24), np.float32), quant, 0, None, 0).shape == (0, 40)
+        q, scale, zero = _core.linear_forward(handle, np.zeros((0, 24), np.float32), quant, 0, None, 1)
+        assert q.shape == (0, 40) and scale.shape == zero.shape == (0,)
+
+
+def test_strided_unaligned_and_swapped_inputs():
+    d = make(9, 33, 40)
+    want = ops.linear(d["x"], d["w"], d["bias"])
+    wide = np.zeros((9, 80), np.float32)
+    wide[:, ::2] = d["x"]
+    raw = np.zeros(d["x"].nbytes + 1, np.uint8)
+    unaligned = raw[1:].view(np.float32).reshape(d["x"].shape)
+    unaligned[:] = d["x"]
+    frozen = d["x"].copy()
+    frozen.flags.writeable = False
+    record = np.zeros((9, 40), np.dtype([("pad", "u1"), ("v", "<f4")]))
+    record["v"] = d["x"]
+    for x in (wide[:, ::2], np.asfortranarray(d["x"]), unaligned, d["x"].astype(">f4"), frozen, record["v"]):
+        assert same_bits(ops.linear(x, d["w"], d["bias"]), want)
+        assert same_bits(ops.linear_w8a8(x, d["codes"], d["scales"][:, 0]), ops.linear_w8a8(d["x"], d["codes"], d["scales"][:, 0]))
+    q = np.zeros((9, 100), np.uint8)[:, 5:45]
+    q[:] = d["q"]
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], None)
+    x = (d["q"], d["sx"], d["zx"])
+    assert same_bits(_core.linear_forward(handle, (q, *x[1:]), 0, 0, None, 0), _core.linear_forward(handle, x, 0, 0, None, 0))
+
+
+def test_inputs_are_not_modified_and_outputs_do_not_alias():
+    d = make(30, 40, 50)
+    before = {name: a.copy() for name, a in d.items()}
+    y = ops.linear_w8a8(d["x"], d["codes"], d["scales"][:, 0], d["bias"], "gelu", d["residual"])
+    assert all(same_bits(d[name], before[name]) for name in d)
+    assert not any(np.shares_memory(y, a) for a in d.values())
+
+
+def test_bad_arguments_are_named():
+    d = make(4, 6, 16)
+    scale = d["scales"][:, 0]
+    cases = [
+        (TypeError, "x: expected float32, got float64", lambda: ops.linear(d["x"].astype(np.float64), d["w"])),
+        (TypeError, "x: expected a NumPy array, got list", lambda: ops.linear([[1.0]], d["w"])),
+        (TypeError, "w: expected float32, got float16", lambda: ops.linear(d["x"], d["w"].astype(np.float16))),
+        (ValueError, r"w: expected 2 dimensions, got 1", lambda: ops.linear(d["x"], d["w"][0])),
+        (ValueError, "x: expected 16 features, got 15", lambda: ops.linear(d["x"][:, :15], d["w"])),
+        (ValueError, r"bias: expected shape \(6,\), got \(5,\)", lambda: ops.linear(d["x"], d["w"], d["bias"][:5])),
+        (ValueError, r"residual: expected shape \(4, 6\), got \(3, 6\)", lambda: ops.linear(d["x"], d["w"], residual=d["residual"][:3])),
+        (ValueError, "activation: expected one of", lambda: ops.linear(d["x"], d["w"], activation="swish")),
+        (ValueError, r"scale: expected shape \(6,\)", lambda: ops.linear_w8a8(d["x"], d["codes"], scale[:4])),
+        (ValueError, "codes: -128 is not allowed", lambda: ops.linear_w8a8(d["x"], np.full((6, 16), -128, np.int8), scale)),
+        (ValueError, "activations: expected", lambda: ops.linear_w8a8(d["x"], d["codes"], scale, activations="int8")),
+        (ValueError, "group: expected a multiple of 8", lambda: ops.linear_grouped(d["x"], d["codes"], d["scales"], 12, 8)),
+        (ValueError, "group: expected at least 1, got 0", lambda: ops.linear_grouped(d["x"], d["codes"], d["scales"], 0, 8)),
+        (ValueError, "bits: expected 4 or 8, got 5", lambda: ops.linear_grouped(d["x"], d["codes"], d["scales"], 16, 5)),
+        (ValueError, "codes: outside -8..7", lambda: ops.linear_grouped(d["x"], np.full((6, 16), 8, np.int8), d["scales"], 16, 4)),
+        (ValueError, "codes: 66001 input features", lambda: ops.linear_w8a8(
+            np.zeros((1, 66001), np.float32), np.zeros((1, 66001), np.int8), np.ones(1, np.float32))),
+    ]
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_are_refused_with_the_row(bad):
+    d = make(40, 6, 16)
+    x = d["x"].copy()
+    x[31, 7] = bad
+    w = d["w"].copy()
+    w[4, 2] = bad
+    scale = d["scales"][:, 0].copy()
+    for call in (lambda: ops.linear(x, d["w"]), lambda: ops.linear_w8a8(x, d["codes"], scale)):
+        with pytest.raises(ValueError, match="x: NaN or Inf in row 31"):
+            call()
+    handle = _core.linear_pack_s8(d["codes"], scale, None)
+    for threads in (1, 2):
+        _core.set_threads(threads)
+        with pytest.raises(ValueError, match="x: NaN or Inf in row 31"):
+            _core.linear_forward(handle, x, 2, 0, None, 0)
+    with pytest.raises(ValueError, match="w: NaN or Inf in row 4"):
+        ops.linear(d["x"], w)
+    scale[3] = bad
+    with pytest.raises(ValueError, match="scale: NaN or Inf"):
+        ops.linear_w8a8(d["x"], d["codes"], scale)
+
+
+def test_private_functions_survive_nonsense():
+    d = make(4, 6, 16)
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], None)
+    nonsense = [None, 3, "x", (), (1, 2, 3), (d["q"],), (d["q"], d["sx"], None), (d["q"], d["sx"][:2], d["zx"]), object(), d["q"],
+                (d["q"], d["sx"], d["zx"] + 300), np.zeros((2, 2, 2), np.float32)]
+    for value in nonsense:
+        with pytest.raises((TypeError, ValueError)):
+            _core.linear_forward(handle, value, 0, 0, None, 0)
+        with pytest.raises((TypeError, ValueError)):
+            _core.linear_forward(value, d["x"], 2, 0, None, 0)
+        with pytest.raises((TypeError, ValueError)):
+            _core.linear_forward(handle, d["x"], value, 0, None, 0)
+    with pytest.raises(TypeError, match="linear_forward: expected 6 arguments, got 2"):
+        _core.linear_forward(handle, d["x"])
+    with pytest.raises(ValueError, match="quant_in"):
+        _core.linear_forward(handle, d["x"], 0, 0, None, 0)
+    with pytest.raises(TypeError, match="float32 weights take float32 rows"):
+        _core.linear_forward(_core.linear_pack_f32(d["w"], None), (d["q"], d["sx"], d["zx"]), 0, 0, None, 0)
+
+
+def test_many_python_threads_at_once():
+    from concurrent.futures import ThreadPoolExecutor
+
+    d = make(200, 96, 128)
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])
+    want = _core.linear_forward(handle, d["x"], 2, 2, None, 0)
+    with ThreadPoolExecutor(8) as pool:
+        for got in pool.map(lambda _: _core.linear_forward(handle, d["x"], 2, 2, None, 0), range(64)):
+            assert same_bits(got, want)
+
+
+def test_works_in_a_forked_child():
+    import os
+
+    d = make(200, 96, 128)
+    _core.set_threads(2)
+    want = ops.linear(d["x"], d["w"])
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = 0 if same_bits(ops.linear(d["x"], d["w"]), want) else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
+def test_leading_dimensions(lead):
+    d = make(1, 7, 12)
+    x = np.random.default_rng(1).standard_normal((*lead, 12)).astype(np.float32)
+    assert ops.linear(x, d["w"]).shape == (*lead, 7)
+    if lead:
+        assert same_bits(ops.linear(x, d["w"]), ops.linear(x.reshape(-1, 12), d["w"]).reshape(*lead, 7))
+
+
+def test_matmul_integer_against_int64():
+    rng = np.random.default_rng(3)
+    for a_type in (np.int8, np.uint8):
+        for b_type in (np.int8, np.uint8):
+            ia, ib = np.iinfo(a_type), np.iinfo(b_type)
+            a = rng.integers(ia.min, ia.max + 1, (3, 7, 33)).astype(a_type)
+            b = rng.integers(ib.min, ib.max + 1, (33, 35)).astype(b_type)
+            za, zb = rng.integers(ia.min, ia.max + 1, 7).astype(a_type), rng.integers(ib.min, ib.max + 1, 35).astype(b_type)
+            want = (a.astype(np.int64) - za[:, None]) @ (b.astype(np.int64) - zb)
+            got = ops.matmul_integer(a, b, za, zb)
+            assert got.dtype == np.int32 and np.array_equal(got, want)

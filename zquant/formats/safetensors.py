@@ -1,0 +1,257 @@
+"""safetensors files: read by memory mapping, written beside and renamed.
+
+The `safetensors` library decides whether a file is well formed, so that a hostile file gets the reference verdict; the
+tensors themselves are views of the mapped file, converted to float32 where they are float16 or bfloat16.
+"""
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import FormatError
+from ..mapped import map_bytes
+
+__all__ = ["Checkpoint", "Stored", "open_checkpoint", "write_safetensors"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# On disk (little-endian). BF16 has no NumPy type: its bits travel as uint16.
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
+          "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1"}
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor as it lies in a file: ``array`` in the file's own type; ``dtype`` is the safetensors name."""
+
+    array: np.ndarray
+    dtype: str
+
+    def float32(self) -> np.ndarray:
+        """The values: float16 and bfloat16 as float32 copies (exact), anything else as it is."""
+        if self.dtype == "BF16":
+            return (self.array.astype(np.uint32) << 16).view(np.float32)
+        return self.array.astype(np.float32) if self.dtype == "F16" else self.array
+
+
+def _header(path: Path, data: np.ndarray) -> tuple[int, dict[str, Any]]:
+    """Where the data starts and the parsed header, after the reference implementation has accepted the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        size = int.from_bytes(data[:8].tobytes(), "little")
+        return 8 + size, json.loads(data[8:8 + size].tobytes())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FormatError(f"{path}: not a valid safetensors file: {error}") from None
+
+
+class _File:
+    """One mapped safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise FormatError(f"{path}: no such file")
+        self.path = path
+        self.data = map_bytes(path)
+        self.start, self.tensors = _header(path, self.data)
+        self.metadata: dict[str, str] = self.tensors.pop("__metadata__", None) or {}
+
+    def stored(self, name: str) -> Stored:
+        info = self.tensors[name]
+        dtype, shape = info["dtype"], tuple(info["shape"])
+        if dtype not in DTYPES:
+            raise FormatError(f"{self.path}: tensor {name!r} is {dtype}; supported: {', '.join(DTYPES)}")
+        begin, end = (self.start + offset for offset in info["data_offsets"])
+        return Stored(self.data[begin:end].view(DTYPES[dtype]).reshape(shape), dtype)
+
+
+class Checkpoint(Mapping[str, np.ndarray]):
+    """The tensors of a checkpoint, by name, mapped when asked for; see :func:`open_checkpoint`.
+
+    ``checkpoint[name]`` is an array: float32 for F32 (a view of the file, read-only), F16 and BF16 (a copy); the
+    stored type for everything else. ``stored(name)`` is the tensor as it lies in the file.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, _File]) -> None:
+        self.path = path
+        self._files = dict(files)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The ``__metadata__`` of all files together."""
+        merged: dict[str, str] = {}
+        for file in dict.fromkeys(self._files.values()):
+            merged.update(file.metadata)
+        return merged
+
+    def stored(self, name: str) -> Stored:
+        """The tensor in the file's own type, a view of the mapped file."""
+        return self._file(name).stored(name)
+
+    def dtype(self, name: str) -> str:
+        """The safetensors name of the stored type, such as "F32"."""
+        return self._file(name).tensors[name]["dtype"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file(name).tensors[name]["shape"])
+
+    def _file(self, name: str) -> _File:
+        if name not in self._files:
+            raise FormatError(f"{self.path}: no tensor {name!r}")
+        return self._files[name]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._files:
+            raise KeyError(name)
+        return self.stored(name).float32()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a safetensors file, or a directory with ``model.safetensors`` or ``model.safetensors.index.json``.
+
+    Nothing is read but the headers. A directory with exactly one ``*.safetensors`` file of another name opens too.
+
+    Parameters
+    ----------
+    path
+        File or directory.
+
+    Returns
+    -------
+    Checkpoint
+        A mapping from tensor names to arrays.
+
+    Raises
+    ------
+    FormatError
+        Missing files, malformed or truncated files, shards or tensors that the index names and that are not there;
+        the message names the file.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return Checkpoint(path, _names(_File(path)))
+    if (path / SINGLE).is_file():
+        return Checkpoint(path, _names(_File(path / SINGLE)))
+    if (path / INDEX).is_file():
+        return _sharded(path)
+    others = sorted(path.glob("*.safetensors"))
+    if len(others) == 1:
+        return Checkpoint(path, _names(_File(others[0])))
+    hint = "; PyTorch .bin files are not read, save the model as safetensors" if any(path.glob("*.bin")) else ""
+    raise FormatError(f"{path}: neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _names(file: _File) -> dict[str, _File]:
+    return dict.fromkeys(file.tensors, file)
+
+
+def _sharded(directory: Path) -> Checkpoint:
+    index = directory / INDEX
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{index}: not a safetensors index: {error!r}") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise FormatError(f"{index}: {shard!r} is not the name of a file in this directory")
+        if not (directory / shard).is_file():
+            raise FormatError(f"{index}: shard {shard} is missing")
+    files = {shard: _File(directory / shard) for shard in shards}
+    for name, shard in weight_map.items():
+        if name not in files[shard].tensors:
+            raise FormatError(f"{directory / shard}: tensor {name!r} is listed in {INDEX} but not in this file")
+    return Checkpoint(directory, {name: files[shard] for name, shard in weight_map.items()})
+
+
+def _as_stored(name: str, value: np.ndarray | Stored) -> Stored:
+    if isinstance(value, Stored):
+        return value
+    value = np.asarray(value)
+    for dtype, code in DTYPES.items():
+        if dtype != "BF16" and value.dtype.newbyteorder("<") == np.dtype(code):
+            return Stored(value, dtype)
+    raise ValueError(f"write_safetensors: tensor {name!r} has dtype {value.dtype}; supported: {', '.join(DTYPES)}")
+
+
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray | Stored],
+                      metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file: beside it under a temporary name, then renamed over it.
+
+    Tensors are written one after another, so that mapped ones need no memory; larger item types come first, which
+    keeps every tensor aligned.
+
+    Parameters
+    ----------
+    path
+        The file; an existing one is replaced in one step, or left alone if anything fails.
+    tensors
+        Arrays, or :class:`Stored` tensors (bfloat16).
+    metadata
+        Strings for ``__metadata__``.
+
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     write_safetensors(os.path.join(d, "x.safetensors"), {"a": np.arange(3, dtype=np.int32)})
+    ...     os.path.getsize(os.path.join(d, "x.safetensors"))
+    76
+    """
+    path = Path(path)
+    stored = {name: _as_stored(name, value) for name, value in tensors.items()}
+    names = sorted(stored, key=lambda name: (-stored[name].array.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in names:
+        array = stored[name].array
+        header[name] = {"dtype": stored[name].dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        offset += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            array = np.ascontiguousarray(stored[name].array, stored[name].array.dtype.newbyteorder("<"))
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+class replacing:
+    """``with replacing(path) as temporary``: write the temporary file; it becomes ``path`` if nothing was raised."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __enter__(self) -> Path:
+        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        os.close(handle)
+        self.temporary = Path(name)
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.temporary.unlink(missing_ok=True)
+            return
+        umask = os.umask(0)
+        os.umask(umask)
+        self.temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is not what a saved model should have
+        os.replace(self.temporary, self.path)

@@ -1,0 +1,241 @@
+"""Linear: one linear layer of a model, float or quantized, packed for the kernels when it first runs."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Union
+
+import numpy as np
+
+from . import _core
+from .mapped import release
+from .qtensor import QTensor
+from .spec import QuantSpec
+
+__all__ = ["Linear", "Codes"]
+
+# Token codes as operators hand them on: q uint8 (m, k), scale float32 (m,), zero int32 (m,).
+Codes = tuple[np.ndarray, np.ndarray, np.ndarray]
+Weight = Union[np.ndarray, QTensor]
+
+MAX_K = 66_000  # u8 x s8 sums stay inside int32: 255 * 127 * 66,000 < 2^31
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+QUANT = {None: 0, "symmetric": 1, "asymmetric": 2}
+
+
+def _number(table: dict[str | None, int], what: str, key: str | None) -> int:
+    if key not in table:
+        raise ValueError(f"Linear: unknown {what} {key!r}; known: {list(table)}")
+    return table[key]
+
+
+class Linear:
+    """y = act(x W^T + bias) + residual.
+
+    Parameters
+    ----------
+    name
+        The layer's name in the checkpoint; errors carry it.
+    weight
+        (n, k) float32, possibly memory-mapped, or a QTensor.
+    bias
+        (n,) float32 or None.
+    activations
+        How rows of x are quantized on the way in: per token, 8 bits. None, and float weights, compute in float32.
+
+    Raises
+    ------
+    ValueError
+        Shapes or formats that cannot run, naming the layer.
+
+    Notes
+    -----
+    With ``activations`` the product is integer arithmetic: weights symmetric, k at most 66,000, one scale per row, or
+    groups whose size is a multiple of 8 (or at least k). Without, a QTensor is dequantized to float32 when packed, which
+    is also the only way that asymmetric weights run. Other tools write 8-bit codes of -128, which the integer kernels do
+    not take: such a layer multiplies the same values in float32. Packing happens once, at the first call, under a lock;
+    the packed form is not pickled.
+
+    >>> layer = Linear("fc", np.ones((2, 3), np.float32))
+    >>> layer
+    Linear('fc', 2x3, float32)
+    """
+
+    def __init__(self, name: str, weight: Weight, bias: np.ndarray | None = None,
+                 activations: QuantSpec | None = None) -> None:
+        self.name = name
+        self.weight = weight
+        self.bias = bias
+        self.activations = activations if isinstance(weight, QTensor) else None
+        self._handle: Any = None
+        self._integer = False  # known once packed
+        self._lock = threading.Lock()
+        self._check()
+
+    def _check(self) -> None:
+        if len(self.weight.shape) != 2:
+            raise ValueError(f"{self.name}: weight must be 2-D, got shape {self.weight.shape}")
+        if not isinstance(self.weight, QTensor) and self.weight.dtype != np.float32:
+            raise ValueError(f"{self.name}: weight must be float32 or a QTensor, got {self.weight.dtype}")
+        if self.bias is not None and self.bias.shape != (self.out_features,):
+            raise ValueError(f"{self.name}: bias must have shape ({self.out_features},), got {self.bias.shape}")
+        if self.activations is not None:
+            self._check_integer(self.weight)  # type: ignore[arg-type]
+
+    def _check_integer(self, weight: QTensor) -> None:
+        act, spec = self.activations, weight.spec
+        if act.granularity != "token" or act.bits != 8:  # type: ignore[union-attr]
+            raise ValueError(f"{self.name}: activations must be 8 bits per token, not {act}")
+        if not spec.symmetric:
+            raise ValueError(f"{self.name}: asymmetric weights run in float32 only: they need activations=None")
+        if self.in_features > MAX_K:
+            raise ValueError(f"{self.name}: {self.in_features} input features; int32 sums are exact up to {MAX_K}")
+        if spec.group_size and spec.group_size % 8 and spec.group_size < self.in_features:
+            raise ValueError(f"{self.name}: group size {spec.group_size} is neither a multiple of 8 nor at least the "
+                             f"{self.in_features} input features")
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def spec(self) -> QuantSpec | None:
+        """Format of the weights; None is float32."""
+        return self.weight.spec if isinstance(self.weight, QTensor) else None
+
+    @property
+    def quant(self) -> str | None:
+        """What the layer wants its input quantized as: "symmetric", "asymmetric" or None (float32)."""
+        if self.activations is None:
+            return None
+        return "symmetric" if self.activations.symmetric else "asymmetric"
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of weight (codes packed) and bias."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the form that runs; packs if that has not happened yet."""
+        return _core.linear_bytes(self._packed())
+
+    def dense(self) -> np.ndarray:
+        """The weight as (n, k) float32: itself, or dequantized."""
+        return self.weight.dequantize() if isinstance(self.weight, QTensor) else self.weight
+
+    def with_weight(self, weight: Weight, activations: QuantSpec | None = None) -> Linear:
+        """The same layer with another weight of the same shape."""
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"{self.name}: weight must have shape {self.shape}, got {tuple(weight.shape)}")
+        return Linear(self.name, weight, self.bias, activations)
+
+    def _pack(self) -> Any:
+        weight = self.weight
+        self._integer = self.activations is not None and not (weight.spec.bits == 8 and (weight.codes == -128).any())
+        if not self._integer:
+            dense = self.dense()
+            handle = _core.linear_pack_f32(dense, self.bias)
+            release(dense)
+            return handle
+        if weight.spec.granularity == "group":
+            bits = 4 if weight.spec.bits <= 4 else 8
+            group = min(weight.spec.group_size, self.in_features)  # type: ignore[type-var]
+            return _core.linear_pack_group(weight.codes, weight.scales, group, bits, self.bias)
+        return _core.linear_pack_s8(weight.codes, weight.scales[:, 0], self.bias)
+
+    def _packed(self) -> Any:
+        if self._handle is None:
+            with self._lock:
+                if self._handle is None:
+                    try:
+                        self._handle = self._pack()
+                    except ValueError as error:
+                        raise ValueError(f"{self.name}: {error}") from None
+        return self._handle
+
+    def __call__(self, x: np.ndarray | Codes, activation: str | None = None, residual: np.ndarray | None = None,
+                 quantize: str | None = None) -> np.ndarray | Codes:
+        """Run the layer.
+
+        Parameters
+        ----------
+        x
+            (m, k) float32, or token codes (q, scale, zero) from another operator.
+        activation
+            None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        residual
+            (m, n) float32 added after the activation, or None.
+        quantize
+            None returns float32; "symmetric" or "asymmetric" returns token codes of the result.
+
+        Returns
+        -------
+        numpy.ndarray or tuple
+            (m, n) float32, or token codes.
+
+        Raises
+        ------
+        ValueError
+            Shapes that do not fit; NaN or Inf in x.
+        """
+        handle = self._packed()
+        if not self._integer:
+            if self.activations is not None and not isinstance(x, tuple):
+                x = _core.quantize_tokens(x, QUANT[self.quant], False)
+            x = _core.dequantize_rows(*x) if isinstance(x, tuple) else x
+        return _core.linear_forward(handle, x, QUANT[self.quant], _number(ACTIVATIONS, "activation", activation), residual,
+                                    _number(QUANT, "quantize", quantize))
+
+    @staticmethod
+    def fuse(layers: Sequence[Linear]) -> Linear:
+        """One layer that computes what several layers of one input do, outputs side by side.
+
+        All float, or all quantized alike (bits, groups and activations); else a ValueError.
+
+        >>> a, b = (Linear(n, np.ones((2, 3), np.float32)) for n in "ab")
+        >>> Linear.fuse([a, b])
+        Linear('a+b', 4x3, float32)
+        """
+        name, first = "+".join(layer.name for layer in layers), layers[0]
+        alike = {(layer.in_features, layer.activations, _alike(layer.spec)) for layer in layers}
+        if len(alike) != 1:
+            raise ValueError(f"{name}: layers differ in inputs or format and cannot be fused")
+        bias = None
+        if any(layer.bias is not None for layer in layers):
+            bias = np.concatenate([np.zeros(layer.out_features, np.float32) if layer.bias is None else layer.bias
+                                   for layer in layers])
+        if not isinstance(first.weight, QTensor):
+            return Linear(name, np.concatenate([layer.weight for layer in layers]), bias)
+        parts: list[QTensor] = [layer.weight for layer in layers]  # type: ignore[misc]
+        zeros = None if first.weight.zeros is None else np.concatenate([p.zeros for p in parts])
+        fused = QTensor(np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]), zeros,
+                        _alike(first.spec))
+        return Linear(name, fused, bias, first.activations)
+
+    def __repr__(self) -> str:
+        kind = "float32" if self.spec is None else str(self.spec)
+        inputs = f", {self.quant} input" if self.quant else ""
+        return f"Linear({self.name!r}, {self.out_features}x{self.in_features}, {kind}{inputs})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("name", "weight", "bias", "activations")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def _alike(spec: QuantSpec | None) -> QuantSpec | None:
+    """The format as the kernels see it: every grouping by whole rows is one scale per row."""
+    if spec is None or spec.granularity not in ("row_block", "tensor"):
+        return spec
+    return QuantSpec(spec.bits)

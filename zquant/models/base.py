@@ -1,0 +1,299 @@
+"""Model: an encoder read from a Hugging Face directory, run on packed tokens."""
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..linear import Linear
+from ..qtensor import QTensor
+from .blocks import Block, Embeddings, Packed, Table, Tap, pack
+from .family import Dims, Family
+
+__all__ = ["Model"]
+
+_HEAD_ACTIVATIONS = {"tanh": np.tanh, "relu": lambda x: np.maximum(x, np.float32(0))}
+
+
+class Model:
+    """A Transformer encoder, float or quantized. Made by :func:`zquant.load` and :func:`zquant.quantize`.
+
+    Calling it runs it. Models are immutable: :meth:`replace` returns a new one that shares what did not change. They may
+    be called from several threads.
+
+    Attributes
+    ----------
+    config : dict, config.json as read
+    path : Path of the directory that it was loaded from
+    family : what the architecture is called and how its tensors are named
+    dims : sizes read from the configuration
+    linears : dict of module name (as in the checkpoint) -> Linear, in the order of the forward
+    tensors : dict of tensor name -> embedding tables, layer-norm weights
+    scheme : what the linear layers were quantized with, or None
+    has_head : whether calling gives logits of a sequence classification head in place of hidden states
+    """
+
+    def __init__(self, family: Family, config: Mapping[str, Any], dims: Dims, linears: Mapping[str, Linear],
+                 tensors: Mapping[str, Table], *, path: Path, prefix: str = "", has_head: bool = False,
+                 scheme: Any = None) -> None:
+        self.family, self.config, self.dims = family, dict(config), dims
+        self.linears, self.tensors = dict(linears), dict(tensors)
+        self.path, self.prefix, self.has_head, self.scheme = path, prefix, has_head, scheme
+        self._lock = threading.Lock()
+        self._blocks: list[Block | None] = [None] * dims.layers
+        self._embeddings: Embeddings | None = None
+        self._tokenizer: Any = None
+
+    # -- what it is made of
+
+    def named_linears(self) -> Iterator[tuple[str, Linear]]:
+        """(module name, Linear) in the order of the forward."""
+        yield from self.linears.items()
+
+    @property
+    def embeddings(self) -> dict[str, Table]:
+        """Embedding tables by tensor name; empty when the checkpoint has none."""
+        return {name: self.tensors[name] for name in self.family.tables(self.dims, self.prefix) if name in self.tensors}
+
+    @property
+    def word_embeddings(self) -> Table | None:
+        """The word embedding table (vocabulary, d): a float array, possibly memory-mapped, or a QTensor."""
+        return self.tensors.get(self.prefix + self.family.embeddings["word"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as they would be stored."""
+        return (sum(layer.nbytes for layer in self.linears.values())
+                + sum(t.nbytes for t in self.tensors.values()))
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        count = sum(layer.shape[0] * layer.shape[1] + (0 if layer.bias is None else layer.shape[0])
+                    for layer in self.linears.values())
+        return count + sum(int(np.prod(t.shape)) for t in self.tensors.values())
+
+    @property
+    def max_length(self) -> int:
+        """Tokens in the longest sequence that the position table allows."""
+        if self.prefix + self.family.embeddings["position"] not in self.tensors:
+            return self.dims.max_positions
+        first = self.family.positions(None, np.zeros(1, np.int64), np.zeros(1, np.int64), self.dims.pad)
+        return self.dims.max_positions - int(first[0])
+
+    @property
+    def tokenizer(self) -> Any:
+        """The ``tokenizers.Tokenizer`` of tokenizer.json as it is on disk, read when first used; None without that file."""
+        if self._tokenizer is None and (self.path / "tokenizer.json").is_file():
+            from ..tokenization import read_tokenizer
+
+            self._tokenizer = read_tokenizer(self.path)
+        return self._tokenizer
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the model as a Hugging Face directory; see :func:`zquant.saving.save`."""
+        from ..saving import save
+
+        return save(self, directory)
+
+    def replace(self, linears: Mapping[str, Linear] | None = None, embeddings: Mapping[str, Table] | None = None,
+                **attributes: Any) -> Model:
+        """A new model with some linear layers or embedding tables exchanged; everything else is shared.
+
+        Parameters
+        ----------
+        linears : module name -> Linear of the same shape
+        embeddings : tensor name -> embedding table of the same shape
+        attributes : ``scheme``, ``path``, ``config``
+
+        Raises
+        ------
+        ValueError
+            Names that the model does not have, or shapes that differ.
+        """
+        linears, embeddings = dict(linears or {}), dict(embeddings or {})
+        _same_shapes("linear layer", self.linears, linears)
+        _same_shapes("embedding table", self.embeddings, embeddings)
+        known = dict(scheme=self.scheme, path=self.path, config=self.config)
+        if not attributes.keys() <= known.keys():
+            raise TypeError(f"replace() got {sorted(attributes.keys() - known.keys())}; known: {sorted(known)}")
+        known.update(attributes)
+        model = Model(self.family, known["config"], self.dims, {**self.linears, **linears}, {**self.tensors, **embeddings},
+                      path=known["path"], prefix=self.prefix, has_head=self.has_head, scheme=known["scheme"])
+        model._tokenizer = self._tokenizer
+        return model
+
+    # -- running it
+
+    def __call__(self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, *,
+                 embeddings: Any = None, tap: Tap | None = None) -> np.ndarray:
+        """Last hidden states, or logits with a sequence classification head.
+
+        Parameters
+        ----------
+        input_ids
+            (B, T) integers, or a list of B sequences of any lengths (no padding needed).
+        attention_mask
+            Zeros and ones, laid out as ``input_ids``; default ones. Tokens whose mask is 0 are not computed.
+        token_type_ids
+            Laid out as ``input_ids``; default zeros.
+        embeddings
+            (B, T, d) float output of the embedding layer, in place of ``input_ids``. (Hugging Face's ``inputs_embeds``
+            are word embeddings before the sum and the normalisation: something else.)
+        tap
+            Called as ``tap(module name, input (tokens, k), output (tokens, n))`` for every linear layer and micro-batch,
+            in float32. Results are the same with and without.
+
+        Returns
+        -------
+        numpy.ndarray
+            (B, T, d) float32, zeros where the mask is 0 and past a sequence's end; or (B, labels) float32 logits, from
+            the first token of each sequence whose mask is 1.
+
+        Raises
+        ------
+        ValueError
+            Ids, types or positions outside their tables; shapes that differ; NaN or Inf in weights, naming the tensor.
+        """
+        packed = self.pack(input_ids, attention_mask, token_type_ids, embeddings=embeddings)
+        if not self.has_head:
+            return packed.scatter(self.hidden(packed, tap))
+        lengths = np.diff(packed.offsets)
+        if not lengths.all():
+            raise ValueError(f"sequence {int(np.argmin(lengths))} has no token to classify")
+        return self._classify(self.hidden(packed, tap)[packed.offsets[:-1]], tap)
+
+    def hidden_states(self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, *,
+                      embeddings: Any = None, tap: Tap | None = None) -> np.ndarray:
+        """Last hidden states (B, T, d), also of a model with a head; arguments as for calling the model."""
+        packed = self.pack(input_ids, attention_mask, token_type_ids, embeddings=embeddings)
+        return packed.scatter(self.hidden(packed, tap))
+
+    def pooled(self, hidden: np.ndarray) -> np.ndarray:
+        """BERT's pooler: tanh(dense(first token)) of hidden states (B, T, d), as (B, d).
+
+        Raises
+        ------
+        ValueError
+            The checkpoint has no pooler.
+        """
+        name = self.prefix + (self.family.pooler or "")
+        if self.family.pooler is None or name not in self.linears:
+            raise ValueError(f"{self!r} has no pooler")
+        return np.tanh(self.linears[name](np.ascontiguousarray(hidden[:, 0], np.float32)))
+
+    def pack(self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, *,
+             embeddings: Any = None) -> Packed:
+        """The batch as the forward wants it, checked against the tables."""
+        packed = pack(input_ids, attention_mask, token_type_ids, positions=self.family.positions, pad=self.dims.pad,
+                      embeddings=embeddings)
+        if packed.embedded is None:
+            self._embedder().check(packed)
+        elif packed.embedded.shape[1] != self.dims.hidden:
+            raise ValueError(f"embeddings: expected {self.dims.hidden} features, got {packed.embedded.shape[1]}")
+        return packed
+
+    def hidden(self, packed: Packed, tap: Tap | None = None) -> np.ndarray:
+        """Last hidden states (tokens, d) of a packed batch."""
+        parts = [hidden for _, _, hidden in self.stream(packed, tap)]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty((0, self.dims.hidden), np.float32)
+
+    def stream(self, packed: Packed, tap: Tap | None = None) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Micro-batch by micro-batch: (first sequence, last + 1, hidden states (tokens, d)). Each sequence's numbers do
+        not depend on what shares its micro-batch."""
+        for start, stop in packed.chunks():
+            first, last = packed.offsets[start], packed.offsets[stop]
+            if first == last:
+                yield start, stop, np.empty((0, self.dims.hidden), np.float32)
+                continue
+            yield start, stop, self._run(packed, int(first), int(last), packed.offsets[start:stop + 1] - first, tap)
+
+    def _run(self, packed: Packed, first: int, last: int, offsets: np.ndarray, tap: Tap | None) -> np.ndarray:
+        blocks = [block or self._block(i) for i, block in enumerate(self._blocks)]
+        wanted = [block.quant_in for block in blocks] + [0]
+        if packed.embedded is None:
+            x, codes = self._embedder()(packed, first, last, wanted[0])
+        else:
+            x, codes = packed.embedded[first:last], None
+        for block, quant in zip(blocks, wanted[1:]):
+            try:
+                x, codes = (block(x, codes, offsets, quant) if tap is None
+                            else block.tapped(x, codes, offsets, quant, tap))
+            except ValueError as error:
+                raise ValueError(f"{block.names['block']}: {error}") from None
+        return x
+
+    def _classify(self, first: np.ndarray, tap: Tap | None) -> np.ndarray:
+        head = self.family.head
+        dense = self.linears[(self.prefix if head.dense_in_base else "") + head.dense]
+        out = self.linears[head.out]
+        middle = dense(first)
+        active = _HEAD_ACTIVATIONS[head.activation](middle)
+        logits = out(active)
+        if tap is not None:
+            tap(dense.name, first, middle)
+            tap(out.name, active, logits)
+        return logits
+
+    # -- parts that are made when first used
+
+    def _embedder(self) -> Embeddings:
+        if self._embeddings is None:
+            names = {role: self.prefix + name for role, name in self.family.embeddings.items() if role != "norm"}
+            if names["word"] not in self.tensors:
+                raise ValueError(f"{self!r} was loaded without embeddings: pass embeddings=, not input_ids")
+            tables = {role: self.tensors[name] for role, name in names.items() if name in self.tensors}
+            norm = self._norm(self.prefix + self.family.embeddings["norm"])
+            self._embeddings = Embeddings(names, tables, norm, self.dims.eps)
+        return self._embeddings
+
+    def _block(self, index: int) -> Block:
+        with self._lock:
+            if self._blocks[index] is None:
+                prefix = self.prefix + self.family.layer.format(index)
+                names = {role: prefix + name for role, name in self.family.block.items()}
+                linears = {role: self.linears[name] for role, name in names.items() if name in self.linears}
+                norms = {role: self._norm(names[role]) for role in ("attention_norm", "output_norm")}
+                self._blocks[index] = Block({**names, "block": prefix.rstrip(".")}, linears, norms, self.dims.heads,
+                                            self.dims.activation, self.dims.eps)
+            return self._blocks[index]
+
+    def _norm(self, module: str) -> tuple[np.ndarray, np.ndarray]:
+        return self.tensors[module + ".weight"], self.tensors[module + ".bias"]
+
+    def __repr__(self) -> str:
+        head = f", {self.dims.labels} labels" if self.has_head else ""
+        if self.scheme is not None:
+            kind = str(self.scheme)
+        else:
+            kind = "quantized" if any(isinstance(layer.weight, QTensor) for layer in self.linears.values()) else "float32"
+        return (f"{self.family.name}({self.dims.layers} layers, hidden {self.dims.hidden}, {self.dims.heads} heads{head}, "
+                f"{self.parameters / 1e6:.1f} M parameters, {kind}, {self.nbytes / 1e6:.1f} MB)")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Packed weights, locks and the tokenizer stay behind; they are made again when first used."""
+        state = dict(self.__dict__)
+        del state["_lock"]
+        state.update(_blocks=[None] * self.dims.layers, _embeddings=None, _tokenizer=None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+
+def _same_shapes(what: str, have: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    unknown = sorted(new.keys() - have.keys())
+    if unknown:
+        raise ValueError(f"replace: no such {what}: {', '.join(unknown)}")
+    for name, value in new.items():
+        old = tuple(have[name].shape)
+        got = tuple(value.shape)
+        if got != old:
+            raise ValueError(f"replace: {name}: expected shape {old}, got {got}")

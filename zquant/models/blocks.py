@@ -1,0 +1,284 @@
+"""The pieces of an encoder on packed tokens: sequences end to end in one (tokens, d) matrix, no padding computed."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+import numpy as np
+
+from .. import _core
+from ..linear import ACTIVATIONS, QUANT, Codes, Linear
+from ..mapped import release
+from ..qtensor import QTensor
+
+__all__ = ["CHUNK", "Block", "Embeddings", "Packed", "Table", "pack", "rows"]
+
+# Tokens per micro-batch: the activations of one block then stay in the second-level cache. Whole sequences only.
+CHUNK = 1024
+
+Tap = Callable[[str, np.ndarray, np.ndarray], None]
+# An embedding table: float32 or float16, possibly mapped, or quantized rows.
+Table = Union[np.ndarray, QTensor]
+
+
+def rows(table: Table, index: np.ndarray) -> np.ndarray:
+    """Rows of an embedding table as a new float32 array of shape (len(index), d); only those rows are read.
+
+    >>> rows(np.arange(6, dtype=np.float16).reshape(3, 2), np.array([2, 0])).tolist()
+    [[4.0, 5.0], [0.0, 1.0]]
+    """
+    if isinstance(table, QTensor):
+        return table.rows(index)
+    return table.take(index, axis=0).astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Tokens of a batch, end to end; made by :func:`pack`.
+
+    Attributes
+    ----------
+    ids : (n,) int64, or None when embeddings were given
+    positions : (n,) int64
+    types : (n,) int64 token types, or None for all zeros
+    embedded : (n, d) float32, the embedding layer's output, or None
+    offsets : (B + 1,) int64; sequence s is tokens offsets[s] to offsets[s + 1] - 1
+    slots : (n,) int64 index of each token in the flattened (B, T) batch, or None when every slot holds a token
+    shape : (B, T)
+    """
+
+    ids: np.ndarray | None
+    positions: np.ndarray
+    types: np.ndarray | None
+    embedded: np.ndarray | None
+    offsets: np.ndarray
+    slots: np.ndarray | None
+    shape: tuple[int, int]
+
+    def chunks(self, limit: int = CHUNK) -> Iterator[tuple[int, int]]:
+        """Ranges of sequences of at most ``limit`` tokens together (or one longer sequence), covering the batch."""
+        start, offsets = 0, self.offsets
+        while start < len(offsets) - 1:
+            stop = int(np.searchsorted(offsets, offsets[start] + limit, side="right")) - 1
+            stop = max(stop, start + 1)
+            yield start, stop
+            start = stop
+
+    def scatter(self, hidden: np.ndarray) -> np.ndarray:
+        """(n, d) of the tokens as (B, T, d), zeros where there is no token."""
+        if self.slots is None:
+            return hidden.reshape(*self.shape, hidden.shape[1])
+        out = np.zeros((self.shape[0] * self.shape[1], hidden.shape[1]), np.float32)
+        out[self.slots] = hidden
+        return out.reshape(*self.shape, hidden.shape[1])
+
+
+def _integers(name: str, value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    if array.dtype.kind not in "biu" and array.size:
+        raise ValueError(f"{name}: expected integers, got {array.dtype}")
+    return array.astype(np.int64, copy=False)
+
+
+def _flatten(name: str, value: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A (B, T) array or a list of sequences as one flat int64 array and the lengths (B,)."""
+    if not isinstance(value, np.ndarray):
+        parts = [_integers(f"{name}[{i}]", row) for i, row in enumerate(value)]
+        for i, part in enumerate(parts):
+            if part.ndim != 1:
+                raise ValueError(f"{name}[{i}]: expected a sequence of token ids, got shape {part.shape}")
+        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+        return np.concatenate(parts) if parts else np.empty(0, np.int64), lengths
+    if value.ndim != 2:
+        raise ValueError(f"{name}: expected shape (B, T), got {value.shape}")
+    return _integers(name, value).ravel(), np.full(value.shape[0], value.shape[1], np.int64)
+
+
+def _same_layout(name: str, value: Any, lengths: np.ndarray) -> np.ndarray:
+    flat, got = _flatten(name, value)
+    if not np.array_equal(got, lengths):
+        raise ValueError(f"{name}: expected the shape of the input, lengths {_brief(lengths)}; got {_brief(got)}")
+    return flat
+
+
+def _brief(lengths: np.ndarray) -> str:
+    return str(lengths.tolist()) if len(lengths) <= 8 else f"{lengths[:8].tolist()[:-1]}... ({len(lengths)})"
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _embedded(value: Any) -> tuple[np.ndarray, np.ndarray]:
+    array = np.asarray(value)
+    if array.ndim != 3 or array.dtype.kind != "f":
+        raise ValueError(f"embeddings: expected floats of shape (B, T, d), got {array.dtype} of shape {array.shape}")
+    flat = np.ascontiguousarray(array.reshape(-1, array.shape[2]), np.float32)
+    return flat, np.full(array.shape[0], array.shape[1], np.int64)
+
+
+def pack(input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, *, positions: Callable, pad: int,
+         embeddings: Any = None) -> Packed:
+    """Lay the tokens whose mask is 1 end to end; each keeps the position that it had in the padded batch.
+
+    Parameters
+    ----------
+    input_ids : (B, T) integers, or a list of B sequences of any lengths
+    attention_mask, token_type_ids : laid out as ``input_ids``; default ones and zeros
+    positions, pad : the family's numbering, see ``Family.positions``
+    embeddings : (B, T, d) floats in place of ``input_ids``
+    """
+    if (input_ids is None) == (embeddings is None):
+        raise ValueError("give input_ids or embeddings, one of them")
+    ids = embedded = types = None
+    if embeddings is None:
+        ids, lengths = _flatten("input_ids", input_ids)
+    else:
+        embedded, lengths = _embedded(embeddings)
+    offsets = _starts(lengths)
+    starts = np.repeat(offsets[:-1], lengths)
+    columns = np.arange(offsets[-1]) - starts
+    where = positions(ids, columns, starts, pad)
+    if token_type_ids is not None:
+        types = _same_layout("token_type_ids", token_type_ids, lengths)
+    width = int(lengths.max(initial=0))
+    slots = None if len(columns) == width * len(lengths) else np.repeat(np.arange(len(lengths)) * width, lengths) + columns
+    packed = Packed(ids, where, types, embedded, offsets, slots, (len(lengths), width))
+    return packed if attention_mask is None else _masked(packed, _same_layout("attention_mask", attention_mask, lengths))
+
+
+def _masked(packed: Packed, mask: np.ndarray) -> Packed:
+    if mask.size and (mask.min() < 0 or mask.max() > 1):
+        raise ValueError(f"attention_mask: expected zeros and ones, got values from {mask.min()} to {mask.max()}")
+    if mask.all():
+        return packed
+    keep = np.flatnonzero(mask)
+    take = lambda array: None if array is None else array[keep]  # noqa: E731
+    kept = np.concatenate([[0], np.cumsum(mask)])
+    slots = keep if packed.slots is None else packed.slots[keep]
+    return Packed(take(packed.ids), packed.positions[keep], take(packed.types), take(packed.embedded),
+                  kept[packed.offsets], slots, packed.shape)
+
+
+class Embeddings:
+    """layer_norm(word + type + position), gathered row by row."""
+
+    def __init__(self, names: Mapping[str, str], tables: Mapping[str, Table], norm: tuple[np.ndarray, np.ndarray],
+                 eps: float) -> None:
+        self.names = dict(names)
+        self.word, self.position = tables["word"], tables["position"]
+        self.type = tables.get("type")
+        self.norm, self.eps = norm, eps
+        self.first_type = None if self.type is None else rows(self.type, np.zeros(1, np.int64))
+
+    def check(self, packed: Packed) -> None:
+        """ValueError on ids, token types or positions outside their tables."""
+        self._range("input_ids", packed.ids, self.word)
+        self._range("position", packed.positions, self.position)
+        if packed.types is not None:
+            if self.type is None:
+                if packed.types.any():
+                    raise ValueError("token_type_ids: this model has no token types; expected zeros")
+            else:
+                self._range("token_type_ids", packed.types, self.type)
+
+    def _range(self, name: str, index: np.ndarray, table: Table) -> None:
+        count = table.shape[0]
+        if len(index) == 0 or (0 <= index.min() and index.max() < count):
+            return
+        if name == "position":
+            raise ValueError(f"a sequence needs position {index.max()}; the model has {count} positions")
+        bad = index.min() if index.min() < 0 else index.max()
+        raise ValueError(f"{name}: {bad} is outside 0..{count - 1}")
+
+    def __call__(self, packed: Packed, start: int, stop: int, quant: int) -> tuple[np.ndarray, Codes | None]:
+        """Tokens start..stop-1 as float32 (stop - start, d) and, with quant, as token codes."""
+        x = rows(self.word, packed.ids[start:stop])
+        if self.first_type is not None:
+            x += self.first_type if packed.types is None else rows(self.type, packed.types[start:stop])
+        try:
+            return _core.layer_norm(x, rows(self.position, packed.positions[start:stop]), *self.norm, self.eps, quant)
+        except ValueError as error:
+            bad = packed.ids[start:stop][~np.isfinite(x).all(1)]
+            where = f"{self.names['word']}, row {bad[0]}: NaN or Inf" if len(bad) else f"embeddings: {error}"
+            raise ValueError(where) from None
+
+
+class Block:
+    """One encoder block, post-norm (BERT): seven kernel calls, activations handed on as codes between integer layers.
+
+    Parameters
+    ----------
+    names : role -> module name, for taps and errors
+    linears : role -> Linear; roles query, key, value, attention, intermediate, output
+    norms : role -> (gamma, beta); roles attention_norm, output_norm
+    """
+
+    def __init__(self, names: Mapping[str, str], linears: Mapping[str, Linear],
+                 norms: Mapping[str, tuple[np.ndarray, np.ndarray]], heads: int, activation: str, eps: float) -> None:
+        self.names = dict(names)
+        self.heads, self.eps, self.activation = heads, eps, ACTIVATIONS[activation]
+        self.scale = 1.0 / np.sqrt(linears["query"].out_features / heads).item()
+        self.attention_norm, self.output_norm = norms["attention_norm"], norms["output_norm"]
+        self._prepare_attention([linears[role] for role in ("query", "key", "value")])
+        for role in ("attention", "intermediate", "output"):
+            setattr(self, role, _bind(linears[role]))
+            setattr(self, role + "_in", QUANT[linears[role].quant])
+
+    def _prepare_attention(self, parts: Sequence[Linear]) -> None:
+        """One product for q, k and v, unless an override gave them different formats."""
+        modes = {QUANT[part.quant] for part in parts}
+        self.quant_in = modes.pop() if len(modes) == 1 else 0
+        try:
+            fused = Linear.fuse(parts)
+        except ValueError:
+            split = [_bind(part) for part in parts]
+            self.qkv = lambda x: np.concatenate([project(x) for project in split], axis=1)
+            return
+        self.qkv = _bind(fused)
+        for part in parts:
+            if isinstance(part.weight, np.ndarray):
+                release(part.weight)
+
+    def __call__(self, x: np.ndarray, codes: Codes | None, offsets: np.ndarray,
+                 quant_out: int) -> tuple[np.ndarray, Codes | None]:
+        """x (tokens, d) and its codes (or None) to the same of the block's output; quant_out as in ``_core.layer_norm``."""
+        norm = _core.layer_norm
+        context = _core.attention_fused(self.qkv(x if codes is None else codes), offsets, self.heads, self.scale, None,
+                                        self.attention_in)
+        y = self.attention(context, 0, x)
+        y, codes = norm(y, None, *self.attention_norm, self.eps, self.intermediate_in)
+        wide = self.intermediate(y if codes is None else codes, self.activation, None, self.output_in)
+        y = self.output(wide, 0, y)
+        return norm(y, None, *self.output_norm, self.eps, quant_out)
+
+    def tapped(self, x: np.ndarray, codes: Codes | None, offsets: np.ndarray, quant_out: int,
+               tap: Tap) -> tuple[np.ndarray, Codes | None]:
+        """The same numbers, with ``tap(name, input, output)`` for every linear layer (output before the activation and
+        without the residual): what is fused away is computed a second time for the tap."""
+        norm, names = _core.layer_norm, self.names
+        qkv = self.qkv(x if codes is None else codes)
+        for role, part in zip(("query", "key", "value"), np.split(qkv, 3, axis=1)):
+            tap(names[role], x, part)
+        context = _core.attention_fused(qkv, offsets, self.heads, self.scale, None, 0)
+        tap(names["attention"], context, self.attention(context))
+        y, _ = norm(self.attention(context, 0, x), None, *self.attention_norm, self.eps, 0)
+        tap(names["intermediate"], y, self.intermediate(y))
+        wide = self.intermediate(y, self.activation)
+        tap(names["output"], wide, self.output(wide))
+        return norm(self.output(wide, 0, y), None, *self.output_norm, self.eps, quant_out)
+
+
+_ACTIVATION_NAMES, _QUANT_NAMES = list(ACTIVATIONS), list(QUANT)
+
+
+def _bind(linear: Linear) -> Callable:
+    """The layer as f(x, activation, residual, quantize), numbers for names. It holds the packed weights only, so that the
+    concatenated copy of a fused layer can go."""
+    handle, mode, forward = linear._packed(), QUANT[linear.quant], _core.linear_forward
+    if linear.quant is None or linear._integer:
+        return lambda x, act=0, residual=None, quant=0: forward(handle, x, mode, act, residual, quant)
+    return lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant])

@@ -1,0 +1,106 @@
+"""quantize: a model in, a quantized model out."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .formats.safetensors import Stored
+from .linear import Linear
+from .mapped import release
+from .methods import Method, get_method
+from .qtensor import QTensor
+from .spec import QuantSpec, Scheme
+
+__all__ = ["quantize"]
+
+M = TypeVar("M")
+T = TypeVar("T")
+
+
+def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rtn", *,
+             show_progress_bar: bool | None = None) -> M:
+    """Quantize a model's linear layers (and, if the scheme says so, its word embeddings).
+
+    The layers are taken one at a time, so that a model whose weights are mapped from disk is never in memory as a whole.
+
+    Parameters
+    ----------
+    model
+        A Model or a SentenceEncoder. It is not changed.
+    scheme
+        A name ("w8a8", "w4/8a8-g128", ...; see :meth:`Scheme.parse`) or a :class:`Scheme`.
+    method
+        A name or a :class:`Method`.
+    show_progress_bar
+        True or False; None shows one when the work takes more than two seconds.
+
+    Returns
+    -------
+    Model or SentenceEncoder
+        A new one of the same kind.
+
+    Raises
+    ------
+    ValueError
+        Unknown scheme or method; NaN or Inf in a weight, a layer that cannot run in the format, a model that is
+        quantized already (each names the layer); an override that matches no layer.
+    """
+    scheme, method = Scheme.parse(scheme), get_method(method)
+    inner = getattr(model, "model", None)
+    if inner is not None and hasattr(model, "encode"):
+        return model.replace(model=quantize(inner, scheme, method, show_progress_bar=show_progress_bar))  # type: ignore[attr-defined]
+    layers = dict(model.named_linears())  # type: ignore[attr-defined]
+    _check_overrides(scheme, layers)
+    linears = {}
+    for name, layer in _progress(layers.items(), len(layers), show_progress_bar):
+        spec = scheme.weights_for(name)
+        if spec is not None:
+            linears[name] = _quantize_layer(name, layer, spec, scheme.activations, method)
+    tables = {name: _quantize_table(name, table, scheme.embeddings, method)
+              for name, table in model.embeddings.items()  # type: ignore[attr-defined]
+              if scheme.embeddings is not None and table is model.word_embeddings}  # type: ignore[attr-defined]
+    return model.replace(linears=linears, embeddings=tables, scheme=scheme)  # type: ignore[attr-defined]
+
+
+def _check_overrides(scheme: Scheme, names: Iterable[str]) -> None:
+    """A pattern that the user gave and that matches nothing is a mistake; those of the named schemes may not apply."""
+    built_in = set(Scheme.parse("w4/8a8").overrides)
+    for glob, spec in scheme.overrides:
+        if (glob, spec) not in built_in and not any(fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"scheme {scheme.name}: override {glob!r} matches no linear layer of the model")
+
+
+def _quantize_layer(name: str, layer: Linear, spec: QuantSpec, activations: QuantSpec | None, method: Method) -> Linear:
+    weight = _quantize_weight(name, layer.weight, spec, method)
+    return layer.with_weight(weight, activations)
+
+
+def _quantize_table(name: str, table: Any, spec: QuantSpec, method: Method) -> QTensor:
+    """An embedding table, of whatever float type. ZeroQuant quantizes that of words; the others are small."""
+    if not isinstance(table, QTensor):
+        table = (table.float32() if isinstance(table, Stored) else table).astype(np.float32, copy=False)
+    return _quantize_weight(name, table, spec, method)
+
+
+def _quantize_weight(name: str, weight: np.ndarray | QTensor, spec: QuantSpec, method: Method) -> QTensor:
+    if isinstance(weight, QTensor):
+        raise ValueError(f"{name}: is quantized already ({weight.spec}); quantize the float model instead")
+    try:
+        return method.quantize(weight, spec)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    finally:
+        release(weight)
+
+
+def _progress(items: Iterable[T], total: int, show: bool | None) -> Iterator[T]:
+    if show is False:
+        yield from items
+        return
+    from tqdm.auto import tqdm
+
+    kwargs: dict[str, Any] = {} if show else {"delay": 2.0}
+    yield from tqdm(items, total=total, desc="quantize", unit="layer", **kwargs)

@@ -1,0 +1,303 @@
+"""Number formats as data: QuantSpec says how one tensor is coded, Scheme what is done to a whole model."""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from dataclasses import replace as _replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+__all__ = ["QuantSpec", "Scheme", "DEFAULT_GROUP_SIZE"]
+
+FORMATS = ("int",)
+GRANULARITIES = ("tensor", "token", "channel", "group", "row_block")
+DEFAULT_GROUP_SIZE = 64
+
+# ZeroQuant (section 4.1 and its BERT configuration) leaves what comes after the encoder in floating point.
+HEADS = ("*pooler*", "*classifier*", "*lm_head*", "*qa_outputs*", "cls.*", "*vocab_*", "*score")
+
+
+class _Data:
+    """Frozen dataclasses that print what differs from the defaults and travel as JSON-ready dicts."""
+
+    def __repr__(self) -> str:
+        shown = [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+    @classmethod
+    def _checked_fields(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{cls.__name__}: expected a mapping, got {type(data).__name__}")
+        if unknown := sorted(set(data) - set(known)):
+            raise ValueError(f"{cls.__name__}: unknown fields {unknown}; known: {known}")
+        return dict(data)
+
+
+def _check_int(what: str, value: object, low: int, high: int | None = None) -> None:
+    span = f"{low}..{high}" if high is not None else f"at least {low}"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ValueError(f"QuantSpec: {what} must be an integer, {span}; got {value!r}")
+
+
+@dataclass(frozen=True, repr=False)
+class QuantSpec(_Data):
+    """How one tensor is turned into integer codes: x_hat = (q - zero) * scale.
+
+    Parameters
+    ----------
+    bits
+        2 to 8.
+    format
+        "int".
+    granularity
+        What shares one scale: "tensor"; "token" (a row of activations, dynamic); "channel" (a row of weights, or of an
+        embedding table); "group" (``group_size`` consecutive inputs of a row); "row_block" (one of ``blocks`` blocks of
+        whole consecutive rows: the grouping of ZeroQuant's own code).
+    group_size, blocks
+        For "group" and "row_block" only; at least 1.
+    symmetric
+        True: codes in +-(2^(bits-1)-1), no zero point. False: codes 0..2^bits-1 with a zero point.
+    dynamic
+        Scales are computed from the data at run time (activations).
+
+    >>> QuantSpec(4, granularity="group", group_size=64)
+    QuantSpec(bits=4, granularity='group', group_size=64)
+    >>> print(_)
+    int4, groups of 64
+    """
+
+    bits: int = 8
+    format: str = "int"
+    granularity: str = "channel"
+    group_size: int | None = None
+    symmetric: bool = True
+    dynamic: bool = False
+    blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("bits", self.bits, 2, 8)
+        if self.format not in FORMATS:
+            raise ValueError(f"QuantSpec: unknown format {self.format!r}; known: {', '.join(FORMATS)}")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"QuantSpec: unknown granularity {self.granularity!r}; known: {', '.join(GRANULARITIES)}")
+        for name, owner in (("group_size", "group"), ("blocks", "row_block")):
+            value = getattr(self, name)
+            if self.granularity == owner:
+                _check_int(name, value, 1)
+            elif value is not None:
+                raise ValueError(f"QuantSpec: {name}={value!r} needs granularity={owner!r}, not {self.granularity!r}")
+        for name in ("symmetric", "dynamic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"QuantSpec: {name} must be True or False, got {getattr(self, name)!r}")
+        if self.dynamic != (self.granularity == "token"):
+            raise ValueError("QuantSpec: granularity 'token' is dynamic, and the only one that is; "
+                             f"got {self.granularity!r} with dynamic={self.dynamic}")
+        if not self.symmetric and self.granularity in ("row_block", "tensor"):
+            raise ValueError(f"QuantSpec: granularity {self.granularity!r} is symmetric only")
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    def __str__(self) -> str:
+        sharing = {"tensor": "one scale", "token": "per token", "channel": "per channel",
+                   "group": f"groups of {self.group_size}", "row_block": f"{self.blocks} row blocks"}[self.granularity]
+        return f"{'' if self.symmetric else 'u'}{self.format}{self.bits}, {sharing}"
+
+    def replace(self, **changes: Any) -> QuantSpec:
+        """A copy with some fields changed.
+
+        >>> QuantSpec().replace(bits=4)
+        QuantSpec(bits=4)
+        """
+        return _replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantSpec:
+        """The inverse of :meth:`to_dict`; ValueError on unknown fields or values.
+
+        >>> QuantSpec.from_dict({"bits": 8, "group_sizes": 3})
+        Traceback (most recent call last):
+        ...
+        ValueError: QuantSpec: unknown fields ['group_sizes']; known: ['bits', 'format', 'granularity', 'group_size', 'symmetric', 'dynamic', 'blocks']
+        """
+        return cls(**cls._checked_fields(data))
+
+
+INT8_ROWS = QuantSpec()
+TOKEN_ASYMMETRIC = QuantSpec(8, granularity="token", symmetric=False, dynamic=True)
+TOKEN_SYMMETRIC = QuantSpec(8, granularity="token", dynamic=True)
+
+
+def _weights(bits: int) -> QuantSpec:
+    """The usual weight format for a number of bits: per channel at 8, in groups below."""
+    _check_int("bits", bits, 2, 8)
+    return INT8_ROWS if bits == 8 else QuantSpec(bits, granularity="group", group_size=DEFAULT_GROUP_SIZE)
+
+
+def _as_spec(value: object, what: str) -> QuantSpec | None:
+    """None, "float", a QuantSpec, a dict of one, a number of bits, or "int<bits>"."""
+    if value is None or value == "float":
+        return None
+    if isinstance(value, QuantSpec):
+        return value
+    if isinstance(value, Mapping):
+        return QuantSpec.from_dict(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _weights(value)
+    if isinstance(value, str) and re.fullmatch(r"int\d+", value):
+        return _weights(int(value[3:]))
+    raise ValueError(f"Scheme: {what}: expected 'float', a number of bits, 'int8' or a QuantSpec; got {value!r}")
+
+
+def _rows(value: object, what: str) -> QuantSpec | None:
+    spec = _as_spec(value, what)
+    if spec is not None and not (spec.granularity == "channel" and spec.symmetric and spec.bits == 8):
+        raise ValueError(f"Scheme: {what}: int8 per row or 'float', not {spec}")
+    return spec
+
+
+@dataclass(frozen=True, repr=False)
+class Scheme(_Data):
+    """What is quantized in a model, and how. Usually made by name: :meth:`parse`.
+
+    Parameters
+    ----------
+    name
+        Any text; what reports print.
+    weights
+        Format of the linear layers' weights; None leaves them float.
+    activations
+        Format of what goes into the quantized linear layers: per token, 8 bits; None keeps float32 (weight-only).
+    embeddings
+        Format of the word-embedding table: int8 per row, or None for float.
+    overrides
+        Pairs of a glob on layer names and a weight format or None (float). The last one that matches a name wins.
+    skip
+        Globs of layers that stay float unless an override says otherwise: pooler and heads, as in ZeroQuant.
+
+    >>> Scheme.parse("w4/8a8-g128").weights_for("encoder.layer.0.output.dense")
+    QuantSpec(bits=4, granularity='group', group_size=128)
+    """
+
+    name: str
+    weights: QuantSpec | None = None
+    activations: QuantSpec | None = None
+    embeddings: QuantSpec | None = None
+    overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
+    skip: tuple[str, ...] = HEADS
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"Scheme: name must be a non-empty string, got {self.name!r}")
+        change = object.__setattr__
+        change(self, "weights", _weight_format(self.weights, "weights"))
+        change(self, "activations", _as_spec(self.activations, "activations"))
+        change(self, "embeddings", _rows(self.embeddings, "embeddings"))
+        pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
+        change(self, "overrides", tuple((_glob(g), _weight_format(s, f"override {g!r}")) for g, s in pairs))
+        change(self, "skip", tuple(_glob(g) for g in self.skip))
+        act = self.activations
+        if act is not None and not (act.granularity == "token" and act.bits == 8):
+            raise ValueError(f"Scheme: activations are 8 bits per token or None, not {act}")
+
+    @classmethod
+    def parse(cls, scheme: str | Scheme) -> Scheme:
+        """A scheme by name; a Scheme is returned as it is.
+
+        ``w<bits>a8``, ``w<bits>a16`` (weights only) or ``w<bits>/<bits>a8`` (feed-forward / attention: ZeroQuant's
+        mixed precision), then any of ``-sym`` (symmetric int8 activations; else asymmetric uint8), ``-g<size>`` (weights
+        in groups along the input), ``-b<blocks>`` (blocks of whole rows), ``+e8`` (int8 word embeddings, per row).
+        8-bit weights have one scale per channel, fewer bits one per 64 inputs unless a suffix says otherwise; in mixed
+        schemes the suffix is for the feed-forward layers.
+
+        >>> Scheme.parse("w8a8-sym").activations
+        QuantSpec(granularity='token', dynamic=True)
+        >>> Scheme.parse("w8b8")
+        Traceback (most recent call last):
+        ...
+        ValueError: unknown scheme 'w8b8'; known: w8a8, w4a8, w4/8a8, w8a16, w4a16 (2 to 8 weight bits), with suffixes -sym, -g<group size>, -b<row blocks>, +e8
+        """
+        if isinstance(scheme, Scheme):
+            return scheme
+        match = re.fullmatch(r"w(\d+)(?:/(\d+))?a(8|16)((?:-sym|-g\d+|-b\d+)*)(\+e8)?", scheme) \
+            if isinstance(scheme, str) else None
+        if match is None:
+            raise ValueError(f"unknown scheme {scheme!r}; known: w8a8, w4a8, w4/8a8, w8a16, w4a16 (2 to 8 weight bits), "
+                             "with suffixes -sym, -g<group size>, -b<row blocks>, +e8")
+        bits, attention, act_bits, suffixes, embeddings = match.groups()
+        weights, symmetric = _weights(int(bits)), False
+        for suffix in filter(None, suffixes.split("-")):
+            if suffix == "sym":
+                symmetric = True
+            elif suffix[0] == "g":
+                weights = QuantSpec(weights.bits, granularity="group", group_size=int(suffix[1:]))
+            else:
+                weights = QuantSpec(weights.bits, granularity="row_block", blocks=int(suffix[1:]))
+        activations = None if act_bits == "16" else TOKEN_SYMMETRIC if symmetric else TOKEN_ASYMMETRIC
+        mixed = [("*attention*", _weights(int(attention))), ("*attn*", _weights(int(attention)))] if attention else []
+        return cls(scheme, weights, activations, INT8_ROWS if embeddings else None, tuple(mixed))
+
+    def weights_for(self, name: str) -> QuantSpec | None:
+        """The weight format of the linear layer of that name; None is float.
+
+        >>> Scheme.parse("w8a8").weights_for("pooler.dense") is None
+        True
+        """
+        for glob, spec in reversed(self.overrides):
+            if fnmatchcase(name, glob):
+                return spec
+        return None if any(fnmatchcase(name, glob) for glob in self.skip) else self.weights
+
+    def with_overrides(self, overrides: Mapping[str, QuantSpec | int | str | None]) -> Scheme:
+        """A copy with overrides appended: glob -> "float" (or None), a number of bits, or a QuantSpec.
+
+        >>> Scheme.parse("w8a8").with_overrides({"encoder.layer.0.*": "float", "*.output.dense": 4}).overrides
+        (('encoder.layer.0.*', None), ('*.output.dense', QuantSpec(bits=4, granularity='group', group_size=64)))
+        """
+        return self.replace(overrides=self.overrides + tuple(overrides.items()))
+
+    def replace(self, **changes: Any) -> Scheme:
+        """A copy with some fields changed; ``embeddings`` also takes "int8" and "float".
+
+        >>> Scheme.parse("w8a8").replace(embeddings="int8") == Scheme.parse("w8a8+e8").replace(name="w8a8")
+        True
+        """
+        return _replace(self, **changes)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        def plain(spec: QuantSpec | None) -> dict[str, Any] | None:
+            return spec if spec is None else spec.to_dict()
+
+        return {"name": self.name, "weights": plain(self.weights), "activations": plain(self.activations),
+                "embeddings": plain(self.embeddings), "overrides": [[g, plain(s)] for g, s in self.overrides],
+                "skip": list(self.skip)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
+        """The inverse of :meth:`to_dict`; ValueError on unknown fields or values."""
+        return cls(**cls._checked_fields(data))
+
+
+def _glob(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"Scheme: a layer pattern must be a non-empty string, got {value!r}")
+    return value
+
+
+def _weight_format(value: object, what: str) -> QuantSpec | None:
+    spec = _as_spec(value, what)
+    if spec is not None and spec.dynamic:
+        raise ValueError(f"Scheme: {what}: weights are not dynamic; got {spec!r}")
+    return spec
