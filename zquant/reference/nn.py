@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .linear import activate
+from .gemm import activate
 
 __all__ = ["attention", "exp_f32", "gated", "gelu", "gelu_erf_f32", "layer_norm", "relu", "rms_norm", "silu", "softmax"]
 
