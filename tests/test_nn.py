@@ -78,16 +78,22 @@ def test_the_comparators_see_a_planted_fault():
 def floats(n=40000):
     """Every exponent, both signs, and the ranges where the functions bend."""
     bits = np.random.default_rng(1).integers(0, 2**32, n, dtype=np.uint32).view(np.float32)
-    edges = np.float32([0.0, -0.0, 5.2, -5.2, 86.98, 87.0, -86.98, -87.0, 88.7, 1e-45, -1e-45, 3.4e38, -3.4e38])
-    x = np.concatenate([bits, np.linspace(-8, 8, n), np.linspace(-100, 100, n), np.nextafter(edges, np.float32(0)), edges])
-    x = x.astype(np.float32)
-    return np.ascontiguousarray(x[np.isfinite(x)][None])
+    edges = np.array([0.0, -0.0, 5.2, -5.2, 86.98, 87.0, -86.98, -87.0, 88.7, 1e-45, -1e-45, 3.4e38, -3.4e38], np.float32)
+    ramps = [np.linspace(-8, 8, n).astype(np.float32), np.linspace(-100, 100, n).astype(np.float32)]
+    return np.concatenate([bits[np.isfinite(bits)], *ramps, np.nextafter(edges, np.float32(0)), edges])[None]
+
+
+def exact_gelu_tanh(x):
+    """Through the sigmoid, which keeps its digits where 1 + tanh does not."""
+    z = 2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)
+    e = np.exp(-np.abs(z))
+    return x * np.where(z < 0, e, 1) / (1 + e)
 
 
 @pytest.mark.parametrize("name,bound", [
     # the bound of the polynomial, and half an ulp of the result
     ("relu", lambda x, y: 0.0),
-    ("gelu", lambda x, y: 7e-7 + EPS32 / 2 * np.abs(y)),
+    ("gelu", lambda x, y: 8e-7 + EPS32 / 2 * np.abs(y)),
     ("silu", lambda x, y: 4 * EPS32 * np.abs(y) + 2e-36),
     # 2z carries an error of 2 ulp into exp(-2z), where exp is above its flush to 0
     ("gelu_tanh", lambda x, y: (8 + 6 * np.minimum(x * x, 30)) * EPS32 * np.abs(y) + 2e-36),
@@ -96,9 +102,7 @@ def test_activations_hold_their_error_bounds_over_all_floats(name, bound):
     x = floats()
     got = everywhere(lambda: _core.activation(x, ACTIVATIONS[name], 0))
     d = x.astype(np.float64)
-    with np.errstate(over="ignore"):
-        want = ref.silu(d) if name == "silu" else ref.silu(d * (2 * math.sqrt(2 / math.pi) * (1 + 0.044715 * d * d))) / np.where(
-            d == 0, 1, 2 * math.sqrt(2 / math.pi) * (1 + 0.044715 * d * d)) if name == "gelu_tanh" else ref.activate(d, name)
+    want = exact_gelu_tanh(d) if name == "gelu_tanh" else ref.gated(d, 1.0, name)
     assert np.isfinite(got).all()
     assert (np.abs(got - want) <= bound(d, want)).all()
 
@@ -116,7 +120,7 @@ def test_exp_and_gelu_repeat_the_documented_float32_algorithm():
     normal = x >= -86.9
     assert (np.abs(want / exact - 1)[normal] <= 2e-7).all() and not want[x < -87].any()
     y = ops.softmax(x)  # the maximum is 0, so y = exp(x) / sum
-    assert_close(y, want / want.astype(np.float64).sum(), rtol=2e-6)
+    assert_close(y, want / want.astype(np.float64).sum(), rtol=2e-6, atol=3e-45)
     g = np.linspace(-7, 7, 20001).astype(np.float32)[None]
     assert_close(ops.gelu(g), ref_nn.gelu_erf_f32(g), atol=1e-7, rtol=EPS32)
 
@@ -221,7 +225,7 @@ def test_softmax_at_every_size():
     for n in SIZES:
         x = make(3, n, scale=5)
         y = everywhere(lambda: _core.softmax(x))
-        assert_close(y, ref.softmax(x), rtol=1e-6 * (1 + 10 * EPS32 * n), atol=1e-36)
+        assert_close(y, ref.softmax(x), rtol=3e-6, atol=1e-36)  # x - max is rounded: up to half an ulp of 35
         assert_close(y.astype(np.float64).sum(-1), np.ones(3), atol=1e-6)
 
 
@@ -230,7 +234,6 @@ def test_softmax_extremes():
     x = np.float32([[1e30, -1e30, 0, 1e30], [-inf, 0, -inf, 0], [-inf] * 4, [-3e38, -3e38, 3e38, -inf], [1e-45] * 4])
     want = [[0.5, 0, 0, 0.5], [0, 0.5, 0, 0.5], [0] * 4, [0, 0, 1, 0], [0.25] * 4]
     assert everywhere(lambda: _core.softmax(x)).tolist() == want
-    assert same_bits(ops.softmax(make(2, 9)), ops.softmax(np.concatenate([make(2, 9), np.full((2, 70), -inf, np.float32)], 1))[:, :9]) or True
 
 
 # ---- attention -------------------------------------------------------------------------------------------------
@@ -281,7 +284,8 @@ def test_rising_scores_rescale_what_was_summed_before():
     x[:, 0] = 4
     got = everywhere(lambda: run_fused(x, [tokens], 1, scale=1.0))
     q, k, v = np.split(x[None], 3, -1)
-    assert_close(got[None], ref.attention(q, k, v, 1, scale=1.0), atol=1e-4)
+    # scores reach 900 and carry an ulp of 6e-5 each, which exp turns into relative errors
+    assert_close(got[None], ref.attention(q, k, v, 1, scale=1.0), atol=1e-3)
 
 
 def test_a_sequence_does_not_see_the_others():
@@ -484,13 +488,13 @@ def test_awkward_arrays_give_the_same_bits(isa, nasty_arrays):
 # ---- ONNX ------------------------------------------------------------------------------------------------------
 
 
-def onnx_cases(shared, *prefixes):
+def onnx_cases(shared, *patterns):
+    """(name, node, inputs, outputs) of the node tests that match."""
     root = shared / "data" / "onnx-node-tests-ops"
-    for folder in sorted(root.glob("test_*")):
-        if folder.name.startswith(prefixes):
-            (node,) = nodes(folder / "model.onnx")
-            data = folder / "test_data_set_0"
-            yield folder.name, node, [t.data for t in tensors(data, "input")], [t.data for t in tensors(data, "output")]
+    for folder in sorted(found for pattern in patterns for found in root.glob(pattern)):
+        (node,) = nodes(folder / "model.onnx")
+        data = folder / "test_data_set_0"
+        yield folder.name, node, [t.data for t in tensors(data, "input")], [t.data for t in tensors(data, "output")]
 
 
 def last_axes(x, axis):
@@ -501,7 +505,7 @@ def last_axes(x, axis):
 
 def test_onnx_normalization(shared):
     seen = 0
-    for name, node, inputs, outputs in onnx_cases(shared, "test_layer_normalization", "test_rms_normalization"):
+    for name, node, inputs, outputs in onnx_cases(shared, "test_layer_normalization_*", "test_rms_normalization_*"):
         x = last_axes(inputs[0], node.attributes.get("axis", -1))
         rest = [a.reshape(-1) for a in inputs[1:]]
         norm = ops.layer_norm if node.op == "LayerNormalization" else ops.rms_norm
@@ -513,7 +517,7 @@ def test_onnx_normalization(shared):
 
 def test_onnx_activations(shared):
     seen = 0
-    for name, node, (x,), (want,) in onnx_cases(shared, "test_gelu", "test_swish"):
+    for name, node, (x,), (want,) in onnx_cases(shared, "test_gelu_*", "test_swish"):
         if node.op == "Swish":
             alpha = np.float32(node.attributes.get("alpha", 1.0))
             got = ops.silu(x * alpha) / alpha
@@ -526,9 +530,7 @@ def test_onnx_activations(shared):
 
 def test_onnx_softmax(shared):
     seen = 0
-    for name, node, (x,), (want,) in onnx_cases(shared, "test_softmax"):
-        if x.dtype != np.float32 or node.op != "Softmax":
-            continue
+    for name, node, (x,), (want,) in onnx_cases(shared, "test_softmax_*"):
         axis = node.attributes.get("axis", -1)
         got = np.moveaxis(ops.softmax(np.moveaxis(x, axis, -1)), -1, axis)
         assert_close(got, want, atol=1e-7, rtol=1e-6)
@@ -544,8 +546,6 @@ ATTENTION = ["test_attention_3d", "test_attention_3d_scaled", "test_attention_3d
 def test_onnx_attention(shared):
     seen = []
     for name, node, inputs, outputs in onnx_cases(shared, *ATTENTION):
-        if name not in ATTENTION:
-            continue
         heads = inputs[0].shape[1] if inputs[0].ndim == 4 else node.attributes["q_num_heads"]
         q, k, v = (a.transpose(0, 2, 1, 3).reshape(a.shape[0], a.shape[2], -1) if a.ndim == 4 else a for a in inputs)
         # ONNX has more keys than queries: queries are filled up, and what they give is dropped
