@@ -203,9 +203,9 @@ def _add_demo(commands: Any) -> None:
 
 def _set_threads(count: int | None) -> None:
     if count is not None:
-        from . import _core
+        from .threads import set_num_threads
 
-        _core.set_threads(count)
+        set_num_threads(count)
 
 
 def _open(path: Path, encoder: bool = False) -> Any:

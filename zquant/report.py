@@ -18,6 +18,7 @@ import numpy as np
 
 from ._progress import bar
 from .evaluate import _decibels, cosine_fidelity, sqnr_db
+from .threads import get_num_threads
 
 __all__ = ["KINDS", "LayerError", "Report", "compare", "layer_kind", "scheme_name", "speeds"]
 
@@ -431,11 +432,5 @@ def compare(
         rate_before=rates[0],
         rate_after=rates[1],
         speedup=ratios[1],
-        threads=_threads(),
+        threads=get_num_threads(),
     )
-
-
-def _threads() -> int:
-    from . import _core
-
-    return int(_core.threads())
