@@ -27,7 +27,7 @@ class QTensor:
     codes
         (n, k): int8 when ``spec.symmetric``, else uint8. One row per output channel. Memory-mapped arrays stay mapped.
     scales
-        (n, g) float32: g = ceil(k / group_size) for groups along the input, else 1.
+        (n, g) float32: g = ceil(k / group_size) for groups along the input, else 1 (tensors without inputs: 0).
     zeros
         (n, g) int32 zero points; None when symmetric.
     spec
@@ -76,7 +76,10 @@ class QTensor:
     @property
     def groups(self) -> int:
         """Scales per row."""
-        return max(1, math.ceil(self.codes.shape[1] / self.spec.group_size)) if self.spec.group_size else 1
+        if self.spec.granularity in ("tensor", "row_block"):
+            return 1
+        k = self.codes.shape[1]
+        return math.ceil(k / (self.spec.group_size or max(k, 1)))
 
     @property
     def nbytes(self) -> int:

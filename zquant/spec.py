@@ -214,24 +214,24 @@ class Scheme(_Data):
 
         ``w<bits>a8``, ``w<bits>a16`` (weights only) or ``w<bits>/<bits>a8`` (feed-forward / attention: ZeroQuant's
         mixed precision), then any of ``-sym`` (symmetric int8 activations; else asymmetric uint8), ``-g<size>`` (weights
-        in groups along the input), ``-b<blocks>`` (blocks of whole rows), ``+e8`` (int8 word embeddings, per row).
-        8-bit weights have one scale per channel, fewer bits one per 64 inputs unless a suffix says otherwise; in mixed
-        schemes the suffix is for the feed-forward layers.
+        in groups along the input), ``-b<blocks>`` (blocks of whole rows), ``+e32`` (float word embeddings; else int8 per
+        row, as in ZeroQuant; ``+e8`` says so explicitly). 8-bit weights have one scale per channel, fewer bits one per
+        64 inputs unless a suffix says otherwise; in mixed schemes the suffix is for the feed-forward layers.
 
         >>> Scheme.parse("w8a8-sym").activations
         QuantSpec(granularity='token', dynamic=True)
         >>> Scheme.parse("w8b8")
         Traceback (most recent call last):
         ...
-        ValueError: unknown scheme 'w8b8'; known: w8a8, w4a8, w4/8a8, w8a16, w4a16 (2 to 8 weight bits), with suffixes -sym, -g<group size>, -b<row blocks>, +e8
-        """
+        ValueError: unknown scheme 'w8b8'; known: w8a8, w4a8, w4/8a8, w8a16, w4a16 (2 to 8 weight bits), with suffixes -sym, -g<group size>, -b<row blocks>, +e8, +e32
+        """  # noqa: E501
         if isinstance(scheme, Scheme):
             return scheme
-        match = re.fullmatch(r"w(\d+)(?:/(\d+))?a(8|16)((?:-sym|-g\d+|-b\d+)*)(\+e8)?", scheme) \
+        match = re.fullmatch(r"w(\d+)(?:/(\d+))?a(8|16)((?:-sym|-g\d+|-b\d+)*)(?:\+e(8|32))?", scheme) \
             if isinstance(scheme, str) else None
         if match is None:
             raise ValueError(f"unknown scheme {scheme!r}; known: w8a8, w4a8, w4/8a8, w8a16, w4a16 (2 to 8 weight bits), "
-                             "with suffixes -sym, -g<group size>, -b<row blocks>, +e8")
+                             "with suffixes -sym, -g<group size>, -b<row blocks>, +e8, +e32")
         bits, attention, act_bits, suffixes, embeddings = match.groups()
         weights, symmetric = _weights(int(bits)), False
         for suffix in filter(None, suffixes.split("-")):
@@ -243,7 +243,7 @@ class Scheme(_Data):
                 weights = QuantSpec(weights.bits, granularity="row_block", blocks=int(suffix[1:]))
         activations = None if act_bits == "16" else TOKEN_SYMMETRIC if symmetric else TOKEN_ASYMMETRIC
         mixed = [("*attention*", _weights(int(attention))), ("*attn*", _weights(int(attention)))] if attention else []
-        return cls(scheme, weights, activations, INT8_ROWS if embeddings else None, tuple(mixed))
+        return cls(scheme, weights, activations, None if embeddings == "32" else INT8_ROWS, tuple(mixed))
 
     def weights_for(self, name: str) -> QuantSpec | None:
         """The weight format of the linear layer of that name; None is float.
@@ -267,7 +267,7 @@ class Scheme(_Data):
     def replace(self, **changes: Any) -> Scheme:
         """A copy with some fields changed; ``embeddings`` also takes "int8" and "float".
 
-        >>> Scheme.parse("w8a8").replace(embeddings="int8") == Scheme.parse("w8a8+e8").replace(name="w8a8")
+        >>> Scheme.parse("w8a8").replace(embeddings="float") == Scheme.parse("w8a8+e32").replace(name="w8a8")
         True
         """
         return _replace(self, **changes)

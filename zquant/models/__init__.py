@@ -153,11 +153,9 @@ class _Reader:
         return array
 
     def _table(self, name: str) -> Table:
-        """An embedding table, mapped if it is float32 or float16. Rows of the word table are checked when they are used."""
+        """An embedding table as it is stored, mapped. Rows of the word table are checked when they are used."""
         if name.removeprefix(self.prefix) != self.family.embeddings["word"]:
             self._finite(name)
-        if not self.tensors.is_quantized(name) and self._dtype(name) == "F16":
-            return self.tensors.checkpoint.stored(name).array
         return self.tensors.table(name)
 
 

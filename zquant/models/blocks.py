@@ -8,6 +8,7 @@ from typing import Any, Union
 import numpy as np
 
 from .. import _core
+from ..formats.safetensors import Stored
 from ..linear import ACTIVATIONS, QUANT, Codes, Linear
 from ..mapped import release
 from ..qtensor import QTensor
@@ -18,8 +19,8 @@ __all__ = ["CHUNK", "Block", "Embeddings", "Packed", "Table", "pack", "rows"]
 CHUNK = 1024
 
 Tap = Callable[[str, np.ndarray, np.ndarray], None]
-# An embedding table: float32 or float16, possibly mapped, or quantized rows.
-Table = Union[np.ndarray, QTensor]
+# An embedding table: float32 or float16, possibly mapped; bfloat16 as stored; or quantized rows.
+Table = Union[np.ndarray, Stored, QTensor]
 
 
 def rows(table: Table, index: np.ndarray) -> np.ndarray:
@@ -30,6 +31,8 @@ def rows(table: Table, index: np.ndarray) -> np.ndarray:
     """
     if isinstance(table, QTensor):
         return table.rows(index)
+    if isinstance(table, Stored):
+        return Stored(table.array.take(index, axis=0), table.dtype).float32()
     return table.take(index, axis=0).astype(np.float32, copy=False)
 
 
@@ -144,7 +147,8 @@ def pack(input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None,
     where = positions(ids, columns, starts, pad)
     if token_type_ids is not None:
         types = _same_layout("token_type_ids", token_type_ids, lengths)
-    width = int(lengths.max(initial=0))
+    given = input_ids if embeddings is None else np.asarray(embeddings)
+    width = given.shape[1] if isinstance(given, np.ndarray) else int(lengths.max(initial=0))
     slots = None if len(columns) == width * len(lengths) else np.repeat(np.arange(len(lengths)) * width, lengths) + columns
     packed = Packed(ids, where, types, embedded, offsets, slots, (len(lengths), width))
     return packed if attention_mask is None else _masked(packed, _same_layout("attention_mask", attention_mask, lengths))
