@@ -356,7 +356,9 @@ py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     s = zq_linear_forward(w, &x, m, &out, &bad_row);
     Py_END_ALLOW_THREADS
     if (zq_check(s, x.f32 ? "x" : "y", bad_row) == 0) {
-        result = quant_out ? zq_give_tuple(3, &a[OUT]) : zq_give(&a[Y]);
+        result = out.quant == ZQ_QUANT_NONE     ? zq_give(&a[Y])
+                 : out.quant == ZQ_QUANT_STATIC ? zq_give(&a[OUT])
+                                                : zq_give_tuple(3, &a[OUT]);
     }
 cleanup:
     zq_release(N, a);
