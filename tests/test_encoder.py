@@ -14,14 +14,14 @@ import pytest
 pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
 
-from tiny_models import HIDDEN, POSITIONS, config_of, tensors_of, write  # noqa: E402
+from tiny_models import HIDDEN, POSITIONS, config_of, tensors_of, write
 
-from zquant.demo_model import find_minilm  # noqa: E402
-from zquant.encoder import SentenceEncoder  # noqa: E402
-from zquant.errors import FormatError  # noqa: E402
-from zquant.models import load  # noqa: E402
-from zquant.quantize import quantize  # noqa: E402
-from zquant.tokenization import TextTokenizer  # noqa: E402
+from zquant.demo_model import find_minilm
+from zquant.encoder import SentenceEncoder
+from zquant.errors import FormatError
+from zquant.models import load
+from zquant.quantize import quantize
+from zquant.tokenization import TextTokenizer
 
 GOLDEN = Path(__file__).parent / "data" / "minilm_golden.npz"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"the a red green blue boat house tree sails stands grows on in under".split()]
@@ -43,7 +43,7 @@ def make(tmp_path):
         write(root / place, config_of(kind), tensors_of(kind))
         _write_tokenizer(root / place / "tokenizer.json")
         listed = [("Transformer", place), ("Pooling", "1_Pooling")] + [("Normalize", "2_Normalize")] * normalize
-        dump = lambda name, value: (root / name).write_text(json.dumps(value))  # noqa: E731
+        dump = lambda name, value: (root / name).write_text(json.dumps(value))
         dump("modules.json", modules or [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for i, (kind, path) in enumerate(listed)])
@@ -341,7 +341,7 @@ def test_tokenizer_repr(make):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forks_are_quiet_and_work(make):
-    """The tokenizers library warns about forks after its threads ran; ours do not, and the child can encode."""
+    """The child can encode, without the warning that tokenizers 0.20 prints after its threads ran (0.23 has none)."""
     code = f"""
 import os, sys, warnings
 warnings.simplefilter("ignore")
@@ -356,5 +356,6 @@ for _ in range(2):
 assert "TOKENIZERS_PARALLELISM" not in os.environ
 """
     env = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env,
+                          check=False)
     assert (done.returncode, done.stderr) == (0, "")

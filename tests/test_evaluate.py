@@ -1,4 +1,5 @@
 """Correlations, cosines, signal-to-noise and the STS file reader, against definitions written out here."""
+
 import math
 
 import numpy as np
@@ -98,7 +99,9 @@ GOOD = {
     "header in another order": b'id,score,sentence1,sentence2\n7,4.5,A cat.,"A cat, asleep."\n8,0,A cat.,It rains.\n',
     "unnamed header": b'left,right,how much\nA cat.,"A cat, asleep.",4.5\nA cat.,It rains.,0\n',
     "tsv": b"A cat.\tA cat, asleep.\t4.5\nA cat.\tIt rains.\t0\n",
-    "tsv with a header and more columns": b"index\tgenre\tsentence1\tsentence2\tscore\n0\tx\tA cat.\tA cat, asleep.\t4.5\n1\ty\tA cat.\tIt rains.\t0",
+    "tsv with a header and more columns": (
+        b"index\tgenre\tsentence1\tsentence2\tscore\n0\tx\tA cat.\tA cat, asleep.\t4.5\n1\ty\tA cat.\tIt rains.\t0"
+    ),
     "byte-order mark, CRLF, empty lines": b'\xef\xbb\xbfA cat.,"A cat, asleep.",4.5\r\n\r\nA cat.,It rains.,0\r\n\r\n',
 }
 

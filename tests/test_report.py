@@ -1,4 +1,5 @@
 """Reports against sums written out here, on a small NumPy model; planted faults must show."""
+
 import json
 import math
 
@@ -9,7 +10,13 @@ from fakes import Encoder, Linear, Model
 from zquant.evaluate import sqnr_db
 from zquant.report import KINDS, LayerError, Report, compare, layer_kind, speeds
 
-SENTENCES = ["the cat sat on the mat", "rain", "a", "quantization is rounding with a plan", "seven words make up this short sentence"]
+SENTENCES = [
+    "the cat sat on the mat",
+    "rain",
+    "a",
+    "quantization is rounding with a plan",
+    "seven words make up this short sentence",
+]
 
 
 def outputs(model, sentences):
@@ -96,7 +103,10 @@ def test_memory_is_one_batch():
     model = Model.make(rows=10**6)
     noise, alive = module._OutputNoise(), []
     keep = noise.keep
-    noise.keep = lambda name, x, y: (keep(name, x, y), alive.append(sum(len(a) for q in noise.reference.values() for a in q)))
+    noise.keep = lambda name, x, y: (
+        keep(name, x, y),
+        alive.append(sum(len(a) for q in noise.reference.values() for a in q)),
+    )
     batches = list(module._batches([np.zeros(400, int)] * 9, 32))
     assert [len(b) for b in batches] == [2, 2, 2, 2, 1]
     module._OutputNoise, original = lambda: noise, module._OutputNoise
@@ -169,7 +179,9 @@ def test_kinds():
 
 def example(layers=12, name="encoder.layer.{}.output.dense"):
     errors = tuple(LayerError(name.format(i), "int8, per channel", 40.0 + i, 20.0 + i) for i in range(layers))
-    return Report("w8a8", errors, np.array([0.99, 1.0, 0.98]), "sentences", 90_000_000, 30_000_000, 800.0, 1600.0, 2.0, 2)
+    return Report(
+        "w8a8", errors, np.array([0.99, 1.0, 0.98]), "sentences", 90_000_000, 30_000_000, 800.0, 1600.0, 2.0, 2
+    )
 
 
 def test_text():
@@ -197,8 +209,11 @@ def test_json(tmp_path):
     report.save_json(path)
     data = json.loads(path.read_text())
     assert data["layers"][3] == {
-        "name": "encoder.layer.3.output.dense", "kind": "feed-forward out", "weights": "int8, per channel",
-        "weight_db": 43.0, "output_db": 23.0,
+        "name": "encoder.layer.3.output.dense",
+        "kind": "feed-forward out",
+        "weights": "int8, per channel",
+        "weight_db": 43.0,
+        "output_db": 23.0,
     }
     assert data["cosine"]["values"] == [0.99, 1.0, 0.98] and data["sentences_per_second"]["speedup"] == 2.0
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
@@ -208,7 +223,9 @@ def test_json(tmp_path):
         report.save_json(tmp_path / "none" / "report.json")
 
 
-@pytest.mark.parametrize("report", [example(), example(1), example(90), example(2, "head{}")], ids=["12", "1", "90", "heads"])
+@pytest.mark.parametrize(
+    "report", [example(), example(1), example(90), example(2, "head{}")], ids=["12", "1", "90", "heads"]
+)
 def test_plot(report, tmp_path):
     pytest.importorskip("matplotlib")
     figure = report.plot()

@@ -1,4 +1,5 @@
 """``python -m zquant``: the ``zquant`` command."""
+
 import sys
 
 from .cli import main

@@ -1,4 +1,5 @@
 """Progress bars: tqdm, imported where a bar may be seen."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -21,5 +22,7 @@ def bar(items: Iterable[T], what: str, show: bool | None = None, **options: Any)
     from tqdm import tqdm
 
     # The bar is closed by the ``with`` even where the loop's body raises.
-    with tqdm(items, desc=what, delay=DELAY, leave=False, disable=None if show is None else not show, **options) as shown:
+    with tqdm(
+        items, desc=what, delay=DELAY, leave=False, disable=None if show is None else not show, **options
+    ) as shown:
         yield from shown

@@ -1,4 +1,5 @@
 """The ``zquant`` command. Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted."""
+
 from __future__ import annotations
 
 import argparse
@@ -22,7 +23,7 @@ schemes:
   w4/8a8     attention int8, feed-forward int4 in groups (ZeroQuant's mixed precision)
   w4a8       int4 weights in groups
   w4a16      int4 weights only
-  suffixes   -g32 (groups of 32 inputs), -b48 (48 blocks of rows), +e8 (int8 word embeddings)
+  suffixes   -g32 (groups of 32 inputs), -b48 (48 blocks of rows), +e32 (word embeddings stay float; else int8 per row)
 """
 
 
@@ -114,7 +115,9 @@ def _command(commands: Any, name: str, run: Any, summary: str, examples: str) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--threads", type=_threads, metavar="N", help="threads (default: the CPUs this process may use)")
+    parser.add_argument(
+        "--threads", type=_threads, metavar="N", help="threads (default: the CPUs this process may use)"
+    )
     return parser
 
 
@@ -126,8 +129,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Quantize Transformers on a CPU, measure what it costs, and run them.",
         epilog="examples:\n  zquant demo\n  zquant quantize all-MiniLM-L6-v2 -o minilm-w8a8 --scheme w8a8\n"
         "  zquant compare all-MiniLM-L6-v2 minilm-w8a8 --plot report.png\n\n"
-        "Each command has its own --help. DIR is a Hugging Face model directory. Exit codes: 0 done, 1 failed, 2 wrong\n"
-        "usage, 130 interrupted. ZQUANT_TRACEBACK=1 shows where an error came from.",
+        "Each command has its own --help. DIR is a Hugging Face model directory. Exit codes: 0 done, 1 failed, 2 wrong "
+        "usage,\n130 interrupted. ZQUANT_TRACEBACK=1 shows where an error came from.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"zquant {__version__}")
@@ -142,23 +145,35 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_quantize(commands: Any) -> None:
     parser = _command(
-        commands, "quantize", _quantize, "quantize a model directory and write a new one",
+        commands,
+        "quantize",
+        _quantize,
+        "quantize a model directory and write a new one",
         "zquant quantize all-MiniLM-L6-v2 -o minilm-w8a8\n"
         "zquant quantize all-MiniLM-L6-v2 -o minilm-w4 --scheme w4/8a8-g32\n"
-        "zquant quantize bert-base -o bert-mixed --scheme w4a8 --override 'encoder.layer.0.*=8' --override '*.output.dense=float'",
+        "zquant quantize bert-base -o mixed --scheme w4a8 --override '*.value=8' --override 'encoder.layer.0.*=float'",
     )
     parser.epilog = f"{_SCHEMES}\n{parser.epilog}"
     parser.add_argument("model", metavar="DIR", type=Path, help="the model to quantize")
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to write")
     parser.add_argument("--scheme", type=_scheme, default="w8a8", help="how to quantize (default: %(default)s)")
-    parser.add_argument("--override", metavar="GLOB=SPEC", type=_override, action="append", default=[],
-                        help="other weights for the layers whose names match: float, 8, 4, 4-g32, 8-b48; repeatable, the last match wins")
+    parser.add_argument(
+        "--override",
+        metavar="GLOB=SPEC",
+        type=_override,
+        action="append",
+        default=[],
+        help="other weights for layers whose names match: float, 8, 4, 4-g32, 8-b48; repeatable, the last match wins",
+    )
     parser.add_argument("--force", action="store_true", help="write into OUT although it is not empty")
 
 
 def _add_compare(commands: Any) -> None:
     parser = _command(
-        commands, "compare", _compare, "compare a model with its quantized version: layers, fidelity, size, speed",
+        commands,
+        "compare",
+        _compare,
+        "compare a model with its quantized version: layers, fidelity, size, speed",
         "zquant compare all-MiniLM-L6-v2 minilm-w8a8\n"
         "zquant compare all-MiniLM-L6-v2 minilm-w8a8 --sentences mine.txt --json report.json --plot report.png\n"
         "zquant compare all-MiniLM-L6-v2 minilm-w8a8 --sts stsb-test.csv",
@@ -166,8 +181,15 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("model", metavar="DIR", type=Path, help="the reference")
     parser.add_argument("quantized", metavar="QDIR", type=Path, help="its quantized version")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--sentences", metavar="FILE", type=Path, help="text, one sentence a line (default: the demo's 200 sentences)")
-    source.add_argument("--sts", metavar="FILE", type=Path, help="csv or tsv of sentence pairs with scores; also prints the correlations")
+    source.add_argument(
+        "--sentences", metavar="FILE", type=Path, help="text, one sentence a line (default: the demo's 200 sentences)"
+    )
+    source.add_argument(
+        "--sts",
+        metavar="FILE",
+        type=Path,
+        help="csv or tsv of sentence pairs with scores; also prints the correlations",
+    )
     parser.add_argument("--all", action="store_true", help="print every layer, not the ten worst")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report as JSON")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write the report's picture (.png, .svg, .pdf)")
@@ -177,23 +199,44 @@ def _add_eval(commands: Any) -> None:
     parser = commands.add_parser("eval", help="score a model on a task", description="Score a model on a task.")
     tasks = parser.add_subparsers(title="tasks", metavar="TASK", required=True)
     task = _command(
-        tasks, "sts", _eval_sts, "semantic textual similarity: rank correlation of cosines with people's scores",
+        tasks,
+        "sts",
+        _eval_sts,
+        "semantic textual similarity: rank correlation of cosines with people's scores",
         "zquant eval sts minilm-w8a8 stsb-en-test.csv",
     )
     task.add_argument("model", metavar="DIR", type=Path, help="a sentence encoder, float or quantized")
-    task.add_argument("file", metavar="FILE", type=Path, help="csv or tsv: sentence1, sentence2, score; a header is optional")
-    task.add_argument("--batch-size", metavar="N", type=_batch_size, default=32, help="sentences per forward pass (default: %(default)s)")
+    task.add_argument(
+        "file", metavar="FILE", type=Path, help="csv or tsv: sentence1, sentence2, score; a header is optional"
+    )
+    task.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=_batch_size,
+        default=32,
+        help="sentences per forward pass (default: %(default)s)",
+    )
 
 
 def _add_info(commands: Any) -> None:
-    parser = _command(commands, "info", _info, "print what this CPU offers, or what a model directory holds",
-                      "zquant info\nzquant info minilm-w8a8")
+    parser = _command(
+        commands,
+        "info",
+        _info,
+        "print what this CPU offers, or what a model directory holds",
+        "zquant info\nzquant info minilm-w8a8",
+    )
     parser.add_argument("model", metavar="DIR", type=Path, nargs="?", help="a model directory, float or quantized")
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _command(commands, "demo", _demo, "quantize all-MiniLM-L6-v2 and print fidelity, size and speed",
-                      "zquant demo\nzquant demo --model bge-small-en --sts stsb-en-test.csv --threads 1")
+    parser = _command(
+        commands,
+        "demo",
+        _demo,
+        "quantize all-MiniLM-L6-v2 and print fidelity, size and speed",
+        "zquant demo\nzquant demo --model bge-small-en --sts stsb-en-test.csv --threads 1",
+    )
     parser.add_argument("--model", metavar="DIR", type=Path, help="another sentence encoder")
     parser.add_argument("--sts", metavar="FILE", type=Path, help="csv or tsv of sentence pairs with scores")
 
@@ -203,9 +246,9 @@ def _add_demo(commands: Any) -> None:
 
 def _set_threads(count: int | None) -> None:
     if count is not None:
-        from . import _core
+        from .threads import set_num_threads
 
-        _core.set_threads(count)
+        set_num_threads(count)
 
 
 def _open(path: Path, encoder: bool = False) -> Any:
@@ -241,8 +284,10 @@ def _quantize(arguments: argparse.Namespace) -> None:
     quantized = quantize(model, scheme)
     quantized.save(arguments.output)
     before, after = _network(model).nbytes, _network(quantized).nbytes
-    print(f"{arguments.output}: {scheme.name}, {before / 1e6:.1f} -> {after / 1e6:.1f} MB "
-          f"({before / after:.2f}x smaller), {time.perf_counter() - start:.1f} s")
+    print(
+        f"{arguments.output}: {scheme.name}, {before / 1e6:.1f} -> {after / 1e6:.1f} MB "
+        f"({before / after:.2f}x smaller), {time.perf_counter() - start:.1f} s"
+    )
 
 
 def _sentences(path: Path) -> list[str]:
@@ -284,7 +329,14 @@ def _eval_sts(arguments: argparse.Namespace) -> None:
     from .evaluate import read_pairs, sts
 
     pairs = read_pairs(arguments.file)
-    print(sts(_open(arguments.model, encoder=True), pairs, batch_size=arguments.batch_size, show_progress_bar=sys.stderr.isatty()))
+    print(
+        sts(
+            _open(arguments.model, encoder=True),
+            pairs,
+            batch_size=arguments.batch_size,
+            show_progress_bar=sys.stderr.isatty(),
+        )
+    )
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -317,10 +369,21 @@ def _model_rows(path: Path) -> list[tuple[str, str]]:
     return [
         ("model", str(path)),
         ("family", network.family.name),
-        ("use", f"sentence encoder, {model.dimension} features" if model is not network else "logits" if network.has_head else "hidden states"),
+        (
+            "use",
+            f"sentence encoder, {model.dimension} features"
+            if model is not network
+            else "logits"
+            if network.has_head
+            else "hidden states",
+        ),
         ("parameters", f"{network.parameters / 1e6:.1f} M"),
         ("scheme", scheme_name(network)),
-        ("layers", f"{network.dims.layers} blocks; linear: " + "; ".join(f"{count} x {name}" for name, count in formats.items())),
+        (
+            "layers",
+            f"{network.dims.layers} blocks; linear: "
+            + "; ".join(f"{count} x {name}" for name, count in formats.items()),
+        ),
         ("size", f"{network.nbytes / 1e6:.1f} MB"),
     ]
 

@@ -1,4 +1,5 @@
 """``zquant demo``: one sentence encoder, quantized in two ways, compared with float32 in one table."""
+
 from __future__ import annotations
 
 import os
@@ -16,7 +17,7 @@ from .report import speeds
 
 __all__ = ["Row", "format_rows", "run"]
 
-SCHEMES = ("w8a8", "w8a8+e8", "w4/8a8", "w4/8a8+e8")
+SCHEMES = ("w8a8", "w4/8a8")
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,14 @@ def format_rows(rows: Sequence[Row]) -> str:
         scores = ["-" if row.sts_spearman is None else f"{100 * row.sts_spearman:.2f}" for row in rows]
         columns.insert(6, ("x100", "file", scores))
     widths = [max(len(top), len(name), *map(len, cells)) for top, name, cells in columns]
-    lines = [[column[0] for column in columns], [column[1] for column in columns], *zip(*(column[2] for column in columns))]
-    text = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in lines]
+    lines = [
+        [column[0] for column in columns],
+        [column[1] for column in columns],
+        *zip(*(column[2] for column in columns)),
+    ]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in lines
+    ]
     return "\n".join([*text[:2], "-" * len(text[0]), *text[2:]])
 
 
@@ -98,14 +105,18 @@ def run(
     reference = SentenceEncoder(path)
     info = cpu.info()
     threads = f"{info.threads} thread{'s' * (info.threads != 1)}"
-    show(f"{path.name if model is not None else 'all-MiniLM-L6-v2'}: {len(SENTENCES)} sentences, {threads}, {info.active} kernels\n")
+    name = path.name if model is not None else "all-MiniLM-L6-v2"
+    show(f"{name}: {len(SENTENCES)} sentences, {threads}, {info.active} kernels\n")
     encoders = {"float32": reference}
     for name in bar(schemes, "quantizing"):
         encoders[name] = quantize(reference, name)
     rows = _measure(encoders, pairs, rounds)
     show(format_rows(rows))
-    show(f"\nSpearman: rank correlation of cosines with scores; demo: {len(PAIRS)} pairs written for this demo"
-         + (f", file: {len(pairs)} pairs" if pairs else "") + ".")
+    show(
+        f"\nSpearman: rank correlation of cosines with scores; demo: {len(PAIRS)} pairs written for this demo"
+        + (f", file: {len(pairs)} pairs" if pairs else "")
+        + "."
+    )
     return rows
 
 

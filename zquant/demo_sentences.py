@@ -1,21 +1,30 @@
 """The demo's English sentences, written for this project.
 
-``PAIRS`` are graded by hand from 0 (unrelated) to 5 (the same meaning), ten pairs a grade: enough for a sanity check of a
-sentence encoder, not for a published number. ``SENTENCES`` are all of them plus texts of other lengths and subjects.
+``PAIRS`` are graded by hand from 0 (unrelated) to 5 (the same meaning), ten pairs a grade: enough for a sanity check of
+a sentence encoder, not for a published number. ``SENTENCES`` are all of them plus texts of other lengths and subjects.
 """
+
 from __future__ import annotations
 
 __all__ = ["PAIRS", "SENTENCES"]
 
 PAIRS: tuple[tuple[str, str, float], ...] = (
     # 5: the same thing said twice
-    ("The bakery on the corner opens at six every morning.", "Each day the corner bakery opens its doors at 6 a.m.", 5.0),
+    (
+        "The bakery on the corner opens at six every morning.",
+        "Each day the corner bakery opens its doors at 6 a.m.",
+        5.0,
+    ),
     ("She repaired the old radio by herself.", "She fixed the old radio without any help.", 5.0),
     ("The ferry was cancelled because of the storm.", "Because of the storm, the ferry did not run.", 5.0),
     ("My grandfather taught me how to play chess.", "I learned chess from my grandfather.", 5.0),
     ("Nobody was hurt when the scaffolding collapsed.", "The scaffolding fell down, but there were no injuries.", 5.0),
     ("Please turn off the lights before you leave.", "Switch off the lights before leaving, please.", 5.0),
-    ("The committee postponed its decision until Thursday.", "The decision was put off by the committee until Thursday.", 5.0),
+    (
+        "The committee postponed its decision until Thursday.",
+        "The decision was put off by the committee until Thursday.",
+        5.0,
+    ),
     ("A small dog is sleeping under the kitchen table.", "Under the kitchen table, a little dog is asleep.", 5.0),
     ("It has not rained here for three weeks.", "For three weeks there has been no rain here.", 5.0),
     ("The museum lets children in for free.", "Children do not have to pay to enter the museum.", 5.0),
@@ -24,11 +33,23 @@ PAIRS: tuple[tuple[str, str, float], ...] = (
     ("The train to the coast leaves at noon.", "The train to the coast leaves around midday on Sundays.", 4.0),
     ("He painted the garden fence dark green.", "He painted the fence green.", 4.0),
     ("Two boys are throwing snowballs in the park.", "Some boys are having a snowball fight outside.", 4.0),
-    ("The engineers found a crack in the bridge's main cable.", "Engineers discovered damage to a cable of the bridge.", 4.0),
-    ("Our neighbour keeps bees and sells the honey.", "The man next door has beehives and sells honey at the market.", 4.0),
+    (
+        "The engineers found a crack in the bridge's main cable.",
+        "Engineers discovered damage to a cable of the bridge.",
+        4.0,
+    ),
+    (
+        "Our neighbour keeps bees and sells the honey.",
+        "The man next door has beehives and sells honey at the market.",
+        4.0,
+    ),
     ("The recipe needs three eggs and a cup of flour.", "You need eggs and flour for this recipe.", 4.0),
     ("The concert hall was nearly full last night.", "Last night almost every seat of the hall was taken.", 4.0),
-    ("Prices of vegetables rose sharply in spring.", "In spring, tomatoes and other vegetables became much more expensive.", 4.0),
+    (
+        "Prices of vegetables rose sharply in spring.",
+        "In spring, tomatoes and other vegetables became much more expensive.",
+        4.0,
+    ),
     ("The goalkeeper saved two penalties in the final.", "The goalkeeper stopped a penalty in the final match.", 4.0),
     # 3: roughly the same topic and event, with an important difference
     ("A man is chopping onions in the kitchen.", "A man is peeling potatoes in the kitchen.", 3.0),
@@ -78,14 +99,27 @@ PAIRS: tuple[tuple[str, str, float], ...] = (
 
 _OTHERS: tuple[str, ...] = (
     # very short
-    "Yes.", "Good morning!", "Too late.", "Fresh bread", "Where is the station?", "Call me back.", "Version 2.1 released",
-    "It depends.", "Closed for repairs", "What a goal!",
+    "Yes.",
+    "Good morning!",
+    "Too late.",
+    "Fresh bread",
+    "Where is the station?",
+    "Call me back.",
+    "Version 2.1 released",
+    "It depends.",
+    "Closed for repairs",
+    "What a goal!",
     # questions
-    "How do I reset the clock of my oven after a power cut?", "Which vaccines do I need before travelling to the tropics?",
-    "Why does ice float on water?", "Can I return a book to another branch of the library?",
-    "What is the difference between a violin and a viola?", "How many people live in the delta?",
-    "Does this jacket come in a larger size?", "When did the first trains cross the mountains?",
-    "Is it safe to eat the skin of a kiwi?", "How long should rice be left to soak?",
+    "How do I reset the clock of my oven after a power cut?",
+    "Which vaccines do I need before travelling to the tropics?",
+    "Why does ice float on water?",
+    "Can I return a book to another branch of the library?",
+    "What is the difference between a violin and a viola?",
+    "How many people live in the delta?",
+    "Does this jacket come in a larger size?",
+    "When did the first trains cross the mountains?",
+    "Is it safe to eat the skin of a kiwi?",
+    "How long should rice be left to soak?",
     # science and technology
     "Integer arithmetic needs less energy than floating-point arithmetic of the same width.",
     "The enzyme loses its shape, and with it its function, above sixty degrees.",
@@ -144,22 +178,38 @@ _OTHERS: tuple[str, ...] = (
     "Never again: the seats were narrow, the flight was late and the bag is still missing.",
     "For the price, these headphones are surprisingly good.",
     # longer
-    "When the lighthouse was automated, the keeper and his wife moved to a cottage from which they could still see its beam, "
-    "and for years they set their clocks by it.",
-    "The treaty obliges every country that signed it to report its emissions once a year, to explain any increase, and to let "
-    "independent experts examine the figures.",
-    "Before the bridge was built, everything that the island needed, from flour to furniture, came on a boat that sailed twice "
-    "a week if the weather allowed it.",
-    "Although the two languages share most of their vocabulary, their grammars differ so much that speakers of one need "
-    "months to follow a conversation in the other.",
-    "The orchestra played the slow movement so quietly that one could hear the rain on the roof, and nobody in the audience "
-    "dared to cough.",
-    "In the first experiment the mice found the shorter way after three days; in the second, where the walls were painted in "
-    "one colour, most of them needed more than a week.",
-    "Our warehouse ships orders that arrive before two o'clock on the same day, later ones on the next working day, and heavy "
-    "goods on Tuesdays and Fridays.",
-    "The old cinema, which had shown films since the days when a pianist sat below the screen, was turned into a climbing "
-    "hall, and its red seats now stand in half the living rooms of the quarter.",
+    (
+        "When the lighthouse was automated, the keeper and his wife moved to a cottage from which they could still "
+        "see its beam, and for years they set their clocks by it."
+    ),
+    (
+        "The treaty obliges every country that signed it to report its emissions once a year, to explain any "
+        "increase, and to let independent experts examine the figures."
+    ),
+    (
+        "Before the bridge was built, everything that the island needed, from flour to furniture, came on a boat that "
+        "sailed twice a week if the weather allowed it."
+    ),
+    (
+        "Although the two languages share most of their vocabulary, their grammars differ so much that speakers of "
+        "one need months to follow a conversation in the other."
+    ),
+    (
+        "The orchestra played the slow movement so quietly that one could hear the rain on the roof, and nobody in "
+        "the audience dared to cough."
+    ),
+    (
+        "In the first experiment the mice found the shorter way after three days; in the second, where the walls were "
+        "painted in one colour, most of them needed more than a week."
+    ),
+    (
+        "Our warehouse ships orders that arrive before two o'clock on the same day, later ones on the next working "
+        "day, and heavy goods on Tuesdays and Fridays."
+    ),
+    (
+        "The old cinema, which had shown films since the days when a pianist sat below the screen, was turned into a "
+        "climbing hall, and its red seats now stand in half the living rooms of the quarter."
+    ),
 )
 
 SENTENCES: tuple[str, ...] = tuple(s for first, second, _ in PAIRS for s in (first, second)) + _OTHERS

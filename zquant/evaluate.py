@@ -2,6 +2,7 @@
 
 All functions take NumPy arrays or local files; nothing is downloaded.
 """
+
 from __future__ import annotations
 
 import csv
@@ -113,7 +114,7 @@ def _ranks(x: np.ndarray) -> np.ndarray:
 def spearman(x: Any, y: Any) -> float:
     """Spearman's rank correlation of two sequences, in [-1, 1]; ties share the mean of their ranks.
 
-    The Pearson correlation of the ranks, 0.0 where a sequence is constant. Arguments and exceptions as in :func:`pearson`.
+    The Pearson correlation of the ranks, 0.0 where a sequence is constant. Arguments and exceptions: :func:`pearson`.
 
     >>> spearman([1, 2, 3, 4], [10, 20, 30, 4000])
     1.0
@@ -247,8 +248,8 @@ def read_pairs(path: str | os.PathLike[str]) -> Pairs:
     ----------
     path
         UTF-8. Three columns (sentence, sentence, score), or any columns under a header that names ``sentence1``,
-        ``sentence2`` and ``score``. A header is recognized by itself. Tabs separate the columns where the first line has
-        two or more, else commas (with double quotes as usual in csv).
+        ``sentence2`` and ``score``. A header is recognized by itself. Tabs separate the columns where the first line
+        has two or more, else commas (with double quotes as usual in csv).
 
     Raises
     ------

@@ -1,4 +1,5 @@
 """Pictures; matplotlib is imported here and nowhere else."""
+
 from __future__ import annotations
 
 import io
@@ -53,14 +54,21 @@ def report_figure(report: Report) -> Figure:
 
 def _legend(figure: Figure, report: Report) -> None:
     kinds = [kind for kind in _COLOURS if any(x.kind == kind for x in _drawn(report))]
-    figure.legend(handles=[Patch(color=_COLOURS[kind], label=kind) for kind in kinds], ncols=len(kinds), fontsize=8,
-                  frameon=False, loc="outside lower left", handlelength=1.0, handleheight=1.0, columnspacing=1.2,
-                  handletextpad=0.5)
+    figure.legend(
+        handles=[Patch(color=_COLOURS[kind], label=kind) for kind in kinds],
+        ncols=len(kinds),
+        fontsize=8,
+        frameon=False,
+        loc="outside lower left",
+        handlelength=1.0,
+        handleheight=1.0,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
 
 
 def _title(report: Report) -> str:
-    ratio = report.bytes_before / max(report.bytes_after, 1)
-    parts = [f"{report.scheme}: mean cosine {report.mean_cosine:.4f}", f"{ratio:.1f} times smaller"]
+    parts = [f"{report.scheme}: mean cosine {report.mean_cosine:.4f}", f"{report.shrinkage:.1f} times smaller"]
     if report.speedup is not None:
         parts.append(f"{report.speedup:.1f} times as fast")
     return ", ".join(parts)
@@ -91,10 +99,16 @@ def _bars(axes: Any, report: Report) -> None:
     layers = _drawn(report)
     at = _positions(layers)
     finite = [i for i, x in enumerate(layers) if math.isfinite(x.output_db)]
-    axes.bar([at[i] for i in finite], [layers[i].output_db for i in finite], width=0.84,
-             color=[_COLOURS[layers[i].kind] for i in finite])
+    axes.bar(
+        [at[i] for i in finite],
+        [layers[i].output_db for i in finite],
+        width=0.84,
+        color=[_COLOURS[layers[i].kind] for i in finite],
+    )
     dashes = [i for i, x in enumerate(layers) if math.isfinite(x.weight_db)]
-    axes.scatter([at[i] for i in dashes], [layers[i].weight_db for i in dashes], marker="_", s=26, color=_INK, linewidths=1.4)
+    axes.scatter(
+        [at[i] for i in dashes], [layers[i].weight_db for i in dashes], marker="_", s=26, color=_INK, linewidths=1.4
+    )
     _block_ticks(axes, layers, at)
     axes.set_ylabel("signal to quantization noise (dB)", color=_INK, fontsize=9)
     axes.set_title("Linear layers: output (bar) and weights (dash)", fontsize=9.5, color=_INK, loc="left")
@@ -115,11 +129,25 @@ def _block_ticks(axes: Any, layers: tuple[LayerError, ...], at: list[float]) -> 
 def _histogram(axes: Any, report: Report) -> None:
     cosine = report.cosine
     low = float(cosine.min())
-    axes.hist(cosine, bins=min(40, max(8, len(cosine) // 8)), range=(low, max(1.0, low + 1e-6)), color="#56b4e9",
-              edgecolor="white", linewidth=0.5)
+    axes.hist(
+        cosine,
+        bins=min(40, max(8, len(cosine) // 8)),
+        range=(low, max(1.0, low + 1e-6)),
+        color="#56b4e9",
+        edgecolor="white",
+        linewidth=0.5,
+    )
     axes.axvline(report.mean_cosine, color=_INK, linewidth=1.2)
-    axes.text(0.04, 0.97, f"mean {report.mean_cosine:.4f}\nmin  {report.min_cosine:.4f}", transform=axes.transAxes,
-              va="top", fontsize=8.5, color=_INK, family="monospace")
+    axes.text(
+        0.04,
+        0.97,
+        f"mean {report.mean_cosine:.4f}\nmin  {report.min_cosine:.4f}",
+        transform=axes.transAxes,
+        va="top",
+        fontsize=8.5,
+        color=_INK,
+        family="monospace",
+    )
     axes.set_title("Cosine to float32", fontsize=9.5, color=_INK, loc="left")
     axes.set_ylabel(report.rows, color=_INK, fontsize=9)
     axes.locator_params(axis="x", nbins=4)

@@ -1,4 +1,5 @@
 """What quantization cost and what it gained: :func:`compare` and the :class:`Report` that it returns."""
+
 from __future__ import annotations
 
 import html
@@ -9,7 +10,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from ._progress import bar
 from .evaluate import _decibels, cosine_fidelity, sqnr_db
+from .threads import get_num_threads
 
 __all__ = ["KINDS", "LayerError", "Report", "compare", "layer_kind", "scheme_name", "speeds"]
 
@@ -84,7 +86,7 @@ class LayerError:
         return _block(self.name)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """The difference between a model and its quantized version; printed, shown as a table in Jupyter, plotted, saved.
 
@@ -110,7 +112,7 @@ class Report:
 
     scheme: str
     layers: tuple[LayerError, ...]
-    cosine: np.ndarray = field(repr=False)
+    cosine: np.ndarray
     rows: str
     bytes_before: int
     bytes_after: int
@@ -134,14 +136,27 @@ class Report:
         """Smallest of ``cosine``."""
         return float(self.cosine.min())
 
+    @property
+    def shrinkage(self) -> float:
+        """``bytes_before / bytes_after``."""
+        return self.bytes_before / max(self.bytes_after, 1)
+
     def _facts(self) -> list[tuple[str, str]]:
         facts = [
-            ("cosine to float32", f"mean {self.mean_cosine:.5f}, min {self.min_cosine:.5f} ({len(self.cosine)} {self.rows})"),
-            ("size", f"{_mb(self.bytes_before)} -> {_mb(self.bytes_after)} ({self.bytes_before / max(self.bytes_after, 1):.2f}x smaller)"),
+            (
+                "cosine to float32",
+                f"mean {self.mean_cosine:.5f}, min {self.min_cosine:.5f} ({len(self.cosine)} {self.rows})",
+            ),
+            (
+                "size",
+                f"{_mb(self.bytes_before)} -> {_mb(self.bytes_after)} ({self.shrinkage:.2f}x smaller)",
+            ),
         ]
         if self.speedup is not None:
             threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
-            facts.append(("sentences/s", f"{self.rate_before:.0f} -> {self.rate_after:.0f} ({self.speedup:.2f}x, {threads})"))
+            facts.append(
+                ("sentences/s", f"{self.rate_before:.0f} -> {self.rate_after:.0f} ({self.speedup:.2f}x, {threads})")
+            )
         return facts
 
     def table(self, limit: int | None = 10) -> str:
@@ -152,18 +167,24 @@ class Report:
         if shown:
             name, weights = max(len("layer"), *(len(x.name) for x in shown)), max(7, *(len(x.weights) for x in shown))
             lines += ["", f"{'signal to noise (dB), worst first':<{name + weights + 2}}  {'weight':>6}  {'output':>6}"]
-            lines += [f"{x.name:<{name}}  {x.weights:<{weights}}  {_db(x.weight_db):>6}  {_db(x.output_db):>6}" for x in shown]
+            lines += [
+                f"{x.name:<{name}}  {x.weights:<{weights}}  {_db(x.weight_db):>6}  {_db(x.output_db):>6}" for x in shown
+            ]
         if len(shown) < len(self.layers):
             lines.append(f"... and {len(self.layers) - len(shown)} more: .table(limit=None) or .layers")
         return "\n".join(lines)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.table()
 
     def _repr_html_(self) -> str:
-        facts = "".join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in self._facts())
+        facts = "".join(
+            f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(v)}</td></tr>"
+            for k, v in self._facts()
+        )
         rows = "".join(
-            f"<tr><td style='text-align:left'>{html.escape(x.name)}</td><td style='text-align:left'>{html.escape(x.weights)}</td>"
+            f"<tr><td style='text-align:left'>{html.escape(x.name)}</td>"
+            f"<td style='text-align:left'>{html.escape(x.weights)}</td>"
             f"<td>{_db(x.weight_db)}</td><td>{_db(x.output_db)}</td></tr>"
             for x in self.worst
         )
@@ -182,9 +203,20 @@ class Report:
             "threads": self.threads,
             "bytes": {"before": self.bytes_before, "after": self.bytes_after},
             "sentences_per_second": {"before": self.rate_before, "after": self.rate_after, "speedup": self.speedup},
-            "cosine": {"mean": self.mean_cosine, "min": self.min_cosine, "rows": self.rows, "values": self.cosine.tolist()},
+            "cosine": {
+                "mean": self.mean_cosine,
+                "min": self.min_cosine,
+                "rows": self.rows,
+                "values": self.cosine.tolist(),
+            },
             "layers": [
-                {"name": x.name, "kind": x.kind, "weights": x.weights, "weight_db": _plain(x.weight_db), "output_db": _plain(x.output_db)}
+                {
+                    "name": x.name,
+                    "kind": x.kind,
+                    "weights": x.weights,
+                    "weight_db": _plain(x.weight_db),
+                    "output_db": _plain(x.output_db),
+                }
                 for x in self.layers
             ],
         }
@@ -411,7 +443,9 @@ def compare(
     ids = _token_ids(model, sentences)
     noise = _output_noise(model, quantized, list(_batches(ids, batch_size)), show_progress_bar)
     layers = tuple(
-        LayerError(name, str(after[name].spec or "float32"), sqnr_db(linear.dense(), after[name].dense()), noise.decibels(name))
+        LayerError(
+            name, str(after[name].spec or "float32"), sqnr_db(linear.dense(), after[name].dense()), noise.decibels(name)
+        )
         for name, linear in bar(before.items(), "weights", show_progress_bar)
     )
     outputs = [_run(m, sentences, ids, batch_size) for m in (model, quantized)]
@@ -431,11 +465,5 @@ def compare(
         rate_before=rates[0],
         rate_after=rates[1],
         speedup=ratios[1],
-        threads=_threads(),
+        threads=get_num_threads(),
     )
-
-
-def _threads() -> int:
-    from . import _core
-
-    return int(_core.threads())
