@@ -50,15 +50,15 @@ fill_tables(void)
     fill_ref(&tables[ZQ_REF]);
     tables[ZQ_AVX2] = tables[ZQ_REF];
 #if defined(__x86_64__)
-    if (zq_fill_quantize__avx2) zq_fill_quantize__avx2(&tables[ZQ_AVX2]); /* DEV-WEAK */
-    if (zq_fill_nn__avx2) zq_fill_nn__avx2(&tables[ZQ_AVX2]); /* DEV-WEAK */
-    if (zq_fill_gemm__avx2) zq_fill_gemm__avx2(&tables[ZQ_AVX2]); /* DEV-WEAK */
+    zq_fill_quantize__avx2(&tables[ZQ_AVX2]);
+    zq_fill_nn__avx2(&tables[ZQ_AVX2]);
+    zq_fill_gemm__avx2(&tables[ZQ_AVX2]);
 #endif
     tables[ZQ_AVX512VNNI] = tables[ZQ_AVX2];
 #if defined(__x86_64__)
-    if (zq_fill_quantize__avx512vnni) zq_fill_quantize__avx512vnni(&tables[ZQ_AVX512VNNI]); /* DEV-WEAK */
-    if (zq_fill_nn__avx512vnni) zq_fill_nn__avx512vnni(&tables[ZQ_AVX512VNNI]); /* DEV-WEAK */
-    if (zq_fill_gemm__avx512vnni) zq_fill_gemm__avx512vnni(&tables[ZQ_AVX512VNNI]); /* DEV-WEAK */
+    zq_fill_quantize__avx512vnni(&tables[ZQ_AVX512VNNI]);
+    zq_fill_nn__avx512vnni(&tables[ZQ_AVX512VNNI]);
+    zq_fill_gemm__avx512vnni(&tables[ZQ_AVX512VNNI]);
 #endif
 }
 

@@ -94,7 +94,7 @@ typedef struct zq_kernels {
     int mr_u8s8, mr_group, mr_f32, mr_matmul;
 } zq_kernels;
 
-#define X(name, ret, args) __attribute__((weak)) ret zq_##name##__ref args; /* DEV-WEAK */
+#define X(name, ret, args) ret zq_##name##__ref args;
 ZQ_KERNELS(X)
 #undef X
 
@@ -109,12 +109,12 @@ extern const int zq_kernel_count;
 
 /* Each x86 level fills in its own families (one function per file). */
 #if defined(__x86_64__)
-__attribute__((weak)) void zq_fill_quantize__avx2(zq_kernels *t); /* DEV-WEAK */
-__attribute__((weak)) void zq_fill_quantize__avx512vnni(zq_kernels *t); /* DEV-WEAK */
-__attribute__((weak)) void zq_fill_nn__avx2(zq_kernels *t); /* DEV-WEAK */
-__attribute__((weak)) void zq_fill_nn__avx512vnni(zq_kernels *t); /* DEV-WEAK */
-__attribute__((weak)) void zq_fill_gemm__avx2(zq_kernels *t); /* DEV-WEAK */
-__attribute__((weak)) void zq_fill_gemm__avx512vnni(zq_kernels *t); /* DEV-WEAK */
+void zq_fill_quantize__avx2(zq_kernels *t);
+void zq_fill_quantize__avx512vnni(zq_kernels *t);
+void zq_fill_nn__avx2(zq_kernels *t);
+void zq_fill_nn__avx512vnni(zq_kernels *t);
+void zq_fill_gemm__avx2(zq_kernels *t);
+void zq_fill_gemm__avx512vnni(zq_kernels *t);
 #endif
 
 #endif

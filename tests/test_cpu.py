@@ -119,3 +119,12 @@ def test_thread_count_may_change_between_calls():
         results.append(zq.ops.linear(x, w))
     zq.set_num_threads(before)
     assert all(np.array_equal(r, results[0]) for r in results)
+
+
+def test_the_environment_is_left_alone():
+    clean = "import os; os.environ.pop('OPENBLAS_CORETYPE', None); "
+    code, out, err = python(clean + "import zquant; print(os.environ.get('OPENBLAS_CORETYPE'), zquant.cpu.info().blas_core)")
+    assert code == 0, err
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
+        better = _blas.better_core(f.read(8192))
+    assert out.startswith("None ") and (better is None or out == f"None {better}")

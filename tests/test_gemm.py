@@ -159,6 +159,32 @@ def test_float_rows_are_quantized_on_the_way_in_and_out(m, n, k, mode):
     assert same_bits(fused, _core.quantize_tokens(y, mode, True))
 
 
+@pytest.mark.parametrize("m,n,k", SIZES)
+def test_outputs_on_a_static_grid(m, n, k):
+    """Per tensor and per feature: the bits of QuantizeLinear applied to the float output."""
+    d = make(m, n, k)
+    rng = np.random.default_rng(n)
+    y = ops.linear_w8a8(d["x"], d["codes"], d["scales"][:, 0], d["bias"], "silu")
+    for scale, zero in ((np.float32(0.7), np.int32(100)), ((rng.random(n) * 3 + 0.1).astype(np.float32), rng.integers(0, 256, n).astype(np.int32))):
+        got = everywhere(lambda: ops.linear_w8a8(d["x"], d["codes"], d["scales"][:, 0], d["bias"], "silu", quantize=(scale, zero)))
+        want = np.clip(np.rint(y / scale) + zero, 0, 255).astype(np.uint8)
+        assert got.dtype == np.uint8 and np.array_equal(got, want)
+
+
+def test_requantized_outputs_by_name():
+    d = make(5, 33, 40)
+    y = ops.linear(d["x"], d["w"], d["bias"])
+    q, scale, zero = ops.linear(d["x"], d["w"], d["bias"], quantize="symmetric")
+    assert q.dtype == np.int8 and zero is None
+    assert np.abs(q * scale[:, None] - y).max() <= scale.max() * 0.5001
+    q, scale, zero = ops.linear(d["x"], d["w"], d["bias"], quantize="asymmetric")
+    assert q.dtype == np.uint8
+    assert np.abs((q.astype(np.int32) - zero[:, None]) * scale[:, None] - y).max() <= scale.max() * 0.5001
+    for bad in ("int8", (np.float32(0), 0), (np.float32(1), 256), (np.ones(3, np.float32), np.zeros(3)), (np.float32(np.nan), 0)):
+        with pytest.raises(ValueError, match="quantize|scale"):
+            ops.linear(d["x"], d["w"], quantize=bad)
+
+
 def test_rows_do_not_depend_on_the_batch():
     d = make(300, 96, 200)
     handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])

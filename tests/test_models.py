@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("safetensors")
 
-from tiny_models import (  # noqa: E402
+from tiny_models import (
     FAMILIES,
     HIDDEN,
     LABELS,
@@ -25,12 +25,12 @@ from tiny_models import (  # noqa: E402
     write,
 )
 
-from zquant.errors import FormatError  # noqa: E402
-from zquant.models import load  # noqa: E402
-from zquant.models.blocks import Packed, pack, rows  # noqa: E402
-from zquant.models.family import column_positions, counted_positions  # noqa: E402
-from zquant.quantize import quantize  # noqa: E402
-from zquant.reference import models as reference  # noqa: E402
+from zquant.errors import FormatError
+from zquant.models import load
+from zquant.models.blocks import Packed, pack, rows
+from zquant.models.family import column_positions, counted_positions
+from zquant.quantize import quantize
+from zquant.reference import models as reference
 
 SHARED = Path(os.environ.get("ZQUANT_SHARED", Path(__file__).parents[2] / "shared"))
 TOLERANCE = 1e-5  # hidden states and logits are of order 1; sums of 48 to 80 float32 products
@@ -117,7 +117,7 @@ def test_embeddings_in_place_of_ids(tiny):
 
 
 def test_pooler(tiny):
-    model, tensors, config = tiny("bert")
+    model, tensors, _ = tiny("bert")
     hidden = model(batch("bert")[0])
     want = np.tanh(hidden[:, 0].astype(float) @ tensors["pooler.dense.weight"].T + tensors["pooler.dense.bias"])
     assert_close(model.pooled(hidden), want)
@@ -125,11 +125,11 @@ def test_pooler(tiny):
         tiny("distilbert")[0].pooled(hidden)
 
 
-@pytest.mark.parametrize("fault", ["query and key exchanged", "one bias off by 1e-3", "positions off by one"])
+@pytest.mark.parametrize("fault", ["query and value exchanged", "one bias off by 1e-3", "positions off by one"])
 def test_the_comparison_notices(fault, tiny):
     model, tensors, config = tiny("bert")
     ids, mask = batch("bert")
-    if fault == "query and key exchanged":
+    if fault == "query and value exchanged":
         a, b = (f"encoder.layer.1.attention.self.{part}.weight" for part in ("query", "value"))
         tensors[a], tensors[b] = tensors[b], tensors[a]
     elif fault == "one bias off by 1e-3":
@@ -299,7 +299,7 @@ def test_tensors_that_are_no_error(extra, tiny):
 
 def test_gamma_and_beta(tiny):
     want = tiny("bert")[0]([[5, 6, 7]])
-    old = lambda t: {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): a  # noqa: E731
+    old = lambda t: {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): a
                      for n, a in t.items()}
     assert np.array_equal(tiny("bert", edit=old)[0]([[5, 6, 7]]), want)
 
@@ -438,7 +438,7 @@ def test_repr_counts_and_pickles(kind, tiny):
     text = repr(model)
     assert text.startswith({"bert": "BERT(", "distilbert": "DistilBERT("}.get(kind, "RoBERTa("))
     assert f"{LAYERS} layers, hidden {HIDDEN}, 3 heads, {LABELS} labels" in text
-    assert list(model.linears)[0].startswith(PREFIX[kind])
+    assert next(iter(model.linears)).startswith(PREFIX[kind])
     copy = pickle.loads(pickle.dumps(model))
     assert np.array_equal(copy([[5, 6, 7]]), model([[5, 6, 7]]))
     assert model.tokenizer is None

@@ -15,20 +15,23 @@ from ._blas import core_hint
 
 with core_hint():  # zquant._core loads OpenBLAS
     from . import _core as _core
-from . import cpu, ops
+from . import cpu, evaluate, ops
 from .encoder import SentenceEncoder
 from .errors import FormatError
+from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, sts
 from .linear import Linear
 from .methods import RTN, Method
 from .models import Model, load
 from .qtensor import QTensor
 from .quantize import quantize
+from .report import Report, compare
 from .spec import QuantSpec, Scheme
 from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "RTN", "FormatError", "Linear", "Method", "Model", "QTensor", "QuantSpec", "Scheme", "SentenceEncoder",
-    "__version__", "cpu", "get_num_threads", "load", "ops", "quantize", "set_num_threads",
+    "RTN", "FormatError", "Linear", "Method", "Model", "QTensor", "QuantSpec", "Report", "STSResult",
+    "Scheme", "SentenceEncoder", "__version__", "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads",
+    "load", "ops", "pearson", "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
 ]

@@ -12,7 +12,6 @@ import numpy as np
 
 from .errors import FormatError
 from .models import Model, load, read_config
-from .models.blocks import Packed
 from .tokenization import TextTokenizer
 
 __all__ = ["SentenceEncoder"]
@@ -235,7 +234,7 @@ def _texts(sentences: Any) -> list[str]:
 def _progress(count: int, show: bool | None) -> Any:
     if not (count > _BAR if show is None else show):
         return None
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     return tqdm(total=count, desc="encode", unit=" sentences")
 

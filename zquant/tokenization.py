@@ -34,8 +34,8 @@ def read_tokenizer(directory: Path) -> Any:
 class _Forks:
     """Around a fork: the child's tokenizers work on one thread.
 
-    The library's threads do not survive a fork. It notices, but warns on every fork unless the variable is set; set for
-    good, it would cost the parent its threads. A value that the user has set is left alone.
+    The library's threads do not survive a fork. It notices, but its older releases (0.20, not 0.23) then warn unless the
+    variable is set; set for good, it would cost the parent its threads. A value that the user has set is left alone.
     """
 
     def __init__(self) -> None:

@@ -5,7 +5,6 @@
 #include "../zq_kernels.h"
 #include "bind.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 static const char LINEAR[] = "zquant.linear";
@@ -15,7 +14,7 @@ free_linear(PyObject *capsule)
 {
     zq_linear *w = PyCapsule_GetPointer(capsule, LINEAR);
     zq_linear_free(w);
-    free(w);
+    zq_free(w);
 }
 
 /* A packed weight as a capsule, or the exception for `status`. Takes what *w owns. */
@@ -25,7 +24,7 @@ give_linear(zq_linear *w, zq_status status)
     if (zq_check(status, "codes", 0) < 0) {
         return NULL;
     }
-    zq_linear *heap = malloc(sizeof *heap);
+    zq_linear *heap = zq_alloc(sizeof *heap);
     PyObject *capsule = NULL;
     if (heap) {
         *heap = *w;
@@ -36,7 +35,7 @@ give_linear(zq_linear *w, zq_status status)
     }
     if (!capsule) {
         zq_linear_free(w);
-        free(heap);
+        zq_free(heap);
     }
     return capsule;
 }
@@ -279,33 +278,73 @@ new_codes(int64_t m, int64_t n, zq_arg a[3], zq_out *out)
     return 0;
 }
 
+/* quant_out of linear_forward: 0, 1, 2, or a tuple (scale, zero) of one value or n: static. */
+static int
+parse_quant_out(PyObject *o, int64_t n, zq_arg a[2], zq_out *out)
+{
+    if (!PyTuple_Check(o)) {
+        int64_t quant;
+        if (zq_int(o, "quant_out", 0, ZQ_QUANT_TOKEN_ASYM, &quant) < 0) {
+            return -1;
+        }
+        out->quant = (zq_quant)quant;
+        return 0;
+    }
+    if (PyTuple_Size(o) != 2) {
+        PyErr_SetString(PyExc_TypeError, "quant_out: expected 0, 1, 2 or a tuple (scale, zero)");
+        return -1;
+    }
+    if (zq_in(PyTuple_GetItem(o, 0), "scale", ZQ_F32, 1, 1, &a[0]) < 0 || zq_finite(&a[0], "scale") < 0 ||
+        zq_in(PyTuple_GetItem(o, 1), "zero", ZQ_I32, 1, 1, &a[1]) < 0 || zq_shape(&a[1], "zero", 1, a[0].dim) < 0) {
+        return -1;
+    }
+    const int64_t count = a[0].dim[0];
+    if (count != 1 && count != n) {
+        PyErr_Format(PyExc_ValueError, "scale: expected 1 or %lld values, got %lld", (long long)n, (long long)count);
+        return -1;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const int32_t zero = ((const int32_t *)a[1].data)[i];
+        if (!(((const float *)a[0].data)[i] > 0) || zero < 0 || zero > 255) {
+            PyErr_Format(PyExc_ValueError, "scale, zero: expected a positive scale and a zero of 0 to 255 at index %lld",
+                         (long long)i);
+            return -1;
+        }
+    }
+    out->quant = ZQ_QUANT_STATIC;
+    out->static_scale = a[0].data;
+    out->static_zero = a[1].data;
+    out->static_count = count;
+    return 0;
+}
+
 static PyObject *
 py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     (void)self;
     enum { HANDLE, X, QUANT_IN, ACT, RESIDUAL, QUANT_OUT, NARGS };
-    enum { IN = 0, RES = 3, Y = 4, OUT = 5, N = 8 };
+    enum { IN = 0, RES = 3, Y = 4, OUT = 5, STATIC = 8, N = 10 };
     zq_arg a[N] = {{0}};
     PyObject *result = NULL;
-    int64_t quant_in, act, quant_out, m;
+    int64_t quant_in, act, m;
     if (zq_count("linear_forward", nargs, NARGS) < 0) {
         return NULL;
     }
     const zq_linear *w = PyCapsule_GetPointer(args[HANDLE], LINEAR);
     if (!w || zq_int(args[QUANT_IN], "quant_in", 0, ZQ_QUANT_TOKEN_ASYM, &quant_in) < 0 ||
-        zq_int(args[ACT], "act", 0, ZQ_ACTS - 1, &act) < 0 ||
-        zq_int(args[QUANT_OUT], "quant_out", 0, ZQ_QUANT_TOKEN_ASYM, &quant_out) < 0) {
+        zq_int(args[ACT], "act", 0, ZQ_ACTS - 1, &act) < 0) {
         return NULL;
     }
     zq_rows x = {0};
-    zq_out out = {.act = (zq_activation)act, .quant = (zq_quant)quant_out, .ld_residual = w->n, .ld_y = w->n};
-    if (parse_rows(w, args[X], quant_in, &a[IN], &x, &m) < 0 ||
+    zq_out out = {.act = (zq_activation)act, .ld_residual = w->n, .ld_y = w->n};
+    if (parse_quant_out(args[QUANT_OUT], w->n, &a[STATIC], &out) < 0 ||
+        parse_rows(w, args[X], quant_in, &a[IN], &x, &m) < 0 ||
         zq_in_or_none(args[RESIDUAL], "residual", ZQ_F32, 2, 2, &a[RES]) < 0) {
         goto cleanup;
     }
     const int64_t shape[2] = {m, w->n};
     if ((a[RES].arr && zq_shape(&a[RES], "residual", 2, shape) < 0) ||
-        (quant_out ? new_codes(m, w->n, &a[OUT], &out) : zq_new(ZQ_F32, 2, shape, &a[Y])) < 0) {
+        (out.quant ? new_codes(m, w->n, &a[OUT], &out) : zq_new(ZQ_F32, 2, shape, &a[Y])) < 0) {
         goto cleanup;
     }
     out.residual = a[RES].data;
@@ -316,7 +355,9 @@ py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     s = zq_linear_forward(w, &x, m, &out, &bad_row);
     Py_END_ALLOW_THREADS
     if (zq_check(s, x.f32 ? "x" : "y", bad_row) == 0) {
-        result = quant_out ? zq_give_tuple(3, &a[OUT]) : zq_give(&a[Y]);
+        result = out.quant == ZQ_QUANT_NONE     ? zq_give(&a[Y])
+                 : out.quant == ZQ_QUANT_STATIC ? zq_give(&a[OUT])
+                                                : zq_give_tuple(3, &a[OUT]);
     }
 cleanup:
     zq_release(N, a);
@@ -416,7 +457,7 @@ PyMethodDef zq_methods_linear[] = {
     {"linear_pack_s8", FAST(py_pack_s8), METH_FASTCALL, "linear_pack_s8(codes, scale, bias) -> handle"},
     {"linear_pack_group", FAST(py_pack_group), METH_FASTCALL, "linear_pack_group(codes, scales, group, bits, bias) -> handle"},
     {"linear_forward", FAST(py_forward), METH_FASTCALL,
-     "linear_forward(handle, x, quant_in, act, residual, quant_out) -> y or (q, scale, zero)"},
+     "linear_forward(handle, x, quant_in, act, residual, quant_out) -> y or (q, scale, zero), or q when quant_out is (scale, zero)"},
     {"linear_bytes", py_bytes, METH_O, "linear_bytes(handle) -> bytes of packed weights"},
     {"gemm_s32", FAST(py_gemm_s32), METH_FASTCALL, "gemm_s32(a, handle, zero) -> int32 (m, n)"},
     {"check_finite", FAST(py_check_finite), METH_FASTCALL, "check_finite(x, name): ValueError that names the first bad row"},

@@ -160,21 +160,22 @@ LEVEL(dequantize_vec_b8_f32)(const uint8_t *q, int64_t n, int is_signed, const f
 enum { PACK_WORDS = 8 };
 
 typedef struct {
-    uint64_t keep1, keep2, keep4; /* the low b of every 8 bits, 2b of 16, 4b of 32 */
-    uint64_t keep8;               /* the low 8b of 64 */
-    uint64_t sign;                /* bit b - 1 of every byte */
-    int gap1, gap2, gap4;         /* what a halving step closes */
+    uint64_t codes, stream;      /* the low b of every 8 bits; the low 8b of all 64 */
+    uint64_t even1, even2, even4; /* what stays in each step: the low b of 16, 2b of 32, 4b of 64 */
+    uint64_t sign;               /* bit b - 1 of every byte */
+    int gap1, gap2, gap4;        /* how far the rest moves */
 } squeeze;
 
 ZQ_INLINE squeeze
 squeeze_of(int bits)
 {
-    const uint64_t ones = 0x0101010101010101u;
+    const uint64_t ones = 0x0101010101010101u, low = (UINT64_C(1) << bits) - 1;
     squeeze s;
-    s.keep1 = ones * ((1u << bits) - 1u);
-    s.keep2 = 0x0001000100010001u * ((1u << 2 * bits) - 1u);
-    s.keep4 = 0x0000000100000001u * ((UINT64_C(1) << 4 * bits) - 1u);
-    s.keep8 = bits == 8 ? ~UINT64_C(0) : (UINT64_C(1) << 8 * bits) - 1u;
+    s.codes = ones * low;
+    s.stream = ~UINT64_C(0) >> (64 - 8 * bits);
+    s.even1 = 0x0001000100010001u * low;
+    s.even2 = 0x0000000100000001u * ((UINT64_C(1) << 2 * bits) - 1);
+    s.even4 = (UINT64_C(1) << 4 * bits) - 1;
     s.sign = ones << (bits - 1);
     s.gap1 = 8 - bits;
     s.gap2 = 2 * s.gap1;
@@ -185,19 +186,19 @@ squeeze_of(int bits)
 ZQ_INLINE uint64_t
 squeeze_word(const squeeze *s, uint64_t w)
 {
-    w &= s->keep1;
-    w = (w | w >> s->gap1) & s->keep2;
-    w = (w | w >> s->gap2) & s->keep4;
-    return (w | w >> s->gap4) & s->keep8;
+    w &= s->codes;
+    w = (w & s->even1) | (w & ~s->even1) >> s->gap1;
+    w = (w & s->even2) | (w & ~s->even2) >> s->gap2;
+    return (w & s->even4) | (w & ~s->even4) >> s->gap4;
 }
 
 ZQ_INLINE uint64_t
 spread_word(const squeeze *s, uint64_t w, int bits, int is_signed)
 {
-    w &= s->keep8;
-    w = (w | w << s->gap4) & s->keep4;
-    w = (w | w << s->gap2) & s->keep2;
-    w = (w | w << s->gap1) & s->keep1;
+    w &= s->stream;
+    w = (w & s->even4) | (w & ~s->even4) << s->gap4;
+    w = (w & s->even2) | (w & ~s->even2) << s->gap2;
+    w = (w & s->even1) | (w & ~s->even1) << s->gap1;
     /* Sign extension of byte 2^(b-1): ored with 2^8 - 2^b = (sign << (9 - b)) - (sign << 1); what each byte gets is
      * less than 2^8, so nothing is carried over in the end. */
     const uint64_t sign = is_signed ? w & s->sign : 0;

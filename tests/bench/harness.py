@@ -2,8 +2,9 @@
 
 The neighbours of a virtual machine take the core away for milliseconds at a time, and the host may run two virtual
 CPUs on one physical core for minutes. A timing is therefore kept only if a 0.2 ms slice of register-only instructions
-ran at 96 % or more of its best speed right before it and right after it. What is reported is the median of the kept
-slices of the best round; several rounds over all cases are interleaved. Percentages refer to the peak of the same run.
+ran at 96 % or more of its best speed right before it and right after it, and if no thread waited for a CPU meanwhile
+(the kernel counts that: /proc/<pid>/task/<tid>/schedstat). What is reported is the median of the kept slices of the
+best round; several rounds over all cases are interleaved. Percentages refer to the peak of the same run.
 """
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import os
 import resource
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from typing import Any
 from ceilings import Ceilings
 
 GATE = 0.96
+MAX_WAIT = 0.02  # of a slice's wall time, spent by our threads waiting for a CPU
 WORK_SLICE = 4e-3
 # A pool's workers spin for a while after their last region; a peak slice on their CPU would measure the sharing.
 SETTLE = 0.3e-3
@@ -80,6 +83,11 @@ class Gate:
         reached = self.ceilings.best(self.kind, threads)
         # False while the host runs the virtual CPUs on fewer physical cores: then N threads cannot be measured.
         self.reachable = self.kind < 0 or reached >= GATE * self.peak["int8"]
+        self.tids = [threading.get_native_id()]
+
+    def pin(self, work: Callable[[], Any]) -> None:
+        """Pin the threads that ``work()`` uses to our CPUs, and watch them from now on."""
+        self.tids = pin_busy_threads(self.cpus, work)
 
     def good(self) -> bool:
         """Run one peak slice: is the machine ours now?"""
@@ -112,15 +120,17 @@ class Gate:
             if calls > 1 or self.threads > 1 and self.settle:
                 work()  # wakes the pool and refills the caches; not timed
             f0 = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            waited = waiting_time(self.tids)
             start = now()
             for _ in range(calls):
                 work()
-            took = (now() - start) / calls
+            took = now() - start
+            waited = waiting_time(self.tids) - waited
             faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - f0
             after = self.good()
-            every.append(took)
-            if before and after:
-                kept.append(took)
+            every.append(took / calls)
+            if before and after and waited <= MAX_WAIT * took:
+                kept.append(took / calls)
             before = after or self.wait()
         middle = statistics.median(kept if len(kept) >= 3 else every)
         return Sample(middle, len(kept), len(every), faults / (calls * len(every)))
@@ -130,8 +140,9 @@ def pin_busy_threads(cpus: list[int], work: Callable[[], Any], seconds: float = 
     """Run ``work`` for a while and pin the threads that used most CPU time, one per CPU; the caller to the first.
 
     Works for any library's pool: unpinned, two threads have been seen to share one CPU for whole runs.
+    Returns the ids of the pinned threads.
     """
-    me = threading_id()
+    me = threading.get_native_id()
     before = thread_times()
     end = now() + seconds
     while now() < end:
@@ -140,13 +151,18 @@ def pin_busy_threads(cpus: list[int], work: Callable[[], Any], seconds: float = 
     busiest = sorted((tid for tid in spent if spent[tid] > 0), key=lambda tid: -spent[tid])[: len(cpus) - 1]
     for tid, cpu in zip([me, *busiest], cpus):
         os.sched_setaffinity(tid, {cpu})
-    return busiest
+    return [me, *busiest]
 
 
-def threading_id() -> int:
-    import threading
-
-    return threading.get_native_id()
+def waiting_time(tids: Iterable[int]) -> float:
+    """Seconds that these threads have been runnable without a CPU so far; 0 where the kernel does not count them."""
+    total = 0
+    for tid in tids:
+        try:
+            total += int(Path(f"/proc/self/task/{tid}/schedstat").read_text().split()[1])
+        except (OSError, IndexError):
+            continue
+    return 1e-9 * total
 
 
 def thread_times() -> dict[int, int]:

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -16,7 +16,10 @@ from .family import Dims, Family
 
 __all__ = ["Model"]
 
-_HEAD_ACTIVATIONS = {"tanh": np.tanh, "relu": lambda x: np.maximum(x, np.float32(0))}
+_HEAD_ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "tanh": np.tanh,
+    "relu": lambda x: np.maximum(x, np.float32(0)),
+}
 
 
 class Model:
@@ -233,9 +236,9 @@ class Model:
         head = self.family.head
         dense = self.linears[(self.prefix if head.dense_in_base else "") + head.dense]
         out = self.linears[head.out]
-        middle = dense(first)
+        middle = cast(np.ndarray, dense(first))
         active = _HEAD_ACTIVATIONS[head.activation](middle)
-        logits = out(active)
+        logits = cast(np.ndarray, out(active))
         if tap is not None:
             tap(dense.name, first, middle)
             tap(out.name, active, logits)
@@ -255,17 +258,19 @@ class Model:
 
     def _block(self, index: int) -> Block:
         with self._lock:
-            if self._blocks[index] is None:
+            block = self._blocks[index]
+            if block is None:
                 prefix = self.prefix + self.family.layer.format(index)
                 names = {role: prefix + name for role, name in self.family.block.items()}
                 linears = {role: self.linears[name] for role, name in names.items() if name in self.linears}
                 norms = {role: self._norm(names[role]) for role in ("attention_norm", "output_norm")}
-                self._blocks[index] = Block({**names, "block": prefix.rstrip(".")}, linears, norms, self.dims.heads,
-                                            self.dims.activation, self.dims.eps)
-            return self._blocks[index]
+                block = Block({**names, "block": prefix.rstrip(".")}, linears, norms, self.dims.heads,
+                              self.dims.activation, self.dims.eps)
+                self._blocks[index] = block
+            return block
 
     def _norm(self, module: str) -> tuple[np.ndarray, np.ndarray]:
-        return self.tensors[module + ".weight"], self.tensors[module + ".bias"]
+        return cast(np.ndarray, self.tensors[module + ".weight"]), cast(np.ndarray, self.tensors[module + ".bias"])
 
     def __repr__(self) -> str:
         head = f", {self.dims.labels} labels" if self.has_head else ""

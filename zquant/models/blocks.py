@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ CHUNK = 1024
 
 Tap = Callable[[str, np.ndarray, np.ndarray], None]
 # An embedding table: float32 or float16, possibly mapped; bfloat16 as stored; or quantized rows.
-Table = Union[np.ndarray, Stored, QTensor]
+Table = np.ndarray | Stored | QTensor
 
 
 def rows(table: Table, index: np.ndarray) -> np.ndarray:
@@ -160,7 +160,10 @@ def _masked(packed: Packed, mask: np.ndarray) -> Packed:
     if mask.all():
         return packed
     keep = np.flatnonzero(mask)
-    take = lambda array: None if array is None else array[keep]  # noqa: E731
+
+    def take(array: np.ndarray | None) -> np.ndarray | None:
+        return None if array is None else array[keep]
+
     kept = np.concatenate([[0], np.cumsum(mask)])
     slots = keep if packed.slots is None else packed.slots[keep]
     return Packed(take(packed.ids), packed.positions[keep], take(packed.types), take(packed.embedded),
@@ -180,6 +183,7 @@ class Embeddings:
 
     def check(self, packed: Packed) -> None:
         """ValueError on ids, token types or positions outside their tables."""
+        assert packed.ids is not None
         self._range("input_ids", packed.ids, self.word)
         self._range("position", packed.positions, self.position)
         if packed.types is not None:
@@ -200,8 +204,9 @@ class Embeddings:
 
     def __call__(self, packed: Packed, start: int, stop: int, quant: int) -> tuple[np.ndarray, Codes | None]:
         """Tokens start..stop-1 as float32 (stop - start, d) and, with quant, as token codes."""
+        assert packed.ids is not None
         x = rows(self.word, packed.ids[start:stop])
-        if self.first_type is not None:
+        if self.type is not None:
             x += self.first_type if packed.types is None else rows(self.type, packed.types[start:stop])
         try:
             return _core.layer_norm(x, rows(self.position, packed.positions[start:stop]), *self.norm, self.eps, quant)
@@ -228,21 +233,20 @@ class Block:
         self.scale = 1.0 / np.sqrt(linears["query"].out_features / heads).item()
         self.attention_norm, self.output_norm = norms["attention_norm"], norms["output_norm"]
         self._prepare_attention([linears[role] for role in ("query", "key", "value")])
-        for role in ("attention", "intermediate", "output"):
-            setattr(self, role, _bind(linears[role]))
-            setattr(self, role + "_in", QUANT[linears[role].quant])
+        self.attention, self.attention_in = _bind(linears["attention"])
+        self.intermediate, self.intermediate_in = _bind(linears["intermediate"])
+        self.output, self.output_in = _bind(linears["output"])
 
     def _prepare_attention(self, parts: Sequence[Linear]) -> None:
         """One product for q, k and v, unless an override gave them different formats."""
-        modes = {QUANT[part.quant] for part in parts}
-        self.quant_in = modes.pop() if len(modes) == 1 else 0
+        self.quant_in = QUANT[parts[0].quant] if len({part.quant for part in parts}) == 1 else 0
         try:
             fused = Linear.fuse(parts)
         except ValueError:
-            split = [_bind(part) for part in parts]
-            self.qkv = lambda x: np.concatenate([project(x) for project in split], axis=1)
+            split = [_bind(part)[0] for part in parts]
+            self.qkv: Callable = lambda x: np.concatenate([project(x) for project in split], axis=1)
             return
-        self.qkv = _bind(fused)
+        self.qkv = _bind(fused)[0]
         for part in parts:
             if isinstance(part.weight, np.ndarray):
                 release(part.weight)
@@ -279,10 +283,10 @@ class Block:
 _ACTIVATION_NAMES, _QUANT_NAMES = list(ACTIVATIONS), list(QUANT)
 
 
-def _bind(linear: Linear) -> Callable:
-    """The layer as f(x, activation, residual, quantize), numbers for names. It holds the packed weights only, so that the
-    concatenated copy of a fused layer can go."""
+def _bind(linear: Linear) -> tuple[Callable, int]:
+    """The layer as f(x, activation, residual, quantize), numbers for names, and how it wants x quantized. The function
+    holds the packed weights only, so that the concatenated copy of a fused layer can go."""
     handle, mode, forward = linear._packed(), QUANT[linear.quant], _core.linear_forward
     if linear.quant is None or linear._integer:
-        return lambda x, act=0, residual=None, quant=0: forward(handle, x, mode, act, residual, quant)
-    return lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant])
+        return lambda x, act=0, residual=None, quant=0: forward(handle, x, mode, act, residual, quant), mode
+    return (lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant])), mode

@@ -148,7 +148,7 @@ class Family:
         if head:
             found[(prefix if self.head.dense_in_base else "") + self.head.dense] = (d, d)
             found[self.head.out] = (dims.labels, d)
-        elif pooler:
+        elif pooler and self.pooler:
             found[prefix + self.pooler] = (d, d)
         return found
 

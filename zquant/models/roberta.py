@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .family import Head, counted_positions, register
 from .bert import BERT
+from .family import Head, counted_positions, register
 
 ROBERTA = register(
     replace(

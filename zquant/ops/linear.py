@@ -28,17 +28,38 @@ def _rows(x: np.ndarray, name: str) -> tuple[np.ndarray, tuple[int, ...]]:
     return x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x, x.shape[:-1]
 
 
-def _forward(handle: object, x: np.ndarray, quant: int, activation: str | None, residual: np.ndarray | None) -> np.ndarray:
+def _output(quantize: str | tuple | None) -> int | tuple:
+    """What the core calls quant_out."""
+    if quantize is None:
+        return 0
+    if isinstance(quantize, str):
+        if quantize not in _QUANT:
+            raise ValueError(f"quantize: expected None, 'symmetric', 'asymmetric' or (scale, zero_point), got {quantize!r}")
+        return _QUANT[quantize]
+    scale, zero = quantize
+    return np.atleast_1d(np.asarray(scale, np.float32)), np.atleast_1d(np.asarray(zero, np.int32))
+
+
+def _forward(handle: object, x: np.ndarray, quant: int, activation: str | None, residual: np.ndarray | None,
+             quantize: str | tuple | None) -> np.ndarray | tuple:
     rows, lead = _rows(x, "x")
     if residual is not None:
         residual = _rows(residual, "residual")[0]
     _core.check_finite(rows, "x")
-    y = _core.linear_forward(handle, rows, quant, _activation(activation), residual, 0)
-    return y.reshape(*lead, y.shape[1])
+    out = _core.linear_forward(handle, rows, quant, _activation(activation), residual, _output(quantize))
+    if quantize is None:
+        return out.reshape(*lead, out.shape[1])
+    if not isinstance(quantize, str):
+        return np.ascontiguousarray(out).reshape(*lead, out.shape[1])
+    q, scale, zero = out
+    if quantize == "symmetric":  # the core keeps q + 128 with zero point 128
+        q, zero = (q ^ np.uint8(128)).view(np.int8), None
+    q = np.ascontiguousarray(q).reshape(*lead, q.shape[1])
+    return q, scale.reshape(lead), None if zero is None else zero.reshape(lead)
 
 
 def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, activation: str | None = None,
-           residual: np.ndarray | None = None) -> np.ndarray:
+           residual: np.ndarray | None = None, quantize: str | tuple | None = None) -> np.ndarray | tuple:
     """Float32 linear layer: y = act(x w^T + bias) + residual.
 
     Sums run over k in order with fused multiply-add, so the result is the same at every dispatch level and for
@@ -52,10 +73,14 @@ def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, activat
     activation : None, "relu", "gelu" (erf), "gelu_tanh" or "silu"
     residual : float32 (..., n), optional
         Added after the activation.
+    quantize : None, "symmetric", "asymmetric" or (scale, zero_point)
+        Re-quantize the output in the same pass: per token and dynamic by name, or to a static uint8 grid with one
+        scale and zero point (0 to 255), or one of each per feature.
 
     Returns
     -------
-    float32 (..., n)
+    float32 (..., n); with a named ``quantize`` a tuple (q int8 or uint8 (..., n), scale (...), zero_point (...) or
+    None); with a static grid q uint8 (..., n)
 
     Raises
     ------
@@ -68,12 +93,12 @@ def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, activat
     >>> zq.ops.linear(np.ones((1, 3), np.float32), np.eye(2, 3, dtype=np.float32)).tolist()
     [[1.0, 1.0]]
     """
-    return _forward(_core.linear_pack_f32(w, bias), x, 0, activation, residual)
+    return _forward(_core.linear_pack_f32(w, bias), x, 0, activation, residual, quantize)
 
 
 def linear_w8a8(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bias: np.ndarray | None = None,
                 activation: str | None = None, residual: np.ndarray | None = None,
-                activations: str = "asymmetric") -> np.ndarray:
+                activations: str = "asymmetric", quantize: str | tuple | None = None) -> np.ndarray | tuple:
     """INT8 linear layer with token-wise dynamic activations (ZeroQuant, arXiv:2206.01861, section 4.1).
 
     Rows of x are quantized on the way in, multiplied exactly in int32, and scaled in the epilogue:
@@ -85,7 +110,7 @@ def linear_w8a8(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bias: np.nd
     codes : int8 (n, k), in -127..127
     scale : float32 (n,)
         One per output channel; ZeroQuant's row blocks repeat a value.
-    bias, activation, residual : as in :func:`linear`
+    bias, activation, residual, quantize : as in :func:`linear`
     activations : "asymmetric" (uint8 with a zero point per token) or "symmetric" (int8)
 
     Raises
@@ -100,12 +125,12 @@ def linear_w8a8(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bias: np.nd
     """
     if activations not in _QUANT:
         raise ValueError(f"activations: expected 'asymmetric' or 'symmetric', got {activations!r}")
-    return _forward(_core.linear_pack_s8(codes, scale, bias), x, _QUANT[activations], activation, residual)
+    return _forward(_core.linear_pack_s8(codes, scale, bias), x, _QUANT[activations], activation, residual, quantize)
 
 
 def linear_grouped(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_size: int, bits: int = 4,
                    bias: np.ndarray | None = None, activation: str | None = None, residual: np.ndarray | None = None,
-                   activations: str = "asymmetric") -> np.ndarray:
+                   activations: str = "asymmetric", quantize: str | tuple | None = None) -> np.ndarray | tuple:
     """INT8 activations times int4 or int8 weights with one scale per group of input features (ZeroQuant-V2's
     FGQ, arXiv:2303.08302).
 
@@ -118,7 +143,7 @@ def linear_grouped(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_s
     scales : float32 (n, ceil(k / group_size))
     group_size : a multiple of 8, or at least k for one scale per channel
     bits : 4 or 8, how codes are stored
-    bias, activation, residual, activations : as in :func:`linear_w8a8`
+    bias, activation, residual, activations, quantize : as in :func:`linear_w8a8`
 
     Raises
     ------
@@ -134,7 +159,7 @@ def linear_grouped(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_s
     if activations not in _QUANT:
         raise ValueError(f"activations: expected 'asymmetric' or 'symmetric', got {activations!r}")
     handle = _core.linear_pack_group(codes, scales, group_size, bits, bias)
-    return _forward(handle, x, _QUANT[activations], activation, residual)
+    return _forward(handle, x, _QUANT[activations], activation, residual, quantize)
 
 
 def _zero_rows(zero: np.ndarray | int | None, m: int, name: str) -> np.ndarray | None:

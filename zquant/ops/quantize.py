@@ -68,7 +68,8 @@ def _scale(scale: Any, positive: bool) -> Array:
     a = np.asarray(scale)
     if a.dtype.kind not in "fiu" or (a.ndim and a.dtype.newbyteorder("=") != np.float32):
         raise TypeError(f"scale: expected a number or an array of float32, got {a.dtype}")
-    a = a.astype(np.float32)
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes Inf, which is refused below
+        a = a.astype(np.float32)
     if not np.isfinite(a).all() or (positive and not (a > 0).all()):
         raise ValueError(f"scale: expected finite{' positive' * positive} values")
     return a

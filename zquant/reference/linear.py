@@ -1,19 +1,15 @@
-"""Integer matrix products in plain NumPy, exact in int64."""
+"""Integer matrix products in plain NumPy, exact in int64: the oracle of ``matmul_integer`` and ``qlinear_matmul``."""
 from __future__ import annotations
 
 import numpy as np
 
-from .quantize import quantize_linear
-
 __all__ = ["matmul_integer", "qlinear_matmul"]
 
 
-def _centred(a: np.ndarray, zero_point, rows: bool) -> np.ndarray:
+def _centred(a, zero_point, of_rows):
     """a - zero_point in int64; a vector of zero points belongs to the rows of the left or the columns of the right."""
-    if zero_point is None:
-        return a.astype(np.int64)
-    zero = np.asarray(zero_point).astype(np.int64)
-    return a.astype(np.int64) - (zero[:, None] if rows and zero.ndim == 1 and zero.size > 1 else zero)
+    zero = np.asarray(0 if zero_point is None else zero_point).astype(np.int64)
+    return a.astype(np.int64) - (zero[:, None] if of_rows and zero.size > 1 else zero)
 
 
 def matmul_integer(a, b, a_zero_point=None, b_zero_point=None):
@@ -22,12 +18,11 @@ def matmul_integer(a, b, a_zero_point=None, b_zero_point=None):
 
 
 def qlinear_matmul(a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point):
-    """ONNX QLinearMatMul: the product re-quantized to the type of y_zero_point.
-
-    The accumulator is exact; a_scale * b_scale / y_scale is computed in the type of the scales and applied in float32.
-    """
+    """ONNX QLinearMatMul: saturate(rint(product * a_scale * b_scale / y_scale) + y_zero_point), scales in float64."""
     acc = _centred(a, a_zero_point, True) @ _centred(b, b_zero_point, False)
-    factor = np.asarray(a_scale) * np.asarray(b_scale) / np.asarray(y_scale)
+    a_scale, b_scale, y_scale = (np.asarray(s, np.float64) for s in (a_scale, b_scale, y_scale))
+    factor = (a_scale[:, None] if a_scale.size > 1 else a_scale) * b_scale / y_scale
     y_zero_point = np.asarray(y_zero_point)
-    scaled = acc.astype(np.float32) * factor.astype(np.float32)
-    return quantize_linear(scaled, np.float32(1), y_zero_point, y_zero_point.dtype)
+    limits = np.iinfo(y_zero_point.dtype)
+    y = np.rint(acc * factor) + y_zero_point.astype(np.float64)
+    return np.clip(y, limits.min, limits.max).astype(y_zero_point.dtype)

@@ -48,7 +48,10 @@ class _Tensors:
 def _attend(q, k, v, heads, visible):
     """softmax(q k^T / sqrt(d)) v per head on (B, T, heads * d); visible (B, T) says which keys exist."""
     batch, time, width = q.shape
-    split = lambda x: x.reshape(batch, time, heads, width // heads).transpose(0, 2, 1, 3)  # noqa: E731
+
+    def split(x):
+        return x.reshape(batch, time, heads, width // heads).transpose(0, 2, 1, 3)
+
     scores = split(q) @ split(k).swapaxes(-1, -2) / math.sqrt(width // heads)
     scores = np.where(visible[:, None, None, :], scores, -np.inf)
     scores = np.exp(scores - scores.max(-1, keepdims=True))

@@ -139,7 +139,7 @@ def quantize_weight_blocks(w, num_blocks, bits=8):
     """ZeroQuant's grouping: num_blocks blocks of whole rows share a symmetric scale each; scales written per row."""
     n, k = w.shape
     codes, scales, _ = quantize_weight(w.reshape(num_blocks, -1), bits)
-    if k == 0:
+    if w.size == 0:
         scales = np.ones((num_blocks, 1), np.float32)
     return codes.reshape(n, k), np.repeat(scales, n // num_blocks, 0)
 

@@ -1,0 +1,250 @@
+"""The command line: exit codes, messages, and (where all-MiniLM-L6-v2 is installed) whole runs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from fakes import Encoder, Model
+
+import zquant
+from zquant import cli
+from zquant.demo import Row, format_rows
+from zquant.demo_sentences import PAIRS, SENTENCES
+
+
+def call(capsys, *argv):
+    """(exit code, stdout, stderr) of one command."""
+    try:
+        code = cli.main([str(a) for a in argv])
+    except SystemExit as exit_:
+        code = exit_.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def process(*argv, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "zquant", *map(str, argv)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+# --- usage -------------------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(capsys):
+    assert call(capsys, "--version") == (0, f"zquant {zquant.__version__}\n", "")
+    for command in ("quantize", "compare", "eval sts", "info", "demo"):
+        code, out, _ = call(capsys, *command.split(), "--help")
+        assert code == 0 and f"examples:\n  zquant {command}" in out and "--threads" in out
+        assert max(map(len, out.splitlines())) <= 132
+
+
+USAGE = {
+    "no command": [],
+    "unknown command": ["quantise"],
+    "no output": ["quantize", "x"],
+    "unknown scheme": ["quantize", "x", "-o", "y", "--scheme", "w9a9"],
+    "override without a format": ["quantize", "x", "-o", "y", "--override", "*.dense"],
+    "override with 9 bits": ["quantize", "x", "-o", "y", "--override", "*=9"],
+    "override with group size 0": ["quantize", "x", "-o", "y", "--override", "*=4-g0"],
+    "no threads": ["info", "--threads", "0"],
+    "two sources": ["compare", "x", "y", "--sentences", "a", "--sts", "b"],
+    "batch size 0": ["eval", "sts", "x", "y", "--batch-size", "0"],
+}
+
+
+@pytest.mark.parametrize("argv", USAGE.values(), ids=USAGE.keys())
+def test_usage_errors(capsys, argv):
+    code, out, err = call(capsys, *argv)
+    assert code == 2 and out == "" and "error:" in err and "Traceback" not in err
+
+
+def test_overrides():
+    from zquant.spec import QuantSpec
+
+    assert cli._override("a*=float") == ("a*", "float")
+    assert cli._override("x=y=int8") == ("x=y", 8)
+    assert cli._override("*=4-g32") == ("*", QuantSpec(4, granularity="group", group_size=32))
+    assert cli._override("*=8-b48") == ("*", QuantSpec(8, granularity="row_block", blocks=48))
+
+
+# --- failures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A directory that is not empty."""
+    path = tmp_path / "full"
+    path.mkdir()
+    (path / "file").write_text("kept")
+    return path
+
+
+def test_failures_are_one_line(capsys, tmp_path, full):
+    file = full / "file"
+    empty = tmp_path / "empty"
+    empty.write_text("\n\n")
+    cases = [
+        (["quantize", tmp_path / "none", "-o", tmp_path / "out"], "none: not a directory"),
+        (["quantize", full, "-o", tmp_path / "out"], "config.json"),
+        (["quantize", tmp_path / "none", "-o", full], "full: not empty; --force writes into it"),
+        (["quantize", tmp_path / "none", "-o", file], "exists and is not a directory"),
+        (["quantize", full, "-o", full, "--force"], "is the model itself"),
+        (["compare", full, full, "--sentences", empty], "no sentences"),
+        (["compare", full, full, "--sentences", tmp_path / "none"], "No such file or directory: .*none"),
+        (["eval", "sts", full, file], "line 1: expected two sentences and a score"),
+        (["info", tmp_path / "none"], "not a directory"),
+    ]
+    for argv, message in cases:
+        code, out, err = call(capsys, *argv)
+        assert (code, out) == (1, ""), argv
+        assert re.fullmatch(rf"zquant: .*{message}.*\n", err), err
+    assert file.read_text() == "kept" and not (tmp_path / "out").exists()
+
+
+def test_an_unexpected_error_names_its_type(capsys, monkeypatch, tmp_path):
+    def fail(*_):
+        raise KeyError("weight")
+
+    monkeypatch.setattr(cli, "_open", fail)
+    assert call(capsys, "info", tmp_path) == (1, "", "zquant: KeyError: 'weight'\n")
+    monkeypatch.setenv("ZQUANT_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        cli.main(["info", str(tmp_path)])
+
+
+def test_interrupt(tmp_path):
+    """Ctrl-C while a file is being read: exit code 130, no traceback. The pipe makes the moment certain."""
+    fifo = tmp_path / "pairs.csv"
+    os.mkfifo(fifo)
+    child = process("eval", "sts", tmp_path, fifo)
+    with open(fifo, "w"):  # opens when the child reads
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=20)
+    assert (child.returncode, out, err) == (130, "", "zquant: interrupted\n")
+
+
+def test_closed_pipe():
+    child = process("info")
+    child.stdout.close()
+    assert child.wait(timeout=20) == 0
+    assert child.stderr.read() == ""
+
+
+def test_info(capsys):
+    code, out, err = call(capsys, "info", "--threads", "1")
+    assert (code, err) == (0, "")
+    assert re.search(rf"^zquant +{zquant.__version__}$", out, re.M) and re.search(r"^threads +1$", out, re.M)
+    assert zquant.cpu.info().active in out
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """Commands set the number of threads of this process."""
+    before = zquant.get_num_threads()
+    yield
+    zquant.set_num_threads(before)
+
+
+# --- commands on a small NumPy model -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    model = Model.make()
+    models = {"float": Encoder(model), "int8": Encoder(model.quantized())}
+    monkeypatch.setattr(cli, "_open", lambda path, encoder=False: models[path.name])
+    return models
+
+
+def test_compare(capsys, tmp_path, fake):
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("first sentence\n\nanother one\n")
+    code, out, _ = call(capsys, "compare", "float", "int8", "--sentences", sentences, "--json", tmp_path / "r.json")
+    assert code == 0 and "2 sentences" in out and Model.names[0] in out
+    assert json.loads((tmp_path / "r.json").read_text())["scheme"] == "w8a8"
+
+
+def test_compare_sts_and_plot(capsys, tmp_path, fake):
+    pytest.importorskip("matplotlib")
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("a cat,a cat sat,4\na cat,zzz,0\nrain,brain,2\n")
+    code, out, err = call(capsys, "compare", "float", "int8", "--sts", pairs, "--plot", tmp_path / "r.png")
+    assert code == 0, err
+    assert len(re.findall(r"STS: Spearman +-?[\d.]+", out)) == 2 and "6 sentences" in out
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_eval_sts(capsys, tmp_path, fake):
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("a cat,a cat sat,4\na cat,zzz,0\n")
+    code, out, _ = call(capsys, "eval", "sts", "int8", pairs)
+    assert code == 0 and out.startswith("STS: Spearman 100.00")
+
+
+# --- the demo ----------------------------------------------------------------------------------------------------
+
+
+def test_demo_sentences():
+    assert len(PAIRS) == 60 and len(SENTENCES) == 200 == len(set(SENTENCES))
+    assert sorted({score for _, _, score in PAIRS}) == [0, 1, 2, 3, 4, 5]
+
+
+def test_demo_table_fits_90_columns():
+    rows = [
+        Row("float32", 10**10, 1.0, 1.0, 0.88, 0.82, 99999.0, 1.0),
+        Row("w4/8a8-sym", 10**9, 0.9, -0.9, -0.88, -0.82, 9.0, 99.99),
+    ]
+    lines = format_rows(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 90
+    assert "82.00" in lines[3] and "file" in lines[1] and "file" not in format_rows([Row("a", 1, 1, 1, 1, None, 1, 1)])
+
+
+# --- the real model ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    pytest.importorskip("tokenizers")
+    from zquant.demo_model import find_minilm
+
+    try:
+        return find_minilm()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_quantize_info_eval_on_minilm(capsys, minilm, tmp_path):
+    out_dir, pairs = tmp_path / "q", tmp_path / "pairs.csv"
+    pairs.write_text("".join(f'"{a}","{b}",{s}\n' for a, b, s in PAIRS))
+    code, out, err = call(capsys, "quantize", minilm, "-o", out_dir, "--override", "encoder.layer.0.output.dense=4-g32")
+    assert (code, err) == (0, "") and re.search(r"w8a8, 9\d\.\d -> \d\d\.\d MB", out)
+    code, _, err = call(capsys, "quantize", minilm, "-o", out_dir)
+    assert code == 1 and "not empty" in err
+    code, out, _ = call(capsys, "info", out_dir)
+    assert code == 0 and "w8a8" in out and "35 x int8, per channel" in out and "1 x int4, groups of 32" in out
+    code, out, _ = call(capsys, "eval", "sts", out_dir, pairs)
+    assert code == 0 and float(re.search(r"Spearman ([\d.]+)", out).group(1)) > 80
+
+
+def test_demo_on_minilm(minilm):
+    from zquant.demo import run
+
+    shown = []
+    rows = run(minilm, rounds=1, show=shown.append)
+    text = "\n".join(shown)
+    by = {row.scheme: row for row in rows}
+    assert list(by) == ["float32", "w8a8", "w4/8a8"]
+    assert by["float32"].mean_cosine == pytest.approx(1)
+    assert by["w8a8"].mean_cosine > 0.998 > by["w4/8a8"].mean_cosine > 0.95
+    assert by["float32"].size > 3.7 * by["w8a8"].size > 3.7 * by["w4/8a8"].size
+    assert all(row.demo_spearman > 0.9 and row.rate > 0 for row in rows)
+    assert max(len(line) for line in text.splitlines()) <= 100 and "60 pairs" in text

@@ -1,0 +1,28 @@
+"""Progress bars: tqdm, imported where a bar may be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+#: A bar appears only for work that takes longer than this (seconds).
+DELAY = 2.0
+
+
+def bar(items: Iterable[T], what: str, show: bool | None = None, **options: Any) -> Iterator[T]:
+    """Iterate over ``items`` under a bar on stderr that appears after two seconds.
+
+    ``show``: True or False; None shows it where stderr is a terminal.
+    """
+    if show is False:
+        yield from items
+        return
+    from tqdm import tqdm
+
+    # The bar is closed by the ``with`` even where the loop's body raises.
+    with tqdm(
+        items, desc=what, delay=DELAY, leave=False, disable=None if show is None else not show, **options
+    ) as shown:
+        yield from shown

@@ -1,0 +1,154 @@
+"""Pictures; matplotlib is imported here and nowhere else."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+if TYPE_CHECKING:
+    from .report import LayerError, Report
+
+__all__ = ["report_figure"]
+
+# Okabe and Ito's palette, readable with every colour vision; the three attention inputs share a hue.
+_COLOURS = {
+    "query": "#0072b2",
+    "key": "#56b4e9",
+    "value": "#a6d8f0",
+    "attention in": "#0072b2",
+    "attention out": "#009e73",
+    "feed-forward in": "#e69f00",
+    "feed-forward out": "#d55e00",
+    "other": "#999999",
+}
+_INK = "#333333"
+
+
+class _Figure(Figure):
+    """A figure that Jupyter shows without pyplot, hence without global state and never twice."""
+
+    def _repr_png_(self) -> bytes:
+        data = io.BytesIO()
+        self.savefig(data, format="png", dpi=100)
+        return data.getvalue()
+
+
+def report_figure(report: Report) -> Figure:
+    """Bars of the output signal-to-noise of every layer, in the network's order, and a histogram of the cosines.
+
+    The small dash on a bar is the signal-to-noise of the layer's weights. A layer without error has no bar and no dash.
+    """
+    width = min(max(9.0, 5.0 + 0.11 * len(_drawn(report))), 24.0)
+    figure = _Figure(figsize=(width, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(width - 3.4, 3.4))
+    _bars(left, report)
+    _histogram(right, report)
+    _legend(figure, report)
+    figure.suptitle(_title(report), fontsize=11, color=_INK, x=0.01, ha="left")
+    return figure
+
+
+def _legend(figure: Figure, report: Report) -> None:
+    kinds = [kind for kind in _COLOURS if any(x.kind == kind for x in _drawn(report))]
+    figure.legend(
+        handles=[Patch(color=_COLOURS[kind], label=kind) for kind in kinds],
+        ncols=len(kinds),
+        fontsize=8,
+        frameon=False,
+        loc="outside lower left",
+        handlelength=1.0,
+        handleheight=1.0,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
+
+
+def _title(report: Report) -> str:
+    parts = [f"{report.scheme}: mean cosine {report.mean_cosine:.4f}", f"{report.shrinkage:.1f} times smaller"]
+    if report.speedup is not None:
+        parts.append(f"{report.speedup:.1f} times as fast")
+    return ", ".join(parts)
+
+
+def _drawn(report: Report) -> tuple[LayerError, ...]:
+    """The layers that ran."""
+    return tuple(x for x in report.layers if x.output_db is not None)
+
+
+def _bare(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(colors=_INK, labelsize=8.5)
+    axes.set_axisbelow(True)
+
+
+def _positions(layers: tuple[LayerError, ...]) -> list[float]:
+    """One step per layer, a gap of one between blocks."""
+    at, gap = [], 0
+    for i, layer in enumerate(layers):
+        gap += i > 0 and layer.block != layers[i - 1].block
+        at.append(float(i + gap))
+    return at
+
+
+def _bars(axes: Any, report: Report) -> None:
+    layers = _drawn(report)
+    at = _positions(layers)
+    finite = [i for i, x in enumerate(layers) if math.isfinite(x.output_db)]
+    axes.bar(
+        [at[i] for i in finite],
+        [layers[i].output_db for i in finite],
+        width=0.84,
+        color=[_COLOURS[layers[i].kind] for i in finite],
+    )
+    dashes = [i for i, x in enumerate(layers) if math.isfinite(x.weight_db)]
+    axes.scatter(
+        [at[i] for i in dashes], [layers[i].weight_db for i in dashes], marker="_", s=26, color=_INK, linewidths=1.4
+    )
+    _block_ticks(axes, layers, at)
+    axes.set_ylabel("signal to quantization noise (dB)", color=_INK, fontsize=9)
+    axes.set_title("Linear layers: output (bar) and weights (dash)", fontsize=9.5, color=_INK, loc="left")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.margins(x=0.012)
+    _bare(axes)
+
+
+def _block_ticks(axes: Any, layers: tuple[LayerError, ...], at: list[float]) -> None:
+    groups: dict[int | None, list[float]] = {}
+    for layer, position in zip(layers, at):
+        groups.setdefault(layer.block, []).append(position)
+    axes.set_xticks([sum(p) / len(p) for p in groups.values()], ["head" if b is None else str(b) for b in groups])
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlabel("block", color=_INK, fontsize=9)
+
+
+def _histogram(axes: Any, report: Report) -> None:
+    cosine = report.cosine
+    low = float(cosine.min())
+    axes.hist(
+        cosine,
+        bins=min(40, max(8, len(cosine) // 8)),
+        range=(low, max(1.0, low + 1e-6)),
+        color="#56b4e9",
+        edgecolor="white",
+        linewidth=0.5,
+    )
+    axes.axvline(report.mean_cosine, color=_INK, linewidth=1.2)
+    axes.text(
+        0.04,
+        0.97,
+        f"mean {report.mean_cosine:.4f}\nmin  {report.min_cosine:.4f}",
+        transform=axes.transAxes,
+        va="top",
+        fontsize=8.5,
+        color=_INK,
+        family="monospace",
+    )
+    axes.set_title("Cosine to float32", fontsize=9.5, color=_INK, loc="left")
+    axes.set_ylabel(report.rows, color=_INK, fontsize=9)
+    axes.locator_params(axis="x", nbins=4)
+    _bare(axes)
