@@ -88,9 +88,11 @@ def test_round_trip(file):
         checkpoint["nope"]
 
 
-def test_the_reference_implementation_agrees(file):
+def test_the_reference_implementation_agrees(tmp_path):
     from safetensors.numpy import load_file
 
+    file = tmp_path / "x.safetensors"
+    write_safetensors(file, TENSORS)
     loaded = load_file(file)
     for name, array in TENSORS.items():
         np.testing.assert_array_equal(loaded[name], array)

@@ -158,7 +158,7 @@ def test_whole_forward_differs_by_less_than_quantization(name, share, minilm, ba
 
 
 def make_foreign(directory, dtype, weights, activations, fmt):
-    """A small BERT quantized and saved by compressed-tensors itself; returns its dequantized weights."""
+    """A small BERT quantized and saved by compressed-tensors itself; returns that model, decompressed."""
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                                      intermediate_size=64, max_position_embeddings=16)
@@ -180,10 +180,9 @@ def make_foreign(directory, dtype, weights, activations, fmt):
     compressor.compress_model(model)
     model.save_pretrained(directory)
     compressor.update_config(directory)
-    reference = transformers.AutoModel.from_pretrained(directory, dtype=dtype).eval()
-    with torch.no_grad():
-        reference(torch.tensor([[1, 2, 3]]))
-    return reference
+    # Not loaded again: compressed-tensors 0.20 does not read its own packed zero points back.
+    compressor.decompress_model(model)
+    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
