@@ -2,12 +2,13 @@
  *
  * Big blocks are kept for a while after they are freed: a forward pass asks for the same few megabytes again and
  * again, and fresh pages cost more than the kernels that fill them (4 KiB faults: about 0.25 us each). At most
- * KEPT_BLOCKS blocks and KEPT_BYTES bytes are kept; the oldest goes first. */
+ * KEPT_BLOCKS blocks and KEPT_BYTES bytes are kept; the oldest goes first. Nobody waits for the list: who finds it
+ * busy allocates or frees as if it were not there. */
 #define _GNU_SOURCE
 #include "zq_common.h"
 
 #include <malloc.h>
-#include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -15,14 +16,14 @@
 enum { LINE = 64, HUGE_PAGE = 2 << 20, BIG = 64 << 10, KEPT_BLOCKS = 16, KEPT_BYTES = 64 << 20 };
 
 static struct {
-    pthread_mutex_t lock;
+    atomic_flag busy;
     int count;
     size_t total;
     struct {
         void *p;
         size_t bytes;
     } block[KEPT_BLOCKS]; /* oldest first */
-} kept = {.lock = PTHREAD_MUTEX_INITIALIZER};
+} kept = {.busy = ATOMIC_FLAG_INIT};
 
 /* Memory checkers must see every free. */
 #if defined(__SANITIZE_ADDRESS__)
@@ -52,13 +53,15 @@ static void *
 reuse(size_t bytes)
 {
     void *p = NULL;
-    pthread_mutex_lock(&kept.lock);
+    if (atomic_flag_test_and_set_explicit(&kept.busy, memory_order_acquire)) {
+        return NULL;
+    }
     for (int i = kept.count - 1; i >= 0 && !p; i--) {
         if (kept.block[i].bytes >= bytes && kept.block[i].bytes / 2 <= bytes) {
             p = take_out(i);
         }
     }
-    pthread_mutex_unlock(&kept.lock);
+    atomic_flag_clear_explicit(&kept.busy, memory_order_release);
     return p;
 }
 
@@ -93,16 +96,16 @@ zq_free(void *p)
         return;
     }
     const size_t bytes = malloc_usable_size(p);
-    if (!KEEP || bytes < BIG || bytes > KEPT_BYTES / 2) {
+    if (!KEEP || bytes < BIG || bytes > KEPT_BYTES / 2 ||
+        atomic_flag_test_and_set_explicit(&kept.busy, memory_order_acquire)) {
         free(p);
         return;
     }
-    pthread_mutex_lock(&kept.lock);
     while (kept.count == KEPT_BLOCKS || (kept.count && kept.total + bytes > KEPT_BYTES)) {
         free(take_out(0));
     }
     kept.block[kept.count].p = p;
     kept.block[kept.count++].bytes = bytes;
     kept.total += bytes;
-    pthread_mutex_unlock(&kept.lock);
+    atomic_flag_clear_explicit(&kept.busy, memory_order_release);
 }

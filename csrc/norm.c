@@ -55,13 +55,23 @@ row_job(void *ctx, int64_t job)
     }
 }
 
+/* Rows of nothing: the scale and zero point of an all-zero row. */
+static zq_status
+run_empty(const row_jobs *j)
+{
+    for (int64_t row = 0; j->out->quant != ZQ_QUANT_NONE && row < j->m; row++) {
+        (void)quantize_row(j, row, j->x);
+    }
+    return ZQ_OK;
+}
+
 static zq_status
 run(row_jobs *j, int64_t *bad_row)
 {
-    if (j->m == 0 || j->n == 0) {
-        return ZQ_OK;
-    }
     j->K = zq_active();
+    if (j->n == 0) {
+        return run_empty(j);
+    }
     j->rows_per_job = zq_max(1, JOB_ITEMS / j->n);
     zq_trouble_init(&j->trouble);
     zq_parallel_for(zq_ceil_div(j->m, j->rows_per_job), row_job, j);

@@ -18,6 +18,9 @@
 #include <unistd.h>
 
 enum { MAX_THREADS = 256, SPIN_NS = 200000 };
+#define GENERATION(state) ((unsigned)((state) >> 32))
+#define CLOSED (1ull << 31)
+#define INSIDE (CLOSED - 1)
 
 static struct {
     pthread_mutex_t busy;  /* held by the thread whose region runs */
@@ -29,11 +32,13 @@ static struct {
     zq_job_fn fn;
     void *ctx;
     int64_t jobs;
-    int team;               /* workers wanted in this region */
-    atomic_llong next;      /* next job to claim */
-    atomic_uint generation; /* a new value starts a region */
-    atomic_int running;     /* workers that have not finished it */
-} pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .sleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+    int team;          /* workers wanted in this region */
+    atomic_llong next; /* next job to claim */
+    /* generation (upper half), CLOSED, and how many workers are inside. Workers enter an open region by adding one;
+     * the caller closes it when no job is left and waits only for those inside: one that lost its CPU before it
+     * entered costs nothing. The fields above may change while nobody is inside. */
+    atomic_ullong state;
+} pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .sleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .state = CLOSED};
 
 static atomic_int threads_wanted; /* 0: not yet set */
 static _Thread_local int inside_region;
@@ -66,27 +71,30 @@ run_jobs(void)
     }
 }
 
-/* Wait until `generation` differs from `seen`: spin first, then sleep. */
+static unsigned
+generation_now(void)
+{
+    return GENERATION(atomic_load_explicit(&pool.state, memory_order_acquire));
+}
+
+/* Wait until the generation differs from `seen`: spin first, then sleep. */
 static unsigned
 wait_for_region(unsigned seen)
 {
     const int64_t end = now_ns() + SPIN_NS;
-    for (;;) {
+    do {
         for (int i = 0; i < 64; i++) {
-            const unsigned g = atomic_load_explicit(&pool.generation, memory_order_acquire);
+            const unsigned g = generation_now();
             if (g != seen) {
                 return g;
             }
             pause_cpu();
         }
-        if (now_ns() > end) {
-            break;
-        }
-    }
+    } while (now_ns() < end);
     pthread_mutex_lock(&pool.sleep);
     pool.sleepers++;
     unsigned g;
-    while ((g = atomic_load_explicit(&pool.generation, memory_order_acquire)) == seen) {
+    while ((g = generation_now()) == seen) {
         pthread_cond_wait(&pool.wake, &pool.sleep);
     }
     pool.sleepers--;
@@ -94,13 +102,25 @@ wait_for_region(unsigned seen)
     return g;
 }
 
+/* Enter the region that is open now; 0 where none is. */
+static int
+enter_region(void)
+{
+    unsigned long long s = atomic_load_explicit(&pool.state, memory_order_acquire);
+    while (!(s & CLOSED)) {
+        if (atomic_compare_exchange_weak_explicit(&pool.state, &s, s + 1, memory_order_acquire, memory_order_acquire)) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
 typedef struct {
     int id;
     unsigned seen;
 } worker_arg;
 
-/* Worker `id` takes part in regions whose team is larger than id. Every worker answers every region, so
- * the caller knows that nobody still reads the region's fields when it returns. */
+/* Worker `id` works in regions whose team is larger than id. */
 static void *
 worker(void *arg)
 {
@@ -109,10 +129,12 @@ worker(void *arg)
     inside_region = 1;
     for (unsigned seen = me.seen;;) {
         seen = wait_for_region(seen);
-        if (me.id < pool.team) {
-            run_jobs();
+        if (enter_region()) {
+            if (me.id < pool.team) {
+                run_jobs();
+            }
+            atomic_fetch_sub_explicit(&pool.state, 1, memory_order_release);
         }
-        atomic_fetch_sub_explicit(&pool.running, 1, memory_order_release);
     }
     return NULL;
 }
@@ -126,7 +148,7 @@ grow_pool(int workers)
         if (!arg) {
             return;
         }
-        *arg = (worker_arg){pool.workers, atomic_load(&pool.generation)};
+        *arg = (worker_arg){pool.workers, generation_now()};
         pthread_t t;
         pthread_attr_t attr;
         pthread_attr_init(&attr);
@@ -149,7 +171,7 @@ after_fork_in_child(void)
     pool.sleep = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     pool.wake = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
     pool.workers = pool.sleepers = 0;
-    atomic_store(&pool.running, 0);
+    atomic_store(&pool.state, CLOSED);
 }
 
 static void
@@ -163,6 +185,28 @@ run_serially(int64_t jobs, zq_job_fn fn, void *ctx)
 {
     for (int64_t j = 0; j < jobs; j++) {
         fn(ctx, j);
+    }
+}
+
+static void
+wake_sleepers(void)
+{
+    pthread_mutex_lock(&pool.sleep);
+    if (pool.sleepers > 0) {
+        pthread_cond_broadcast(&pool.wake);
+    }
+    pthread_mutex_unlock(&pool.sleep);
+}
+
+/* All jobs are claimed and the region is closed: wait for the workers that still run one. */
+static void
+wait_until_empty(void)
+{
+    for (int spins = 0; atomic_load_explicit(&pool.state, memory_order_acquire) & INSIDE; spins++) {
+        pause_cpu();
+        if (spins > 20000) { /* a worker lost its CPU: give it ours rather than burn it */
+            sched_yield();
+        }
     }
 }
 
@@ -182,22 +226,14 @@ zq_parallel_for(int64_t jobs, zq_job_fn fn, void *ctx)
     pool.jobs = jobs;
     pool.team = team;
     atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
-    atomic_store_explicit(&pool.running, pool.workers, memory_order_relaxed);
-    atomic_fetch_add_explicit(&pool.generation, 1, memory_order_release);
-    pthread_mutex_lock(&pool.sleep);
-    if (pool.sleepers > 0) {
-        pthread_cond_broadcast(&pool.wake);
-    }
-    pthread_mutex_unlock(&pool.sleep);
+    const unsigned long long open = (unsigned long long)(generation_now() + 1) << 32;
+    atomic_store_explicit(&pool.state, open, memory_order_release);
+    wake_sleepers();
     inside_region = 1;
     run_jobs();
     inside_region = 0;
-    for (int spins = 0; atomic_load_explicit(&pool.running, memory_order_acquire) > 0; spins++) {
-        pause_cpu();
-        if (spins > 20000) { /* a worker lost its CPU: give it ours rather than burn it */
-            sched_yield();
-        }
-    }
+    atomic_fetch_or_explicit(&pool.state, CLOSED, memory_order_acq_rel);
+    wait_until_empty();
     pthread_mutex_unlock(&pool.busy);
 }
 

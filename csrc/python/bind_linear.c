@@ -5,7 +5,6 @@
 #include "../zq_kernels.h"
 #include "bind.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 static const char LINEAR[] = "zquant.linear";
@@ -15,7 +14,7 @@ free_linear(PyObject *capsule)
 {
     zq_linear *w = PyCapsule_GetPointer(capsule, LINEAR);
     zq_linear_free(w);
-    free(w);
+    zq_free(w);
 }
 
 /* A packed weight as a capsule, or the exception for `status`. Takes what *w owns. */
@@ -25,7 +24,7 @@ give_linear(zq_linear *w, zq_status status)
     if (zq_check(status, "codes", 0) < 0) {
         return NULL;
     }
-    zq_linear *heap = malloc(sizeof *heap);
+    zq_linear *heap = zq_alloc(sizeof *heap);
     PyObject *capsule = NULL;
     if (heap) {
         *heap = *w;
@@ -36,7 +35,7 @@ give_linear(zq_linear *w, zq_status status)
     }
     if (!capsule) {
         zq_linear_free(w);
-        free(heap);
+        zq_free(heap);
     }
     return capsule;
 }

@@ -93,19 +93,13 @@ read_like(PyObject *o, const char *name, int optional, const zq_arg *x, zq_arg *
 static PyObject *
 give_both(zq_arg a[4])
 {
-    zq_arg codes = {0};
-    if (a[1].arr) {
-        PyObject *t = zq_give_tuple(3, &a[1]);
-        if (!t) {
-            return NULL;
-        }
-        PyObject *both = PyTuple_Pack(2, (PyObject *)a[0].arr, t);
-        Py_DECREF(t);
-        return both;
+    PyObject *codes = a[1].arr ? zq_give_tuple(3, &a[1]) : Py_NewRef(Py_None);
+    if (!codes) {
+        return NULL;
     }
-    zq_arg pair[2] = {a[0], codes};
-    a[0].arr = NULL;
-    return zq_give_tuple(2, pair);
+    PyObject *both = PyTuple_Pack(2, (PyObject *)a[0].arr, codes);
+    Py_DECREF(codes);
+    return both;
 }
 
 static PyObject *

@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-/* Arrays into args of a function, the first `inputs` given, the others made: both are released by the caller. */
+/* Release what was read and made so far; the exception is set. */
 static PyObject *
 fail(int n, zq_arg *args)
 {

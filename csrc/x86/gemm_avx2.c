@@ -32,7 +32,7 @@ widen_u8(const uint8_t *a)
     int32_t v;
     memcpy(&v, a, 4);
     const __m256i x = _mm256_set1_epi32(v);
-    return (pairs){_mm256_and_si256(x, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(x, 8)};
+    return (pairs){_mm256_srli_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srli_epi16(x, 8)};
 }
 
 ZQ_INLINE __m256i
@@ -94,6 +94,7 @@ tile_s8(const int mr, const zq_tile *t, int half)
     start_s8(mr, t, half, acc);
     accumulate_s8(mr, t, half, acc);
     const v16 scale = v16_load(t->scale + half * HALF), bias = v16_load(t->bias + half * HALF);
+#pragma GCC unroll 4
     for (int i = 0; i < mr; i++) {
         const v16 y = v16_mul(v16_from_i((v16i){acc[i][0], acc[i][1]}), v16_set1(t->sx[i]));
         v16_storen(t->y + i * t->ldy + half * HALF, v16_fma(y, scale, bias), half_width(t, half));
@@ -106,57 +107,88 @@ tile_s8_s32(const int mr, const zq_tile *t, int half, int32_t *c, int64_t ldc)
     __m256i acc[MR][NV];
     start_s8(mr, t, half, acc);
     accumulate_s8(mr, t, half, acc);
+#pragma GCC unroll 4
     for (int i = 0; i < mr; i++) {
         v16i_storen(c + i * ldc + half * HALF, (v16i){acc[i][0], acc[i][1]}, half_width(t, half));
     }
 }
 
-/* Integer sums of one group, started at -128 * (code sums). */
+/* Integer sums of one group, started at -128 * (code sums). The int4 codes of a step are read twice: keeping both
+ * nibbles of both vectors at once needs more than sixteen registers. */
 ZQ_INLINE void
-accumulate_group(const int mr, const int four_bits, const zq_tile *t, int half, int64_t g, __m256i acc[MR][NV])
+group_sums(const int mr, const int four_bits, const zq_tile *t, int half, int64_t g, v16i *sums)
 {
     const __m256i high = _mm256_set1_epi8((char)0xf0);
     const int64_t end = zq_min(t->k, (g + 1) * t->group);
     const v16i start = v16i_load(t->colsum + g * ZQ_NR + half * HALF);
+    __m256i acc[MR][NV];
+#pragma GCC unroll 4
     for (int i = 0; i < mr; i++) {
         acc[i][0] = start.lo;
         acc[i][1] = start.hi;
     }
-    for (int64_t k = g * t->group; k < end; k += ZQ_KSTEP) {
+    for (int64_t k = g * t->group; k < end; k += four_bits ? ZQ_KSTEP : 4) {
         if (four_bits) {
             const uint8_t *b = (const uint8_t *)t->b + (k / 8 * ZQ_NR + half * HALF) * 4;
-            const __m256i v0 = load256(b), v1 = load256(b + 32);
-            step(mr, t, k, widen_s8(_mm256_and_si256(_mm256_slli_epi16(v0, 4), high)),
-                 widen_s8(_mm256_and_si256(_mm256_slli_epi16(v1, 4), high)), acc);
-            step(mr, t, k + 4, widen_s8(_mm256_and_si256(v0, high)), widen_s8(_mm256_and_si256(v1, high)), acc);
+            step(mr, t, k, widen_s8(_mm256_and_si256(_mm256_slli_epi16(load256(b), 4), high)),
+                 widen_s8(_mm256_and_si256(_mm256_slli_epi16(load256(b + 32), 4), high)), acc);
+            __asm__ volatile("" ::: "memory");
+            step(mr, t, k + 4, widen_s8(_mm256_and_si256(load256(b), high)),
+                 widen_s8(_mm256_and_si256(load256(b + 32), high)), acc);
         }
         else {
             const int8_t *b = (const int8_t *)t->b + (k / 4 * ZQ_NR + half * HALF) * 4;
             step(mr, t, k, widen_s8(load256(b)), widen_s8(load256(b + 32)), acc);
-            b += ZQ_NR * 4;
-            step(mr, t, k + 4, widen_s8(load256(b)), widen_s8(load256(b + 32)), acc);
         }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i++) {
+        sums[i] = (v16i){acc[i][0], acc[i][1]};
     }
 }
 
+#define ROWS4(X) X(1) X(2) X(3) X(4)
+#define SUMS8(n) \
+    case n: group_sums(n, 0, t, half, g, sums); break;
+#define SUMS4(n) \
+    case n: group_sums(n, 1, t, half, g, sums); break;
+
+/* A function of its own: with the float sums of the groups beside them, the accumulators would be spilled. */
+static __attribute__((noinline)) void
+zq_gemm_u8s8_sums_4x16__avx2(const zq_tile *t, int half, int64_t g, v16i *sums)
+{
+    switch (t->mr) { ROWS4(SUMS8) }
+}
+
+static __attribute__((noinline)) void
+zq_gemm_u8s4_sums_4x16__avx2(const zq_tile *t, int half, int64_t g, v16i *sums)
+{
+    switch (t->mr) { ROWS4(SUMS4) }
+}
+
 ZQ_INLINE void
-tile_group(const int mr, const int four_bits, const zq_tile *t, int half)
+tile_group(const int four_bits, const zq_tile *t, int half)
 {
     v16 f[MR];
-    for (int i = 0; i < mr; i++) {
+    v16i sums[MR];
+    for (int i = 0; i < t->mr; i++) {
         f[i] = v16_zero();
     }
     const int64_t groups = zq_ceil_div(t->k, t->group);
     for (int64_t g = 0; g < groups; g++) {
-        __m256i acc[MR][NV];
-        accumulate_group(mr, four_bits, t, half, g, acc);
+        if (four_bits) {
+            zq_gemm_u8s4_sums_4x16__avx2(t, half, g, sums);
+        }
+        else {
+            zq_gemm_u8s8_sums_4x16__avx2(t, half, g, sums);
+        }
         const v16 scale = v16_load(t->scale + g * ZQ_NR + half * HALF);
-        for (int i = 0; i < mr; i++) {
-            f[i] = v16_fma(v16_from_i((v16i){acc[i][0], acc[i][1]}), scale, f[i]);
+        for (int i = 0; i < t->mr; i++) {
+            f[i] = v16_fma(v16_from_i(sums[i]), scale, f[i]);
         }
     }
     const v16 zcorr = v16_load(t->zcorr + half * HALF), bias = v16_load(t->bias + half * HALF);
-    for (int i = 0; i < mr; i++) {
+    for (int i = 0; i < t->mr; i++) {
         const v16 y = v16_fnma(v16_set1((float)(t->zx[i] - 128)), zcorr, f[i]);
         v16_storen(t->y + i * t->ldy + half * HALF, v16_fma(y, v16_set1(t->sx[i]), bias), half_width(t, half));
     }
@@ -179,22 +211,18 @@ tile_f32(const int mr, const zq_tile *t, int half)
         }
     }
     const v16 bias = v16_load(t->bias + half * HALF);
+#pragma GCC unroll 4
     for (int i = 0; i < mr; i++) {
         v16_storen(t->y + i * t->ldy + half * HALF, v16_add(acc[i], bias), half_width(t, half));
     }
 }
 
-#define ROWS4(X) X(1) X(2) X(3) X(4)
 #define S8(n) \
     case n: tile_s8(n, t, half); break;
 #define S32(n) \
     case n: tile_s8_s32(n, t, half, c, ldc); break;
 #define F32(n) \
     case n: tile_f32(n, t, half); break;
-#define G8(n) \
-    case n: tile_group(n, 0, t, half); break;
-#define G4(n) \
-    case n: tile_group(n, 1, t, half); break;
 
 static void
 zq_gemm_u8s8_4x16__avx2(const zq_tile *t)
@@ -217,7 +245,7 @@ static void
 zq_gemm_u8s8_group_4x16__avx2(const zq_tile *t)
 {
     for (int half = 0; half * HALF < t->nr; half++) {
-        switch (t->mr) { ROWS4(G8) }
+        tile_group(0, t, half);
     }
     finish_tile(t);
 }
@@ -226,7 +254,7 @@ static void
 zq_gemm_u8s4_group_4x16__avx2(const zq_tile *t)
 {
     for (int half = 0; half * HALF < t->nr; half++) {
-        switch (t->mr) { ROWS4(G4) }
+        tile_group(1, t, half);
     }
     finish_tile(t);
 }

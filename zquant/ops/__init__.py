@@ -4,4 +4,5 @@ Arrays in, arrays out; nothing here knows models. Every result has the same bits
 number of threads. :mod:`zquant.reference` has each function in plain NumPy.
 """
 from .linear import *  # noqa: F403
+from .nn import *  # noqa: F403
 from .quantize import *  # noqa: F403

@@ -1,0 +1,111 @@
+"""Transformer operators in plain NumPy, float64: what :mod:`zquant.ops.nn` computes, to float32 rounding.
+
+``exp_f32`` and ``gelu_erf_f32`` repeat the float32 algorithm of csrc/ref/math.h instead, operation by operation.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+from .gemm import activate
+
+__all__ = ["attention", "exp_f32", "gated", "gelu", "gelu_erf_f32", "layer_norm", "relu", "rms_norm", "silu", "softmax"]
+
+
+def layer_norm(x, weight, bias, eps=1e-12, residual=None):
+    """(h - mean h) / sqrt(var h + eps) * weight + bias over the last axis, h = x + residual."""
+    h = np.asarray(x, np.float64) + (0 if residual is None else residual)
+    d = h - h.mean(-1, keepdims=True)
+    return d / np.sqrt((d * d).mean(-1, keepdims=True) + eps) * weight + bias
+
+
+def rms_norm(x, weight, eps=1e-6, residual=None):
+    """h / sqrt(mean h^2 + eps) * weight over the last axis, h = x + residual."""
+    h = np.asarray(x, np.float64) + (0 if residual is None else residual)
+    return h / np.sqrt((h * h).mean(-1, keepdims=True) + eps) * weight
+
+
+def gelu(x, approximate="none"):
+    """x Phi(x), or its tanh approximation."""
+    return activate(np.asarray(x, np.float64), "gelu" if approximate == "none" else "gelu_tanh")
+
+
+def silu(x):
+    """x / (1 + exp(-x))"""
+    x = np.asarray(x, np.float64)
+    e = np.exp(-np.abs(x))
+    return x * np.where(x < 0, e, 1) / (1 + e)
+
+
+def relu(x):
+    """max(x, 0)"""
+    return activate(np.asarray(x, np.float64), "relu")
+
+
+def gated(gate, up, activation="silu"):
+    """activation(gate) * up"""
+    g = np.asarray(gate, np.float64)
+    return (silu(g) if activation == "silu" else activate(g, activation)) * up
+
+
+def softmax(x):
+    """exp(x - max) / sum over the last axis; zeros where every element is -Inf."""
+    x = np.asarray(x, np.float64)
+    top = x.max(-1, keepdims=True)
+    e = np.exp(x - np.where(np.isfinite(top), top, 0))
+    return e / np.maximum(e.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
+
+
+def attention(q, k, v, num_heads, key_mask=None, lengths=None, scale=None):
+    """softmax(scale q k^T) v per sequence and head, the whole score matrix at once."""
+    batch, tokens, width = q.shape
+    visible = np.ones((batch, tokens), bool) if key_mask is None else np.asarray(key_mask, bool)
+    exists = np.ones((batch, tokens), bool) if lengths is None else np.arange(tokens) < np.asarray(lengths)[:, None]
+    split = [np.asarray(a, np.float64).reshape(batch, tokens, num_heads, -1).transpose(0, 2, 1, 3) for a in (q, k, v)]
+    scale = (width // num_heads) ** -0.5 if scale is None else scale
+    scores = split[0] @ split[1].transpose(0, 1, 3, 2) * scale
+    scores = np.where((visible & exists)[:, None, None, :], scores, -np.inf)
+    out = (softmax(scores) @ split[2]).transpose(0, 2, 1, 3).reshape(q.shape)
+    return np.where(exists[:, :, None], out, 0)
+
+
+# ---- the float32 algorithms ------------------------------------------------------------------------------------
+
+
+def _fma(a, b, c):
+    """a * b + c rounded once to float32, up to double rounding: float64 holds the product exactly."""
+    return (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32)
+
+
+_EXP = np.float32([1.0, 0.9999997019767761, 0.4999914765357971, 0.1666763871908188, 0.04189816117286682, 0.008290272206068039])
+
+
+def exp_f32(x):
+    """exp by 2^n exp(r), r = x - n ln 2 in [-0.347, 0.347], and a polynomial of degree 5 for exp(r).
+
+    Relative error below 2e-7; 0 below -86.99, where 2^n would be subnormal; saturates at 88.72.
+    """
+    x = np.clip(np.asarray(x, np.float32), np.float32(-87.5), np.float32(88.72283))
+    n = np.rint(_fma(x, np.float32(1.44269504), 0))
+    r = _fma(n, np.float32(1.90465421e-9), _fma(n, -np.float32(0.693147182), x))
+    p = np.full_like(r, _EXP[5])
+    for c in _EXP[4::-1]:
+        p = _fma(p, r, c)
+    return np.where(n <= -126, np.float32(0), np.ldexp(p, n.astype(np.int32))).astype(np.float32)
+
+
+_GELU = np.float32([
+    0.0046614245511591434, -0.03531457111239433, 0.11933816969394684, -0.22920849919319153, 0.2533997595310211,
+    -0.10945576429367065, -0.10861603915691376, 0.19076389074325562, -0.07062831521034241, -0.07027796655893326,
+    0.06974975019693375, -0.001870828797109425, -0.017911195755004883, 0.005370162893086672,
+])
+
+
+def gelu_erf_f32(x):
+    """max(x, 0) - a Q(a), a = min(|x|, 5.2), with Q(a) = 1 - Phi(a) as a polynomial in a / 2.6 - 1, not below 0."""
+    x = np.asarray(x, np.float32)
+    a = np.minimum(np.abs(x), np.float32(5.2))
+    u = _fma(a, np.float32(2.0 / 5.2), -1)
+    q = np.full_like(u, _GELU[13])
+    for c in _GELU[12::-1]:
+        q = _fma(q, u, c)
+    return _fma(-a, np.maximum(q, 0), np.maximum(x, 0))
