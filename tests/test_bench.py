@@ -83,11 +83,20 @@ def test_a_disturbed_slice_is_dropped(harness: Any, monkeypatch: pytest.MonkeyPa
     assert sample.kept == 0
     assert not sample.gated
     monkeypatch.setattr(gate, "good", lambda: True)
-    clock = iter(range(10**6))
-    monkeypatch.setattr(harness, "waiting_time", lambda tids: next(clock))
-    assert gate.measure(lambda: None, want=3, seconds=0.01).kept == 0, "threads waited for a CPU all the time"
-    monkeypatch.setattr(harness, "waiting_time", lambda tids: 0.0)
+    monkeypatch.setattr(gate, "lost_time", lambda: lambda: 1.0)
+    assert gate.measure(lambda: None, want=3, seconds=0.01).kept == 0, "the threads were without a CPU"
+    monkeypatch.setattr(gate, "lost_time", lambda: lambda: 0.0)
     assert gate.measure(lambda: None, want=3, seconds=1.0).kept == 3
+
+
+@needs_cc
+def test_sleeping_is_lost_time(harness: Any) -> None:
+    import time
+
+    gate = harness.Gate(1)
+    lost_time = gate.lost_time()
+    time.sleep(0.05)
+    assert lost_time() > 0.04
 
 
 def test_rows_without_a_value_say_so(harness: Any) -> None:

@@ -128,8 +128,6 @@ def main(argv: list[str] | None = None) -> int:
     for threads in harness.thread_counts(args.threads):
         os.sched_setaffinity(0, allowed)
         gate = harness.Gate(threads)
-        print(f"# {threads}T: {_core.level()}, int8 peak {gate.peak['int8']:.0f} GOP/s, "
-              f"float32 peak {gate.peak['float']:.0f} GFLOP/s")
         if not gate.reachable:
             print(f"# {threads}T n/a: the host does not give {threads} full cores now")
             continue
@@ -141,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
             case.samples.clear()
         harness.run_cases(gate, cases, args.rounds, args.seconds)
         these = harness.rows_of(gate, cases)
+        print(f"\n# {threads}T: {_core.level()}, int8 peak {gate.peak['int8']:.0f} GOP/s, "
+              f"float32 peak {gate.peak['float']:.0f} GFLOP/s")
         header, lines = harness.pivot(these)
         harness.print_table(f"GOP/s (percent of the peak), {threads} thread{'s' * (threads > 1)}", header, lines)
         harness.print_table("percent of the peak", ["kind", "mean", "worst", "shapes"], summary(these))
