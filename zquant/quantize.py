@@ -1,12 +1,13 @@
 """quantize: a model in, a quantized model out."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import numpy as np
 
+from ._progress import bar
 from .formats.safetensors import Stored
 from .linear import Linear
 from .mapped import release
@@ -17,7 +18,6 @@ from .spec import QuantSpec, Scheme
 __all__ = ["quantize"]
 
 M = TypeVar("M")
-T = TypeVar("T")
 
 
 def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rtn", *,
@@ -35,7 +35,7 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
     method
         A name or a :class:`Method`.
     show_progress_bar
-        True or False; None shows one when the work takes more than two seconds.
+        True or False; None: on a terminal. It appears after two seconds.
 
     Returns
     -------
@@ -55,7 +55,7 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
     layers = dict(model.named_linears())  # type: ignore[attr-defined]
     _check_overrides(scheme, layers)
     linears = {}
-    for name, layer in _progress(layers.items(), len(layers), show_progress_bar):
+    for name, layer in bar(layers.items(), "quantize", show_progress_bar, unit="layer"):
         spec = scheme.weights_for(name)
         if spec is not None:
             linears[name] = _quantize_layer(name, layer, spec, scheme.activations, method)
@@ -95,12 +95,3 @@ def _quantize_weight(name: str, weight: np.ndarray | QTensor, spec: QuantSpec, m
     finally:
         release(weight)
 
-
-def _progress(items: Iterable[T], total: int, show: bool | None) -> Iterator[T]:
-    if show is False:
-        yield from items
-        return
-    from tqdm.auto import tqdm
-
-    kwargs: dict[str, Any] = {} if show else {"delay": 2.0}
-    yield from tqdm(items, total=total, desc="quantize", unit="layer", **kwargs)
