@@ -7,11 +7,11 @@ C_SOURCES := $(shell find csrc -name '*.[ch]')
 export PYTHON
 
 # Kernel and boundary tests: at every level, with both compilers and under the sanitizers; NumPy and pytest suffice.
-KERNEL_TESTS := $(wildcard $(addprefix tests/test_, kernels*.py boundary*.py gemm*.py quantizers*.py nn*.py norm*.py \
+KERNEL_TESTS := $(wildcard $(addprefix tests/test_, kernels*.py boundary*.py gemm*.py quantize.py nn*.py norm*.py \
 	attention*.py activation*.py threads*.py))
 # With Debian's python3-numpy and python3-pytest everything runs but what needs these packages from PyPI.
 NEEDS_PYPI := $(wildcard $(addprefix tests/test_, accuracy*.py cli.py docs.py encoder.py formats*.py models.py \
-	notebook*.py quantize.py report.py safetensors*.py save*.py))
+	notebook*.py report.py safetensors*.py save*.py))
 DEBIAN_TESTS := $(filter-out $(NEEDS_PYPI), $(wildcard tests/test_*.py))
 
 .PHONY: help demo test sanitize bench lint clean build packages

@@ -6,9 +6,9 @@ import zlib
 
 import numpy as np
 import pytest
+from onnx_reader import nodes, tensors
 
 import zquant.reference as ref
-from onnx_reader import nodes, tensors
 from zquant import _core, cpu, ops
 from zquant.reference import nn as ref_nn
 
@@ -35,15 +35,15 @@ def same_bits(a, b):
     return len(a) == len(b) and all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in zip(a, b))
 
 
-def everywhere(run):
-    """run() at every level with 1 and 2 threads: all bits equal. Returns the result."""
+def everywhere(run, *args, **kwargs):
+    """run(...) at every level with 1 and 2 threads: all bits equal. Returns the result."""
     before, want = _core.threads(), None
     try:
         for level in _core.levels():
             with cpu.use(level):
                 for threads in (1, 2):
                     _core.set_threads(threads)
-                    got = run()
+                    got = run(*args, **kwargs)
                     want = got if want is None else want
                     assert same_bits(got, want), f"{level} with {threads} threads differs from {_core.levels()[0]} with 1"
     finally:
@@ -100,7 +100,7 @@ def exact_gelu_tanh(x):
 ])
 def test_activations_hold_their_error_bounds_over_all_floats(name, bound):
     x = floats()
-    got = everywhere(lambda: _core.activation(x, ACTIVATIONS[name], 0))
+    got = everywhere(_core.activation, x, ACTIVATIONS[name], 0)
     d = x.astype(np.float64)
     want = exact_gelu_tanh(d) if name == "gelu_tanh" else ref.gated(d, 1.0, name)
     assert np.isfinite(got).all()
@@ -129,8 +129,8 @@ def test_exp_and_gelu_repeat_the_documented_float32_algorithm():
 def test_activations_at_every_size(name):
     for n in SIZES:
         x, up = make(3, n, scale=3), make(3, n, seed=1)
-        y = everywhere(lambda: _core.activation(x, ACTIVATIONS[name], 0))
-        g = everywhere(lambda: _core.gated(x, up, ACTIVATIONS[name], 0))
+        y = everywhere(_core.activation, x, ACTIVATIONS[name], 0)
+        g = everywhere(_core.gated, x, up, ACTIVATIONS[name], 0)
         assert_close(y, ref.gated(x, np.ones_like(up), name), atol=2e-6)
         assert same_bits(g, y * up)
 
@@ -145,8 +145,8 @@ def test_norms_at_every_size(residual, scale, shift):
         x = make(4, n, scale=scale) + np.float32(shift)
         r = make(4, n, scale=scale, seed=1) if residual else None
         w, b = make(n, seed=2), make(n, seed=3)
-        y = everywhere(lambda: _core.layer_norm(x, r, w, b, 1e-5, 0))[0]
-        z = everywhere(lambda: _core.rms_norm(x, r, w, 1e-5, 0))[0]
+        y = everywhere(_core.layer_norm, x, r, w, b, 1e-5, 0)[0]
+        z = everywhere(_core.rms_norm, x, r, w, 1e-5, 0)[0]
         h = x + r if residual else x  # the sum is rounded to float32 in both
         # a rounded deviation is off by an ulp of h, and sqrt(var + eps) divides that
         spread = np.sqrt(h.astype(np.float64).var(-1, keepdims=True) + 1e-5)
@@ -162,8 +162,8 @@ def test_a_constant_row_normalises_to_the_bias(value, eps):
     for n in (1, 5, 16, 63, 384, 1009):
         x = np.full((2, n), value, np.float32)
         w, b = make(n), make(n, seed=1)
-        assert same_bits(everywhere(lambda: _core.layer_norm(x, None, w, b, eps, 0))[0], np.stack([b, b]))
-        assert np.isfinite(everywhere(lambda: _core.rms_norm(x, None, w, eps, 0))[0]).all()
+        assert same_bits(everywhere(_core.layer_norm, x, None, w, b, eps, 0)[0], np.stack([b, b]))
+        assert np.isfinite(everywhere(_core.rms_norm, x, None, w, eps, 0)[0]).all()
 
 
 @pytest.mark.parametrize("scale", [1e30, 3e37, 1e-20, 1e-40])
@@ -171,8 +171,8 @@ def test_norms_of_extreme_rows(scale):
     for n in (2, 17, 64, 100, 384):
         x = make(3, n, scale=scale)
         w, b = make(n), make(n, seed=1)
-        y = everywhere(lambda: _core.layer_norm(x, None, w, b, 1e-12, 0))[0]
-        z = everywhere(lambda: _core.rms_norm(x, None, w, 1e-12, 0))[0]
+        y = everywhere(_core.layer_norm, x, None, w, b, 1e-12, 0)[0]
+        z = everywhere(_core.rms_norm, x, None, w, 1e-12, 0)[0]
         assert_close(y, ref.layer_norm(x, w, b), atol=2e-4)
         assert_close(z, ref.rms_norm(x, w, 1e-12), atol=1e-5)
 
@@ -185,22 +185,22 @@ def test_codes_are_those_of_the_float_result(mode, name):
     for n in (1, 7, 8, 64, 65, 127, 384, 1000):
         x, r, w, b = make(5, n), make(5, n, seed=1), make(n, seed=2), make(n, seed=3)
         x[3] = 0
-        y, codes = everywhere(lambda: _core.layer_norm(x, r, w, b, 1e-5, mode))
+        y, codes = everywhere(_core.layer_norm, x, r, w, b, 1e-5, mode)
         assert same_bits(y, ops.layer_norm(x, w, b, 1e-5, r))
         assert same_bits(codes, _core.quantize_tokens(y, mode, False))
-        y, codes = everywhere(lambda: _core.rms_norm(x, r, w, 1e-5, mode))
+        y, codes = everywhere(_core.rms_norm, x, r, w, 1e-5, mode)
         assert same_bits(codes, _core.quantize_tokens(y, mode, False))
-        for act in ACTIVATIONS:
-            assert same_bits(everywhere(lambda: _core.activation(x, ACTIVATIONS[act], mode)),
-                             _core.quantize_tokens(_core.activation(x, ACTIVATIONS[act], 0), mode, False))
-        assert same_bits(everywhere(lambda: _core.gated(x, r, 4, mode)), _core.quantize_tokens(_core.gated(x, r, 4, 0), mode, False))
+        for act in ACTIVATIONS.values():
+            assert same_bits(everywhere(_core.activation, x, act, mode),
+                             _core.quantize_tokens(_core.activation(x, act, 0), mode, False))
+        assert same_bits(everywhere(_core.gated, x, r, 4, mode), _core.quantize_tokens(_core.gated(x, r, 4, 0), mode, False))
         y, public = ops.layer_norm(x.reshape(5, 1, n), w, b, 1e-5, r.reshape(5, 1, n), name)
         assert same_bits(public, ops.quantize_per_token(y, mode == 1)) and y.shape == (5, 1, n)
         assert same_bits(ops.gelu(x, quantize=name), ops.quantize_per_token(ops.gelu(x), mode == 1))
 
 
 def test_codes_have_zeroed_slack_for_the_matrix_product():
-    _, (q, scale, zero) = _core.layer_norm(make(3, 13), None, make(13), make(13, seed=1), 1e-5, 2)
+    _, (q, _, _) = _core.layer_norm(make(3, 13), None, make(13), make(13, seed=1), 1e-5, 2)
     padded = np.lib.stride_tricks.as_strided(q, (3, 16), q.strides)
     assert not padded[:, 13:].any() and q.strides[0] >= 16
 
@@ -224,7 +224,7 @@ def test_rows_without_features_and_no_rows():
 def test_softmax_at_every_size():
     for n in SIZES:
         x = make(3, n, scale=5)
-        y = everywhere(lambda: _core.softmax(x))
+        y = everywhere(_core.softmax, x)
         assert_close(y, ref.softmax(x), rtol=3e-6, atol=1e-36)  # x - max is rounded: up to half an ulp of 35
         assert_close(y.astype(np.float64).sum(-1), np.ones(3), atol=1e-6)
 
@@ -233,7 +233,7 @@ def test_softmax_extremes():
     inf = np.inf
     x = np.float32([[1e30, -1e30, 0, 1e30], [-inf, 0, -inf, 0], [-inf] * 4, [-3e38, -3e38, 3e38, -inf], [1e-45] * 4])
     want = [[0.5, 0, 0, 0.5], [0, 0.5, 0, 0.5], [0] * 4, [0, 0, 1, 0], [0.25] * 4]
-    assert everywhere(lambda: _core.softmax(x)).tolist() == want
+    assert everywhere(_core.softmax, x).tolist() == want
 
 
 # ---- attention -------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_attention_against_the_reference(heads, d):
     x = make_qkv(sum(lengths), heads, d)
     mask = (np.random.default_rng(5).random(len(x)) < 0.7).astype(np.uint8)
     for m in (None, mask, mask.astype(bool)):
-        got = everywhere(lambda: run_fused(x, lengths, heads, mask=m))
+        got = everywhere(run_fused, x, lengths, heads, mask=m)
         assert_close(got, reference_fused(x, lengths, heads, m), atol=4e-6)
 
 
@@ -273,7 +273,7 @@ def test_attention_against_the_reference(heads, d):
 def test_attention_over_more_than_one_tile_of_keys(tokens):
     lengths = [tokens, 3]
     x = make_qkv(sum(lengths), 2, 16, scale=2)
-    got = everywhere(lambda: run_fused(x, lengths, 2))
+    got = everywhere(run_fused, x, lengths, 2)
     assert_close(got, reference_fused(x, lengths, 2), atol=2e-5)
 
 
@@ -282,7 +282,7 @@ def test_rising_scores_rescale_what_was_summed_before():
     x = make_qkv(tokens, 1, d)
     x[:, d] = np.arange(tokens) * np.float32(0.3)  # first feature of k grows along the keys
     x[:, 0] = 4
-    got = everywhere(lambda: run_fused(x, [tokens], 1, scale=1.0))
+    got = everywhere(run_fused, x, [tokens], 1, scale=1.0)
     q, k, v = np.split(x[None], 3, -1)
     # scores reach 900 and carry an ulp of 6e-5 each, which exp turns into relative errors
     assert_close(got[None], ref.attention(q, k, v, 1, scale=1.0), atol=1e-3)
@@ -310,7 +310,7 @@ def test_hidden_keys_are_as_if_they_were_not_there():
     q, k, v = (make(tokens, heads * d, seed=s) for s in range(3))
     mask = (np.random.default_rng(2).random(tokens) < 0.6).astype(np.uint8)
     offsets = np.int64([0, tokens])
-    got = everywhere(lambda: _core.attention(q, k, v, offsets, heads, 0.3, mask))
+    got = everywhere(_core.attention, q, k, v, offsets, heads, 0.3, mask)
     k2, v2 = k.copy(), v.copy()
     k2[mask == 0], v2[mask == 0] = HUGE, -HUGE
     assert same_bits(_core.attention(q, k2, v2, offsets, heads, 0.3, mask), got)
@@ -322,14 +322,14 @@ def test_hidden_keys_are_as_if_they_were_not_there():
 def test_all_keys_hidden_gives_zeros():
     x = make_qkv(12, 2, 8)
     mask = np.repeat(np.uint8([1, 0, 1]), 4)
-    got = everywhere(lambda: run_fused(x, [4, 4, 4], 2, mask=mask))
+    got = everywhere(run_fused, x, [4, 4, 4], 2, mask=mask)
     assert not got[4:8].any() and got[:4].all() and got[8:].all()
 
 
 def test_attention_codes_are_those_of_the_float_result():
     x = make_qkv(37, 3, 11)
     for mode in (1, 2):
-        got = everywhere(lambda: run_fused(x, [30, 7], 3, quant=mode))
+        got = everywhere(run_fused, x, [30, 7], 3, quant=mode)
         assert same_bits(got, _core.quantize_tokens(run_fused(x, [30, 7], 3), mode, False))
 
 
@@ -338,7 +338,7 @@ def test_public_attention_with_lengths_and_mask():
     mask = np.random.default_rng(0).random((3, 9)) < 0.7
     lengths = [9, 0, 4]
     for arguments in ({}, {"key_mask": mask}, {"lengths": lengths}, {"key_mask": mask, "lengths": lengths}, {"scale": 0.7}):
-        got = everywhere(lambda: ops.attention(q, k, v, 5, **arguments))
+        got = everywhere(ops.attention, q, k, v, 5, **arguments)
         assert_close(got, ref.attention(q, k, v, 5, **arguments), atol=2e-6)
     padded = ops.attention(q, k, v, 5, lengths=lengths)
     assert not padded[1].any() and not padded[2, 4:].any()
@@ -347,9 +347,9 @@ def test_public_attention_with_lengths_and_mask():
 
 def test_attention_of_extreme_values_is_finite_or_refused():
     q, k, v = make(1, 20, 8, scale=1e-30), make(1, 20, 8, scale=1e30, seed=1), make(1, 20, 8, scale=1e30, seed=2)
-    got = everywhere(lambda: ops.attention(q, k, v, 2))
+    got = everywhere(ops.attention, q, k, v, 2)
     assert np.isfinite(got).all()
-    tiny = everywhere(lambda: ops.attention(q, q, q * np.float32(1e-10), 2))
+    tiny = everywhere(ops.attention, q, q, q * np.float32(1e-10), 2)
     assert np.isfinite(tiny).all()
     with pytest.raises(ValueError, match="overflows float32 in row 0"):
         ops.attention(k, k, v, 2)
@@ -367,17 +367,14 @@ def test_values_that_are_not_finite_are_refused_with_their_row(isa, threads, bad
     w = np.ones(70, np.float32)
     row = f"in row {place[0]}$"
     for quantize in (None, "symmetric", "asymmetric"):
-        for call in (lambda: ops.layer_norm(poisoned, w, w, quantize=quantize), lambda: ops.rms_norm(poisoned, w, quantize=quantize),
-                     lambda: ops.gelu(poisoned, quantize=quantize), lambda: ops.silu(poisoned, quantize=quantize),
-                     lambda: ops.relu(poisoned, quantize=quantize), lambda: ops.gelu(poisoned, "tanh", quantize=quantize)):
-            with pytest.raises(ValueError, match="^x: NaN or Inf " + row):
-                call()
-        with pytest.raises(ValueError, match="^residual: NaN or Inf " + row):
-            ops.layer_norm(x, w, w, residual=poisoned, quantize=quantize)
-        with pytest.raises(ValueError, match="^gate: NaN or Inf " + row):
-            ops.gated(poisoned, x, quantize=quantize)
-        with pytest.raises(ValueError, match="^up: NaN or Inf " + row):
-            ops.gated(x, poisoned, quantize=quantize)
+        for name, f, *arguments in [
+            ("x", ops.layer_norm, poisoned, w, w), ("x", ops.rms_norm, poisoned, w), ("x", ops.gelu, poisoned),
+            ("x", ops.gelu, poisoned, "tanh"), ("x", ops.silu, poisoned), ("x", ops.relu, poisoned),
+            ("gate", ops.gated, poisoned, x), ("up", ops.gated, x, poisoned),
+            ("residual", ops.layer_norm, x, w, w, 1e-5, poisoned),
+        ]:
+            with pytest.raises(ValueError, match=f"^{name}: NaN or Inf " + row):
+                f(*arguments, quantize=quantize)
     q = x[None]
     for i, name in enumerate("qkv"):
         operands = [q, q, q]

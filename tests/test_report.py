@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny_models
 from fakes import Encoder, Linear, Model
 
 from zquant.evaluate import sqnr_db
@@ -174,6 +175,24 @@ def test_kinds():
     assert set(names.values()) == set(KINDS)
 
 
+@pytest.mark.parametrize("head", [False, True], ids=["hidden", "logits"])
+@pytest.mark.parametrize("kind", tiny_models.FAMILIES)
+def test_real_models_of_every_family(kind, head, tmp_path):
+    pytest.importorskip("safetensors")
+    from zquant import load, quantize
+
+    path = tiny_models.write(tmp_path, tiny_models.config_of(kind, head), tiny_models.tensors_of(kind, head))
+    model = load(path)
+    ids = [row[: 3 + 2 * i] for i, row in enumerate(tiny_models.batch(kind)[0])]
+    report = compare(model, quantize(model, "w8a8"), ids, rounds=1, batch_size=2)
+    assert (report.rows, len(report.cosine)) == (("sentences", 5) if head else ("tokens", sum(map(len, ids))))
+    blocks = [x for x in report.layers if x.block is not None]
+    assert len(blocks) == 12 and {x.kind for x in blocks} == set(KINDS) - {"attention in", "other"}
+    assert all(x.weights == "int8, per channel" and 20 < x.output_db < 80 and 30 < x.weight_db < 60 for x in blocks)
+    assert all((x.output_db is None) != head for x in report.layers if x.block is None)
+    assert report.min_cosine > 0.99 and report.bytes_before > 2 * report.bytes_after
+
+
 # --- how it looks ------------------------------------------------------------------------------------------------
 
 
@@ -235,3 +254,16 @@ def test_plot(report, tmp_path):
     assert sum(p.get_height() for p in right.patches) == len(report.cosine)
     figure.savefig(tmp_path / "a.png")
     assert figure._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_bar_shows_after_the_delay_and_only_where_asked(capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    from zquant import _progress
+
+    assert list(_progress.bar(range(3), "work", True)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""  # done before the delay
+    monkeypatch.setattr(_progress, "DELAY", 0.0)
+    assert list(_progress.bar(range(3), "work", None)) == list(_progress.bar(range(3), "work", False)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""  # captured, hence not a terminal
+    assert list(_progress.bar(range(3), "work", True)) == [0, 1, 2]
+    assert "work" in capsys.readouterr().err

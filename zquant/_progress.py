@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -14,15 +15,15 @@ DELAY = 2.0
 def bar(items: Iterable[T], what: str, show: bool | None = None, **options: Any) -> Iterator[T]:
     """Iterate over ``items`` under a bar on stderr that appears after two seconds.
 
-    ``show``: True or False; None shows it where stderr is a terminal.
+    ``show``: True or False; None shows it where stderr is a terminal, or in a notebook.
     """
-    if show is False:
+    if show is None:
+        show = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    if not show:
         yield from items
         return
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     # The bar is closed by the ``with`` even where the loop's body raises.
-    with tqdm(
-        items, desc=what, delay=DELAY, leave=False, disable=None if show is None else not show, **options
-    ) as shown:
+    with tqdm(items, desc=what, delay=DELAY, leave=False, **options) as shown:
         yield from shown

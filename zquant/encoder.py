@@ -234,7 +234,7 @@ def _texts(sentences: Any) -> list[str]:
 def _progress(count: int, show: bool | None) -> Any:
     if not (count > _BAR if show is None else show):
         return None
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     return tqdm(total=count, desc="encode", unit=" sentences")
 

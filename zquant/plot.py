@@ -98,13 +98,9 @@ def _positions(layers: tuple[LayerError, ...]) -> list[float]:
 def _bars(axes: Any, report: Report) -> None:
     layers = _drawn(report)
     at = _positions(layers)
-    finite = [i for i, x in enumerate(layers) if math.isfinite(x.output_db)]
-    axes.bar(
-        [at[i] for i in finite],
-        [layers[i].output_db for i in finite],
-        width=0.84,
-        color=[_COLOURS[layers[i].kind] for i in finite],
-    )
+    heights = {i: x.output_db for i, x in enumerate(layers) if x.output_db is not None and math.isfinite(x.output_db)}
+    colours = [_COLOURS[layers[i].kind] for i in heights]
+    axes.bar([at[i] for i in heights], list(heights.values()), width=0.84, color=colours)
     dashes = [i for i, x in enumerate(layers) if math.isfinite(x.weight_db)]
     axes.scatter(
         [at[i] for i in dashes], [layers[i].weight_db for i in dashes], marker="_", s=26, color=_INK, linewidths=1.4

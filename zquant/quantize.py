@@ -35,7 +35,7 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
     method
         A name or a :class:`Method`.
     show_progress_bar
-        True or False; None: on a terminal. It appears after two seconds.
+        True or False; None shows one in a terminal or notebook, when the work takes more than two seconds.
 
     Returns
     -------
@@ -55,7 +55,7 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
     layers = dict(model.named_linears())  # type: ignore[attr-defined]
     _check_overrides(scheme, layers)
     linears = {}
-    for name, layer in bar(layers.items(), "quantize", show_progress_bar, unit="layer"):
+    for name, layer in bar(layers.items(), "quantize", show_progress_bar, total=len(layers), unit="layer"):
         spec = scheme.weights_for(name)
         if spec is not None:
             linears[name] = _quantize_layer(name, layer, spec, scheme.activations, method)
@@ -94,4 +94,3 @@ def _quantize_weight(name: str, weight: np.ndarray | QTensor, spec: QuantSpec, m
         raise ValueError(f"{name}: {error}") from None
     finally:
         release(weight)
-

@@ -13,7 +13,7 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX2)
 
 #include "gemm_finish.inc.h"
 
-enum { MR = 4, NV = 2, HALF = 16 };
+enum { MR = 4, MR_GROUP = 3, NV = 2, HALF = 16 };
 
 /* Codes of one vector: (w0, w2) and (w1, w3) of each column as int16 pairs. */
 typedef struct {
@@ -148,6 +148,7 @@ group_sums(const int mr, const int four_bits, const zq_tile *t, int half, int64_
 }
 
 #define ROWS4(X) X(1) X(2) X(3) X(4)
+#define ROWS3(X) X(1) X(2) X(3)
 #define SUMS8(n) \
     case n: group_sums(n, 0, t, half, g, sums); break;
 #define SUMS4(n) \
@@ -155,15 +156,15 @@ group_sums(const int mr, const int four_bits, const zq_tile *t, int half, int64_
 
 /* A function of its own: with the float sums of the groups beside them, the accumulators would be spilled. */
 static __attribute__((noinline)) void
-zq_gemm_u8s8_sums_4x16__avx2(const zq_tile *t, int half, int64_t g, v16i *sums)
+zq_gemm_u8s8_sums_3x16__avx2(const zq_tile *t, int half, int64_t g, v16i *sums)
 {
-    switch (t->mr) { ROWS4(SUMS8) }
+    switch (t->mr) { ROWS3(SUMS8) }
 }
 
 static __attribute__((noinline)) void
-zq_gemm_u8s4_sums_4x16__avx2(const zq_tile *t, int half, int64_t g, v16i *sums)
+zq_gemm_u8s4_sums_3x16__avx2(const zq_tile *t, int half, int64_t g, v16i *sums)
 {
-    switch (t->mr) { ROWS4(SUMS4) }
+    switch (t->mr) { ROWS3(SUMS4) }
 }
 
 ZQ_INLINE void
@@ -177,10 +178,10 @@ tile_group(const int four_bits, const zq_tile *t, int half)
     const int64_t groups = zq_ceil_div(t->k, t->group);
     for (int64_t g = 0; g < groups; g++) {
         if (four_bits) {
-            zq_gemm_u8s4_sums_4x16__avx2(t, half, g, sums);
+            zq_gemm_u8s4_sums_3x16__avx2(t, half, g, sums);
         }
         else {
-            zq_gemm_u8s8_sums_4x16__avx2(t, half, g, sums);
+            zq_gemm_u8s8_sums_3x16__avx2(t, half, g, sums);
         }
         const v16 scale = v16_load(t->scale + g * ZQ_NR + half * HALF);
         for (int i = 0; i < t->mr; i++) {
@@ -242,7 +243,7 @@ zq_gemm_u8s8_s32_4x16__avx2(const zq_tile *t, int32_t *c, int64_t ldc)
 }
 
 static void
-zq_gemm_u8s8_group_4x16__avx2(const zq_tile *t)
+zq_gemm_u8s8_group_3x16__avx2(const zq_tile *t)
 {
     for (int half = 0; half * HALF < t->nr; half++) {
         tile_group(0, t, half);
@@ -251,7 +252,7 @@ zq_gemm_u8s8_group_4x16__avx2(const zq_tile *t)
 }
 
 static void
-zq_gemm_u8s4_group_4x16__avx2(const zq_tile *t)
+zq_gemm_u8s4_group_3x16__avx2(const zq_tile *t)
 {
     for (int half = 0; half * HALF < t->nr; half++) {
         tile_group(1, t, half);
@@ -275,10 +276,11 @@ zq_fill_gemm__avx2(zq_kernels *t)
 {
     t->gemm_u8s8 = zq_gemm_u8s8_4x16__avx2;
     t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_4x16__avx2;
-    t->gemm_u8s8_group = zq_gemm_u8s8_group_4x16__avx2;
-    t->gemm_u8s4_group = zq_gemm_u8s4_group_4x16__avx2;
+    t->gemm_u8s8_group = zq_gemm_u8s8_group_3x16__avx2;
+    t->gemm_u8s4_group = zq_gemm_u8s4_group_3x16__avx2;
     t->gemm_f32 = zq_gemm_f32_4x16__avx2;
-    t->mr_u8s8 = t->mr_f32 = t->mr_group = MR;
+    t->mr_u8s8 = t->mr_f32 = MR;
+    t->mr_group = MR_GROUP;
 }
 #else
 typedef int zq_no_x86;

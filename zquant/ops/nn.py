@@ -26,7 +26,7 @@ def _quant(quantize: str | None) -> int:
     return 0 if quantize is None else _QUANT[quantize]
 
 
-def _codes(codes: Codes, shape: tuple[int, ...], quant: int) -> Codes:
+def _codes(codes: tuple[Array, Array, Array], shape: tuple[int, ...], quant: int) -> Codes:
     """The core's codes (uint8, padded rows) as public ones: symmetric codes are int8 without a zero point."""
     q, scale, zero = codes
     scale = scale.reshape(shape[:-1])
@@ -35,14 +35,13 @@ def _codes(codes: Codes, shape: tuple[int, ...], quant: int) -> Codes:
     return np.ascontiguousarray(q).reshape(shape), scale, zero.reshape(shape[:-1])
 
 
-def _like(a: Array | None, x: Array, name: str) -> Array | None:
+def _like(a: Array, x: Array, name: str) -> Array:
     """A second operand of x's shape as rows."""
-    return None if a is None else _rows(_same_shape(_array(a, name, "float32"), x.shape, name), name, "float32")
+    return _rows(_same_shape(_array(a, name, "float32"), x.shape, name), name, "float32")
 
 
-def _vector(a: Array, name: str) -> Array:
-    """A parameter of the last axis, for the core to check its length."""
-    return _array(a, name, "float32")
+def _residual(a: Array | None, x: Array) -> Array | None:
+    return None if a is None else _like(a, x, "residual")
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-12, residual: Array | None = None,
@@ -79,8 +78,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-12, residua
     array([[-1.,  1.]], dtype=float32)
     """
     quant, rows = _quant(quantize), _rows(x, "x", "float32")
-    y, codes = _core.layer_norm(rows, _like(residual, x, "residual"), _vector(weight, "weight"), _vector(bias, "bias"), eps,
-                                quant)
+    y, codes = _core.layer_norm(rows, _residual(residual, x), weight, bias, eps, quant)
     y = y.reshape(x.shape)
     return (y, _codes(codes, x.shape, quant)) if quant else y
 
@@ -98,7 +96,7 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-6, residual: Array | None 
     array([[ 1. , -0.5]], dtype=float32)
     """
     quant, rows = _quant(quantize), _rows(x, "x", "float32")
-    y, codes = _core.rms_norm(rows, _like(residual, x, "residual"), _vector(weight, "weight"), eps, quant)
+    y, codes = _core.rms_norm(rows, _residual(residual, x), weight, eps, quant)
     y = y.reshape(x.shape)
     return (y, _codes(codes, x.shape, quant)) if quant else y
 
