@@ -85,12 +85,6 @@ zq_active(void)
     return atomic_load_explicit(&active, memory_order_acquire);
 }
 
-const zq_kernels *
-zq_level_kernels(zq_level level)
-{
-    return level <= zq_level_supported() ? &tables[level] : NULL;
-}
-
 zq_level
 zq_kernel_origin(zq_level level, int i)
 {

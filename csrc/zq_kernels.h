@@ -100,8 +100,6 @@ ZQ_KERNELS(X)
 
 /* The active level's table: load it once per entry into the core, not per row. */
 const zq_kernels *zq_active(void);
-/* For tests: the table of one level, whether or not it is active; NULL where this CPU lacks it. */
-const zq_kernels *zq_level_kernels(zq_level level);
 /* The level whose implementation `level` uses for the kernel at field index i of the list. */
 zq_level zq_kernel_origin(zq_level level, int i);
 extern const char *const zq_kernel_names[];

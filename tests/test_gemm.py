@@ -227,6 +227,45 @@ def test_strided_unaligned_and_swapped_inputs():
     assert same_bits(_core.linear_forward(handle, (q, *x[1:]), 0, 0, None, 0), _core.linear_forward(handle, x, 0, 0, None, 0))
 
 
+def run_all(d, group=None):
+    """Every kind of linear layer once, on codes and on float rows."""
+    x = (d["q"], d["sx"], d["zx"])
+    s8 = _core.linear_pack_s8(d["codes"], np.ascontiguousarray(d["scales"][:, 0]), d["bias"])
+    s4 = _core.linear_pack_group(np.clip(d["codes"], -8, 7), d["scales"], group or max(d["x"].shape[1], 8), 4, d["bias"])
+    f32 = _core.linear_pack_f32(d["w"], d["bias"])
+    return (_core.linear_forward(s8, x, 0, 2, d["residual"], 0), _core.gemm_s32(d["q"], s8, d["zx"]),
+            _core.linear_forward(s4, x, 0, 1, d["residual"], 2), _core.linear_forward(s8, d["x"], 2, 4, None, 1),
+            _core.linear_forward(f32, d["x"], 0, 3, d["residual"], 0))
+
+
+@pytest.mark.parametrize("size", [*range(1, 66), 67, 97, 131, 257])
+@pytest.mark.parametrize("axis", ["m", "n", "k"])
+def test_every_size(axis, size):
+    shape = {"m": 3, "n": 17, "k": 21, axis: size}
+    everywhere(lambda d=make(shape["m"], shape["n"], shape["k"]): run_all(d))
+
+
+@pytest.mark.parametrize("m,n,k", SIZES)
+def test_nothing_is_read_or_written_outside(m, n, k, guarded):
+    """All operands end at a page that cannot be read."""
+    d = make(m, n, k)
+    want = run_all(d)
+    flush = {name: guarded(a) for name, a in d.items()}
+    assert same_bits(everywhere(lambda: run_all(flush)), want)
+
+
+def test_inputs_may_overlap_one_another():
+    d = make(6, 32, 32)
+    square = np.ascontiguousarray(d["x"][:, :32])
+    want = ops.linear(square.copy(), d["w"], residual=square.copy())
+    assert same_bits(ops.linear(square, d["w"], residual=square), want)
+    one_row = np.broadcast_to(square[:1], (6, 32))  # rows at a distance of 0
+    assert same_bits(ops.linear(one_row, d["w"]), ops.linear(one_row.copy(), d["w"]))
+    windows = np.lib.stride_tricks.as_strided(square.ravel(), (6, 32), (4, 4))  # rows that share 31 elements
+    for call in (lambda x: ops.linear(x, d["w"]), lambda x: ops.linear_w8a8(x, d["codes"], d["scales"][:, 0].copy())):
+        assert same_bits(call(windows), call(windows.copy()))
+
+
 def test_inputs_are_not_modified_and_outputs_do_not_alias():
     d = make(30, 40, 50)
     before = {name: a.copy() for name, a in d.items()}

@@ -160,33 +160,6 @@ zq_shape(const zq_arg *a, const char *name, int ndim, const int64_t *dims)
     return 0;
 }
 
-int
-zq_out_array(PyObject *o, const char *name, int type, int ndim, const int64_t *dims, zq_arg *out)
-{
-    memset(out, 0, sizeof *out);
-    if (!PyArray_Check(o) || type_code((PyArrayObject *)o) != type) {
-        return wrong_type(o, name, type);
-    }
-    PyArrayObject *a = (PyArrayObject *)o;
-    zq_arg tmp;
-    fill_arg(&tmp, a);
-    if (zq_shape(&tmp, name, ndim, dims) < 0) {
-        return -1;
-    }
-    const char *why = !PyArray_ISWRITEABLE(a)        ? "is read-only"
-                      : !PyArray_IS_C_CONTIGUOUS(a)  ? "is not C-contiguous"
-                      : !PyArray_ISALIGNED(a)        ? "is not aligned"
-                      : PyArray_ISBYTESWAPPED(a)     ? "is not in native byte order"
-                                                     : NULL;
-    if (why) {
-        PyErr_Format(PyExc_ValueError, "%s: output array %s", name, why);
-        return -1;
-    }
-    Py_INCREF(o);
-    *out = tmp;
-    return 0;
-}
-
 static void
 free_capsule(PyObject *capsule)
 {
@@ -275,21 +248,6 @@ zq_finite(const zq_arg *a, const char *name)
     }
     Py_END_ALLOW_THREADS
     return bad < 0 ? 0 : zq_check(ZQ_ENONFINITE, name, bad);
-}
-
-int
-zq_disjoint(const zq_arg *out, const char *out_name, const zq_arg *in, const char *in_name)
-{
-    if (!out->arr || !in->arr || out->size == 0 || in->size == 0) {
-        return 0;
-    }
-    const char *o = out->data, *i = in->data;
-    const char *o_end = o + PyArray_NBYTES(out->arr), *i_end = i + PyArray_NBYTES(in->arr);
-    if (o < i_end && i < o_end) {
-        PyErr_Format(PyExc_ValueError, "%s: output overlaps input %s in memory", out_name, in_name);
-        return -1;
-    }
-    return 0;
 }
 
 void

@@ -33,9 +33,6 @@ enum { ZQ_F32 = 1, ZQ_I8 = 2, ZQ_U8 = 4, ZQ_I32 = 8, ZQ_I64 = 16, ZQ_BOOL = 32 }
 int zq_in(PyObject *o, const char *name, int types, int min_ndim, int max_ndim, zq_arg *out);
 /* As zq_in, but None gives arr = NULL, data = NULL and success. */
 int zq_in_or_none(PyObject *o, const char *name, int types, int min_ndim, int max_ndim, zq_arg *out);
-/* Output array handed in by the caller: must be exactly right (type, contiguous, aligned, native, writeable, shape)
- * or ValueError / TypeError; never a copy. dims: ndim of them. */
-int zq_out_array(PyObject *o, const char *name, int type, int ndim, const int64_t *dims, zq_arg *out);
 /* A new array (uninitialised); from this size on, on the core's allocator. */
 enum { ZQ_CORE_MEMORY_BYTES = 64 << 10 };
 int zq_new(int type, int ndim, const int64_t *dims, zq_arg *out);
@@ -48,8 +45,6 @@ int zq_new_codes(int64_t m, int64_t n, zq_arg a[3]);
 int zq_shape(const zq_arg *a, const char *name, int ndim, const int64_t *dims);
 /* Refuse NaN and Inf in a float32 array: ValueError with the row (the last dimension is a row). NULL arr passes. */
 int zq_finite(const zq_arg *a, const char *name);
-/* Refuse memory overlap between an output and an input. */
-int zq_disjoint(const zq_arg *out, const char *out_name, const zq_arg *in, const char *in_name);
 /* Release n arguments (NULL arr allowed). */
 void zq_release(int n, zq_arg *args);
 /* The array as a Python object; gives the reference away. */

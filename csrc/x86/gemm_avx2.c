@@ -226,12 +226,17 @@ tile_f32(const int mr, const zq_tile *t, int half)
     case n: tile_f32(n, t, half); break;
 
 static void
-zq_gemm_u8s8_4x16__avx2(const zq_tile *t)
+zq_gemm_u8s8_4x16_tile__avx2(const zq_tile *t)
 {
     for (int half = 0; half * HALF < t->nr; half++) {
         switch (t->mr) { ROWS4(S8) }
     }
-    finish_tile(t);
+}
+
+static void
+zq_gemm_u8s8_4x16__avx2(const zq_tile *t)
+{
+    run_tile(t, zq_gemm_u8s8_4x16_tile__avx2);
 }
 
 static void
@@ -243,30 +248,45 @@ zq_gemm_u8s8_s32_4x16__avx2(const zq_tile *t, int32_t *c, int64_t ldc)
 }
 
 static void
-zq_gemm_u8s8_group_3x16__avx2(const zq_tile *t)
+zq_gemm_u8s8_group_3x16_tile__avx2(const zq_tile *t)
 {
     for (int half = 0; half * HALF < t->nr; half++) {
         tile_group(0, t, half);
     }
-    finish_tile(t);
+}
+
+static void
+zq_gemm_u8s8_group_3x16__avx2(const zq_tile *t)
+{
+    run_tile(t, zq_gemm_u8s8_group_3x16_tile__avx2);
+}
+
+static void
+zq_gemm_u8s4_group_3x16_tile__avx2(const zq_tile *t)
+{
+    for (int half = 0; half * HALF < t->nr; half++) {
+        tile_group(1, t, half);
+    }
 }
 
 static void
 zq_gemm_u8s4_group_3x16__avx2(const zq_tile *t)
 {
+    run_tile(t, zq_gemm_u8s4_group_3x16_tile__avx2);
+}
+
+static void
+zq_gemm_f32_4x16_tile__avx2(const zq_tile *t)
+{
     for (int half = 0; half * HALF < t->nr; half++) {
-        tile_group(1, t, half);
+        switch (t->mr) { ROWS4(F32) }
     }
-    finish_tile(t);
 }
 
 static void
 zq_gemm_f32_4x16__avx2(const zq_tile *t)
 {
-    for (int half = 0; half * HALF < t->nr; half++) {
-        switch (t->mr) { ROWS4(F32) }
-    }
-    finish_tile(t);
+    run_tile(t, zq_gemm_f32_4x16_tile__avx2);
 }
 
 ZQ_TARGET_END

@@ -220,10 +220,15 @@ tile_f32(const int mr, const zq_tile *t)
     case n: tile_group(n, 1, t); break;
 
 static void
-zq_gemm_u8s8_12x32__avx512vnni(const zq_tile *t)
+zq_gemm_u8s8_12x32_tile__avx512vnni(const zq_tile *t)
 {
     switch (t->mr) { ROWS12(S8) }
-    finish_tile(t);
+}
+
+static void
+zq_gemm_u8s8_12x32__avx512vnni(const zq_tile *t)
+{
+    run_tile(t, zq_gemm_u8s8_12x32_tile__avx512vnni);
 }
 
 static void
@@ -233,24 +238,39 @@ zq_gemm_u8s8_s32_12x32__avx512vnni(const zq_tile *t, int32_t *c, int64_t ldc)
 }
 
 static void
-zq_gemm_f32_12x32__avx512vnni(const zq_tile *t)
+zq_gemm_f32_12x32_tile__avx512vnni(const zq_tile *t)
 {
     switch (t->mr) { ROWS12(F32) }
-    finish_tile(t);
+}
+
+static void
+zq_gemm_f32_12x32__avx512vnni(const zq_tile *t)
+{
+    run_tile(t, zq_gemm_f32_12x32_tile__avx512vnni);
+}
+
+static void
+zq_gemm_u8s8_group_6x32_tile__avx512vnni(const zq_tile *t)
+{
+    switch (t->mr) { ROWS6(G8) }
 }
 
 static void
 zq_gemm_u8s8_group_6x32__avx512vnni(const zq_tile *t)
 {
-    switch (t->mr) { ROWS6(G8) }
-    finish_tile(t);
+    run_tile(t, zq_gemm_u8s8_group_6x32_tile__avx512vnni);
+}
+
+static void
+zq_gemm_u8s4_group_6x32_tile__avx512vnni(const zq_tile *t)
+{
+    switch (t->mr) { ROWS6(G4) }
 }
 
 static void
 zq_gemm_u8s4_group_6x32__avx512vnni(const zq_tile *t)
 {
-    switch (t->mr) { ROWS6(G4) }
-    finish_tile(t);
+    run_tile(t, zq_gemm_u8s4_group_6x32_tile__avx512vnni);
 }
 
 ZQ_TARGET_END
