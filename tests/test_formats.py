@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHARED
 
 from zquant import mapped
 from zquant.errors import FormatError, VersionError
@@ -19,7 +20,6 @@ from zquant.formats import compressed_tensors as ct  # noqa: E402
 from zquant.formats import safetensors as st  # noqa: E402
 from zquant.linear import Linear  # noqa: E402
 
-SHARED = Path(os.environ.get("ZQUANT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 MALFORMED = SHARED / "data" / "safetensors-malformed"
 needs_malformed = pytest.mark.skipif(not MALFORMED.is_dir(), reason="no shared data (ZQUANT_SHARED)")
 

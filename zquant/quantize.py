@@ -51,7 +51,8 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
     scheme, method = Scheme.parse(scheme), get_method(method)
     inner = getattr(model, "model", None)
     if inner is not None and hasattr(model, "encode"):
-        return model.replace(model=quantize(inner, scheme, method, show_progress_bar=show_progress_bar))  # type: ignore[attr-defined]
+        small = quantize(inner, scheme, method, show_progress_bar=show_progress_bar)
+        return model.replace(model=small)  # type: ignore[attr-defined]
     layers = dict(model.named_linears())  # type: ignore[attr-defined]
     _check_overrides(scheme, layers)
     linears = {}

@@ -49,6 +49,12 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
     ------
     ValueError
         ``directory`` is a file.
+
+    Notes
+    -----
+    ``transformers.AutoModel.from_pretrained`` reads the directory where compressed-tensors (0.20) is installed;
+    ``sentence_transformers.SentenceTransformer`` does with
+    ``model_kwargs={"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}``.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():

@@ -22,7 +22,8 @@ class _Data:
     """Frozen dataclasses that print what differs from the defaults and travel as JSON-ready dicts."""
 
     def __repr__(self) -> str:
-        shown = [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        every = fields(self)  # type: ignore[arg-type]
+        shown = [f for f in every if f.default is MISSING or getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @classmethod
@@ -123,10 +124,10 @@ class QuantSpec(_Data):
     def from_dict(cls, data: Mapping[str, Any]) -> QuantSpec:
         """The inverse of :meth:`to_dict`; ValueError on unknown fields or values.
 
-        >>> QuantSpec.from_dict({"bits": 8, "group_sizes": 3})
+        >>> QuantSpec.from_dict({"bits": 8, "group_sizes": 3})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: QuantSpec: unknown fields ['group_sizes']; known: ['bits', 'format', 'granularity', 'group_size', 'symmetric', 'dynamic', 'blocks']
+        ValueError: QuantSpec: unknown fields ['group_sizes']; known: ['bits', 'format', ...]
         """
         return cls(**cls._checked_fields(data))
 
@@ -220,11 +221,11 @@ class Scheme(_Data):
 
         >>> Scheme.parse("w8a8-sym").activations
         QuantSpec(granularity='token', dynamic=True)
-        >>> Scheme.parse("w8b8")
+        >>> Scheme.parse("w8b8")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: unknown scheme 'w8b8'; known: w8a8, w4a8, w4/8a8, w8a16, w4a16 (2 to 8 weight bits), with suffixes -sym, -g<group size>, -b<row blocks>, +e8, +e32
-        """  # noqa: E501
+        ValueError: unknown scheme 'w8b8'; known: w8a8, w4a8, w4/8a8, w8a16, w4a16 (2 to 8 weight bits), with suffixes ...
+        """
         if isinstance(scheme, Scheme):
             return scheme
         match = re.fullmatch(r"w(\d+)(?:/(\d+))?a(8|16)((?:-sym|-g\d+|-b\d+)*)(?:\+e(8|32))?", scheme) \

@@ -1,0 +1,292 @@
+"""quantize(), save and load: bit-identical outputs, what the directory holds, what is refused."""
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors")
+
+from tiny_models import FAMILIES, batch, config_of, tensors_of, write  # noqa: E402
+
+import zquant as zq  # noqa: E402
+from zquant.demo_model import find_minilm  # noqa: E402
+from zquant.errors import FormatError, VersionError  # noqa: E402
+from zquant.formats.safetensors import Stored, open_checkpoint, write_safetensors  # noqa: E402
+from zquant.qtensor import QTensor  # noqa: E402
+from zquant.spec import QuantSpec, Scheme  # noqa: E402
+
+SCHEMES = ["w8a8", "w8a8-sym", "w8a8+e32", "w8a8-b16", "w8a8-g16", "w4/8a8", "w4/8a8-g16", "w4/8a8-b8", "w4a8-g32-sym",
+           "w3a8-g8", "w8a16", "w4a16", "w3a16-g16"]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    def make(kind="bert", head=False, **options):
+        return zq.load(write(tmp_path / "float", config_of(kind, head), tensors_of(kind, head), **options))
+    return make
+
+
+def same_model(a, b):
+    """Bit-equal parameters and formats."""
+    assert list(a.linears) == list(b.linears) and list(a.tensors) == list(b.tensors)
+    for name, layer in a.linears.items():
+        other = b.linears[name]
+        assert (layer.spec, layer.activations) == (other.spec, other.activations), name
+        np.testing.assert_array_equal(layer.dense(), other.dense(), err_msg=name)
+        np.testing.assert_array_equal(layer.bias, other.bias, err_msg=name)
+    assert a.scheme == b.scheme and a.nbytes == b.nbytes
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_outputs_are_the_same_bits(tiny, tmp_path, scheme):
+    q = zq.quantize(tiny(), scheme)
+    ids, mask = batch("bert")
+    again = zq.load(q.save(tmp_path / "saved"))
+    same_model(q, again)
+    np.testing.assert_array_equal(q(ids, mask), again(ids, mask))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(again))(ids, mask), q(ids, mask))
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_and_head(tiny, tmp_path, kind, head):
+    q = zq.quantize(tiny(kind, head), "w4/8a8-g16")
+    assert any(layer.spec == QuantSpec(8) for layer in q.linears.values())
+    assert any(layer.spec == QuantSpec(4, granularity="group", group_size=16) for layer in q.linears.values())
+    again = zq.load(q.save(tmp_path / "saved"))
+    ids, mask = batch(kind)
+    np.testing.assert_array_equal(q(ids, mask), again(ids, mask))
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    floats = {name for name, layer in q.linears.items() if layer.spec is None}
+    assert floats <= set(config["quantization_config"]["ignore"])
+    assert {k: v for k, v in config.items() if k != "quantization_config"} == config_of(kind, head)
+
+
+def test_a_float_model_saves_and_a_quantized_one_saves_again(tiny, tmp_path):
+    model, (ids, mask) = tiny(), batch("bert")
+    again = zq.load(model.save(tmp_path / "float2"))
+    np.testing.assert_array_equal(model(ids, mask), again(ids, mask))
+    assert "quantization_config" not in json.loads((tmp_path / "float2" / "config.json").read_text())
+    first = zq.load(zq.quantize(again, "w4/8a8-g16").save(tmp_path / "one"))
+    first.save(tmp_path / "two")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_saving_over_the_source(tiny):
+    model, (ids, mask) = tiny(), batch("bert")
+    want = model(ids, mask)
+    q = zq.quantize(model, "w8a8")
+    extra = model.path / "notes.txt"
+    extra.write_text("mine")
+    q.save(model.path)
+    np.testing.assert_array_equal(zq.load(model.path)(ids, mask), q(ids, mask))
+    np.testing.assert_array_equal(model(ids, mask), want)  # still mapped from the replaced file
+    assert extra.read_text() == "mine"
+    assert not [p for p in model.path.parent.iterdir() if p.name.startswith(".")]
+
+
+def test_a_failed_save_leaves_nothing(tiny, tmp_path, monkeypatch):
+    q = zq.quantize(tiny(), "w8a8")
+    q.save(tmp_path / "saved")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()}
+    monkeypatch.setattr("zquant.saving.quantization_config", lambda *_: 1 / 0)
+    for place in ("saved", "new"):
+        with pytest.raises(ZeroDivisionError):
+            q.save(tmp_path / place)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["float", "saved"]
+
+
+def test_saving_into_a_file_is_refused(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        tiny().save(tmp_path / "file")
+
+
+def test_half_precision_tensors_stay_as_they_came(tmp_path):
+    tensors = {name: Stored((value.view(np.uint32) >> 16).astype(np.uint16), "BF16") for name, value in tensors_of("bert").items()}
+    source = write(tmp_path / "bf16", config_of("bert"), {})
+    write_safetensors(source / "model.safetensors", tensors)
+    q = zq.quantize(zq.load(source), "w8a8+e32")
+    saved = open_checkpoint(q.save(tmp_path / "saved"))
+    for name in ("pooler.dense.weight", "embeddings.LayerNorm.bias", "embeddings.word_embeddings.weight",
+                 "encoder.layer.0.output.dense.bias"):
+        assert saved.dtype(name) == "BF16"
+        np.testing.assert_array_equal(saved.stored(name).array, tensors[name].array)
+    assert saved.dtype("encoder.layer.0.output.dense.weight") == "I8"
+    ids, mask = batch("bert")
+    np.testing.assert_array_equal(zq.load(tmp_path / "saved")(ids, mask), q(ids, mask))
+
+
+def test_sharded_sources(tiny, tmp_path):
+    q = zq.quantize(tiny(shards=3), "w8a8")
+    ids, mask = batch("bert")
+    np.testing.assert_array_equal(zq.load(q.save(tmp_path / "saved"))(ids, mask), q(ids, mask))
+
+
+# ---- sentence encoders -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def minilm():
+    try:
+        return zq.SentenceEncoder(find_minilm())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4/8a8", "w4/8a8-b48"])
+def test_minilm(minilm, tmp_path, scheme):
+    sentences = ["A cat sleeps.", "", "Nobody expected the committee to agree so quickly.", "x " * 400]
+    q = zq.quantize(minilm, scheme)
+    again = zq.SentenceEncoder(q.save(tmp_path / "saved"))
+    np.testing.assert_array_equal(q.encode(sentences), again.encode(sentences))
+    assert again.max_seq_length == 256
+    assert isinstance(q, zq.SentenceEncoder) and minilm.model.scheme is None
+    size = sum(p.stat().st_size for p in (tmp_path / "saved").glob("*.safetensors"))
+    assert q.nbytes <= size < q.nbytes * 1.01 + 30_000
+    for name in ("modules.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+                 "1_Pooling/config.json"):
+        assert (tmp_path / "saved" / name).read_bytes() == (minilm.path / name).read_bytes()
+
+
+def test_a_transformer_in_its_own_folder(minilm, tmp_path):
+    root, inner = tmp_path / "st", tmp_path / "st" / "0_Transformer"
+    inner.mkdir(parents=True)
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "sentence_bert_config.json"):
+        (inner / file).symlink_to(minilm.path / file)
+    modules = json.loads((minilm.path / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (root / "modules.json").write_text(json.dumps(modules))
+    (root / "1_Pooling").mkdir()
+    (root / "1_Pooling" / "config.json").write_bytes((minilm.path / "1_Pooling" / "config.json").read_bytes())
+    q = zq.quantize(zq.SentenceEncoder(root), "w8a8")
+    saved = q.save(tmp_path / "saved")
+    assert not (saved / "config.json").exists() and "quantization_config" in (saved / "0_Transformer" / "config.json").read_text()
+    np.testing.assert_array_equal(zq.SentenceEncoder(saved).encode(["a b"]), q.encode(["a b"]))
+
+
+def test_peak_memory_of_quantizing(tmp_path):
+    """Quantizing adds less than 1.3 times the float model's size to the process: here a model of 60 MB."""
+    config = config_of("bert") | dict(vocab_size=20_000, hidden_size=384, num_attention_heads=6, intermediate_size=1536)
+    rng, tensors = np.random.default_rng(0), {}
+    for name, value in tensors_of("bert").items():
+        swap = {48: 384, 80: 1536, 61: 20_000}
+        tensors[name] = rng.standard_normal([swap.get(n, n) for n in value.shape], dtype=np.float32)
+    size = sum(t.nbytes for t in tensors.values())
+    write(tmp_path / "m", config, tensors)
+    code = ("import resource, sys, zquant as zq, safetensors, tqdm\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+            "before = peak()\n"
+            "zq.quantize(zq.load(sys.argv[1]), 'w8a8').save(sys.argv[2])\n"
+            "print(peak() - before)")
+    out = subprocess.run([sys.executable, "-c", code, tmp_path / "m", tmp_path / "q"], check=True, capture_output=True,
+                         text=True, env=os.environ | {"PYTHONPATH": str(Path(zq.__file__).parents[1])})
+    assert int(out.stdout) < 1.3 * size
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+def test_the_input_is_untouched(tiny):
+    model, (ids, mask) = tiny(), batch("bert")
+    want = model(ids, mask)
+    before = {name: layer.weight for name, layer in model.linears.items()}
+    zq.quantize(model, "w4a8-g16")
+    assert all(model.linears[name].weight is weight for name, weight in before.items()) and model.scheme is None
+    np.testing.assert_array_equal(model(ids, mask), want)
+
+
+@pytest.mark.parametrize("name", ["encoder.layer.1.intermediate.dense.weight", "embeddings.word_embeddings.weight"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_not_finite_weights_name_the_layer(tmp_path, name, value):
+    tensors = tensors_of("bert")
+    tensors[name][3, 2] = value
+    model = zq.load(write(tmp_path / "float", config_of("bert"), tensors))
+    with pytest.raises(ValueError, match=name.removesuffix(".weight") + ".*row 3"):
+        zq.quantize(model, "w8a8")
+
+
+@pytest.mark.parametrize("scheme, words", [
+    ("w8a9", "unknown scheme 'w8a9'"),
+    ("w9a8", "bits"),
+    ("w8a8-g0", "group_size"),
+    ("w4a8-g12", "encoder.layer.0.attention.self.query: group size 12"),
+    ("w8a8-b7", "encoder.layer.0.attention.self.query: .*7"),
+    (Scheme.parse("w8a8").with_overrides({"encoder.layer.9.*": "float"}), "'encoder.layer.9.\\*' matches no"),
+    (Scheme("x", QuantSpec(8, symmetric=False), QuantSpec(8, granularity="token", dynamic=True)), "query: asymmetric"),
+])
+def test_schemes_that_cannot_run(tiny, scheme, words):
+    with pytest.raises(ValueError, match=words):
+        zq.quantize(tiny(), scheme)
+
+
+def test_other_refusals(tiny):
+    q = zq.quantize(tiny(), "w8a8")
+    with pytest.raises(ValueError, match="query: is quantized already"):
+        zq.quantize(q, "w4a8")
+    with pytest.raises(ValueError, match="unknown method 'best'"):
+        zq.quantize(tiny(), "w8a8", "best")
+
+
+def test_overrides(tiny, tmp_path):
+    scheme = Scheme.parse("w8a8").with_overrides({"encoder.layer.0.*": "float", "*.layer.1.output.dense": 4, "pooler*": 8})
+    q = zq.quantize(tiny(), scheme)
+    specs = {name: layer.spec for name, layer in q.linears.items()}
+    assert specs["encoder.layer.0.output.dense"] is None and specs["pooler.dense"] == QuantSpec(8)
+    assert specs["encoder.layer.1.output.dense"].bits == 4 and specs["encoder.layer.1.attention.self.key"] == QuantSpec(8)
+    again = zq.load(q.save(tmp_path / "saved"))
+    same_model(q, again)
+    ids, mask = batch("bert")
+    np.testing.assert_array_equal(q(ids, mask), again(ids, mask))
+
+
+def test_asymmetric_weights_run_and_save(tiny, tmp_path):
+    scheme = Scheme("u4", QuantSpec(4, granularity="group", group_size=16, symmetric=False))
+    q, (ids, mask) = zq.quantize(tiny(), scheme), batch("bert")
+    again = zq.load(q.save(tmp_path / "saved"))
+    same_model(q, again)
+    np.testing.assert_array_equal(q(ids, mask), again(ids, mask))
+
+
+def rewrite(directory, change):
+    """Change the metadata of a saved model in place."""
+    checkpoint = open_checkpoint(directory)
+    metadata = checkpoint.metadata
+    change(metadata)
+    tensors = {name: Stored(checkpoint.stored(name).array.copy(), checkpoint.dtype(name)) for name in checkpoint}
+    write_safetensors(directory / "model.safetensors", tensors, metadata)
+
+
+def test_a_newer_format_version(tiny, tmp_path):
+    saved = zq.quantize(tiny(), "w8a8").save(tmp_path / "saved")
+    rewrite(saved, lambda m: m.update(zquant_format_version="2"))
+    with pytest.raises(VersionError, match="version 2; this zquant reads up to version 1: upgrade"):
+        zq.load(saved)
+
+
+def test_a_saved_model_without_its_metadata(tiny, tmp_path):
+    q, (ids, mask) = zq.quantize(tiny(), "w8a8-b16"), batch("bert")
+    saved = q.save(tmp_path / "saved")
+    rewrite(saved, lambda m: m.clear() or m.update(format="pt"))
+    again = zq.load(saved)
+    assert again.scheme is None and "quantized" in repr(again)
+    np.testing.assert_array_equal(again(ids, mask), q(ids, mask))
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.999, 0.01])
+def test_truncated_saved_models(tiny, tmp_path, keep):
+    file = zq.quantize(tiny(), "w8a8").save(tmp_path / "saved") / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:int(keep * len(data))])
+    with pytest.raises(FormatError, match="model.safetensors"):
+        zq.load(tmp_path / "saved")
+
+
+def test_quantized_embeddings_are_looked_up_row_by_row(tiny):
+    q = zq.quantize(tiny(), "w8a8")
+    table = q.word_embeddings
+    assert isinstance(table, QTensor) and table.shape == (61, 48)
+    assert sum(isinstance(t, QTensor) for t in q.tensors.values()) == 1
