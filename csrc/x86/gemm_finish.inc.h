@@ -58,6 +58,7 @@ run_tile(const zq_tile *t, const tile_fn tile)
     zq_tile local = *t;
     local.y = v;
     local.ldy = ZQ_NR;
+    local.stream = 0;
     local.nr = ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0 goes into the buffer */
     tile(&local);
     finish_tile(t, v);
