@@ -76,6 +76,7 @@ def _check_overrides(scheme: Scheme, names: Iterable[str]) -> None:
 
 def _quantize_layer(name: str, layer: Linear, spec: QuantSpec, activations: QuantSpec | None, method: Method) -> Linear:
     weight = _quantize_weight(name, layer.weight, spec, method)
+    layer.release()
     return layer.with_weight(weight, activations)
 
 
