@@ -82,7 +82,8 @@ def test_matmul_against_numpy(spec, symmetric):
 @pytest.mark.parametrize("spec", SPECS[:3] + ASYMMETRIC, ids=str)
 def test_matmul_weight_only(spec):
     q, x = make(spec), random(7, 40, seed=1)
-    np.testing.assert_allclose(q.matmul(x, activations=None), x @ q.dequantize().T, rtol=1e-5, atol=1e-5)
+    close = 1e-3 if spec.symmetric else 1e-5  # int16 codes of x, or float32
+    np.testing.assert_allclose(q.matmul(x, activations=None), x @ q.dequantize().T, rtol=close, atol=close)
 
 
 def test_matmul_shapes_bias_activation():

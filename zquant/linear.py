@@ -23,6 +23,7 @@ HALVES = ("F16", "BF16")
 MAX_K = 66_000  # u8 x s8 sums stay inside int32: 255 * 127 * 66,000 < 2^31
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 QUANT = {None: 0, "symmetric": 1, "asymmetric": 2}
+TOKEN_16 = 3  # float rows to int16 codes, inside linear_forward only
 
 
 def _number(table: dict[str | None, int], what: str, key: str | None) -> int:
@@ -44,7 +45,8 @@ class Linear:
     bias
         (n,) float32 or None.
     activations
-        How rows of x are quantized on the way in: per token, 8 bits. None, and float weights, compute in float32.
+        How rows of x are quantized on the way in: per token, 8 bits. None leaves them as they are: float weights
+        multiply in float32, integer weights with int16 codes of x (see the notes).
 
     Raises
     ------
@@ -53,11 +55,13 @@ class Linear:
 
     Notes
     -----
-    With ``activations`` the product is integer arithmetic: weights symmetric, k at most 66,000, one scale per row, or
-    groups whose size is a multiple of 8 (or at least k). Without, a QTensor is dequantized to float32 when packed, which
-    is also the only way that asymmetric weights run. Other tools write 8-bit codes of -128, which the integer kernels do
-    not take: such a layer multiplies the same values in float32. Packing happens once, at the first call, under a lock;
-    the packed form is not pickled.
+    The product of integer weights is integer arithmetic: weights symmetric, k at most 66,000, one scale per row, or
+    groups whose size is a multiple of 8 (or at least k). Without ``activations`` (w4a16, w8a16) each row of x becomes
+    int16 codes with scale max|x| / 32767: an error of about 1e-5 of the outputs, and the weights stay as small as they are
+    stored. Weights that do not fit (asymmetric ones, other group sizes) are dequantized to
+    float32 when packed, if ``activations`` is None. Other tools write 8-bit codes of -128, which the integer kernels do
+    not take either: such a layer multiplies the same values in float32. Packing happens once, at the first call, under
+    a lock; the packed form is not pickled.
 
     >>> layer = Linear("fc", np.ones((2, 3), np.float32))
     >>> layer
@@ -72,6 +76,7 @@ class Linear:
         self.activations = activations if isinstance(weight, QTensor) else None
         self._handle: Any = None
         self._integer = False  # known once packed
+        self._quant_in = 0  # what linear_forward does with float rows; known once packed
         self._lock = threading.Lock()
         self._check()
 
@@ -91,13 +96,20 @@ class Linear:
         act, spec = self.activations, weight.spec
         if act.granularity != "token" or act.bits != 8:  # type: ignore[union-attr]
             raise ValueError(f"{self.name}: activations must be 8 bits per token, not {act}")
+        reason = self._why_float(weight)
+        if reason:
+            raise ValueError(f"{self.name}: {reason}")
+
+    def _why_float(self, weight: QTensor) -> str | None:
+        """Why the integer kernels cannot take weights of this format, or None where they can."""
+        spec = weight.spec
         if not spec.symmetric:
-            raise ValueError(f"{self.name}: asymmetric weights run in float32 only: they need activations=None")
+            return "asymmetric weights run in float32 only: they need activations=None"
         if self.in_features > MAX_K:
-            raise ValueError(f"{self.name}: {self.in_features} input features; int32 sums are exact up to {MAX_K}")
+            return f"{self.in_features} input features; int32 sums are exact up to {MAX_K}"
         if spec.group_size and spec.group_size % 8 and spec.group_size < self.in_features:
-            raise ValueError(f"{self.name}: group size {spec.group_size} is neither a multiple of 8 nor at least the "
-                             f"{self.in_features} input features")
+            return f"group size {spec.group_size} is neither a multiple of 8 nor at least the {self.in_features} input features"
+        return None
 
     @property
     def weight(self) -> Weight:
@@ -170,7 +182,9 @@ class Linear:
 
     def _pack(self) -> Any:
         weight = self.weight
-        self._integer = self.activations is not None and not (weight.spec.bits == 8 and (weight.codes == -128).any())
+        self._integer = (isinstance(weight, QTensor) and self._why_float(weight) is None
+                         and not (weight.spec.bits == 8 and (weight.codes == -128).any()))
+        self._quant_in = QUANT[self.quant] if self.quant else TOKEN_16 if self._integer else 0
         if not self._integer:
             handle = _core.linear_pack_f32(self.dense(), self.bias)
             self.release()
@@ -221,7 +235,7 @@ class Linear:
             if self.activations is not None and not isinstance(x, tuple):
                 x = _core.quantize_tokens(x, QUANT[self.quant], False)
             x = _core.dequantize_rows(*x) if isinstance(x, tuple) else x
-        return _core.linear_forward(handle, x, QUANT[self.quant], _number(ACTIVATIONS, "activation", activation), residual,
+        return _core.linear_forward(handle, x, self._quant_in, _number(ACTIVATIONS, "activation", activation), residual,
                                     _number(QUANT, "quantize", quantize))
 
     @staticmethod
