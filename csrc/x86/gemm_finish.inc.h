@@ -71,6 +71,7 @@ run_tile(const zq_tile *t, const tile_fn tile)
     local.bias = t->pairs ? no_bias : t->bias;
     local.y = v;
     local.ldy = ZQ_NR;
+    local.stream = 0;
     local.nr = ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0 goes into the buffer */
     tile(&local);
     finish_tile(t, v);

@@ -1,7 +1,8 @@
 """CausalLM: a decoder read from a Hugging Face directory, run on packed tokens over a key-value cache."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -175,22 +176,30 @@ class CausalLM(Network):
         if logits == "last":
             out = np.empty((packed.shape[0], self.dims.vocabulary), np.float32)
             wanted = packed.offsets[1:] - 1
-            for start, stop, x in self._hidden(packed, cache, tap, chunk):
+
+            def ends(start: int, stop: int, x: np.ndarray) -> None:
                 here = np.flatnonzero((wanted >= start) & (wanted < stop))
                 if len(here):
                     out[here] = self._logits(x[wanted[here] - start], tap)
+
+            deque(self._forward(packed, cache, tap, chunk, ends), maxlen=0)
             return out
-        filled = packed.slots is None
-        flat = (np.empty if filled else np.zeros)((packed.shape[0] * packed.shape[1], self.dims.vocabulary), np.float32)
+        slots, size = packed.slots, packed.shape[0] * packed.shape[1]
+        flat = (np.empty if slots is None else np.zeros)((size, self.dims.vocabulary), np.float32)
         for start, stop, part in self.stream(packed, cache, tap, chunk):
-            flat[slice(start, stop) if packed.slots is None else packed.slots[start:stop]] = part
+            flat[slice(start, stop) if slots is None else slots[start:stop]] = part
         return flat.reshape(*packed.shape, self.dims.vocabulary)
 
     def stream(self, packed: Packed, cache: KVCache | None = None, tap: Tap | None = None,
                chunk: int = CHUNK) -> Iterator[tuple[int, int, np.ndarray]]:
         """Chunk by chunk: (first token, last + 1, logits (tokens, V)), counted over the packed batch; never all at once."""
-        for start, stop, x in self._hidden(packed, cache, tap, chunk):
-            yield start, stop, self._logits(x, tap)
+        return self._forward(packed, cache, tap, chunk, lambda start, stop, x: self._logits(x, tap))
+
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        """Continue a prompt; see :func:`zquant.generate.generate`."""
+        from ..generate import generate
+
+        return generate(self, prompt, **options)
 
     def pack(self, input_ids: Any, attention_mask: Any = None) -> Packed:
         """The batch end to end, without padding, checked against the vocabulary."""
@@ -211,9 +220,9 @@ class CausalLM(Network):
                              "padding goes to the left or to the right of a sequence")
         return packed
 
-    def _hidden(self, packed: Packed, cache: KVCache | None, tap: Tap | None,
-                chunk: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Chunk by chunk what the last block gives, (tokens, hidden). If it fails, the cache is as it was."""
+    def _forward(self, packed: Packed, cache: KVCache | None, tap: Tap | None, chunk: int,
+                 finish: Callable[[int, int, np.ndarray], Any]) -> Iterator[tuple[int, int, Any]]:
+        """Chunk by chunk (start, stop, finish(start, stop, hidden states)). If anything fails, the cache is as it was."""
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk: expected a positive number of tokens, got {chunk!r}")
         cache = self.new_cache(packed.shape[0]) if cache is None else self._fitting(cache, packed.shape[0])
@@ -223,12 +232,14 @@ class CausalLM(Network):
             worst = int(np.argmax(totals))
             raise ValueError(f"input_ids: sequence {worst} has {totals[worst]} tokens; the model has {self.max_positions} "
                              "positions")
-        positions = np.arange(len(cast(np.ndarray, packed.ids))) + np.repeat(before - packed.offsets[:-1], np.diff(packed.offsets))
+        ids = cast(np.ndarray, packed.ids)
+        positions = np.arange(len(ids)) + np.repeat(before - packed.offsets[:-1], np.diff(packed.offsets))
         try:
             for start, stop, length in self._pieces(packed.offsets, totals, chunk):
                 offsets = np.clip(packed.offsets, start, stop) - start
-                yield start, stop, self._run(packed.ids[start:stop], positions[start:stop], offsets, cache, length, tap)
-        except Exception:
+                x = self._run(ids[start:stop], positions[start:stop], offsets, cache, length, tap)
+                yield start, stop, finish(start, stop, x)
+        except (Exception, KeyboardInterrupt):
             for sequence, old in enumerate(before):
                 cache.truncate(sequence, int(old))
             raise
