@@ -75,12 +75,12 @@ def measure(turns: list[peers.Turn], label: str, config: dict[str, Any], threads
     best: Best = {}
     bandwidth = 0.0
     for number in range(args.rounds):
-        bandwidth = turns[0].ask("bandwidth").get("GB/s", 0.0)
         for case in [c for c in PREFILL if c <= args.limit]:
             for turn in turns:
                 if number == 0 or case <= args.repeat:
                     measure_prefill(turn, case, config, args, best)
         for case in [c for c in CONTEXTS if c <= args.limit]:
+            bandwidth = turns[0].ask("bandwidth").get("GB/s", 0.0)  # the best so far
             for turn in turns:
                 measure_decode(turn, case, config, bandwidth, args, best)
     for entry in best.values():  # the bandwidth of the whole run, as the peak

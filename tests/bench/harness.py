@@ -106,7 +106,7 @@ class Gate:
 
     def bandwidth(self) -> float:
         """Read bandwidth of the threads together from memory, GB/s: the best seen in this run."""
-        self.fastest_read = max(self.fastest_read, self.ceilings.read(DRAM_BYTES, self.threads, repeats=5))
+        self.fastest_read = max(self.fastest_read, self.ceilings.read(DRAM_BYTES, self.threads, repeats=15))
         return self.fastest_read
 
     def pin(self, work: Callable[[], Any]) -> None:

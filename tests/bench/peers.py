@@ -129,6 +129,14 @@ class CoreClock:
         return min(tries)
 
 
+def scheme_of(model: Path, name: str) -> Any:
+    """The named scheme; a head of its own is int8, as one that is tied to the word table is."""
+    import zquant as zq
+
+    untied = json.loads((model / "config.json").read_text()).get("tie_word_embeddings") is False
+    return zq.Scheme.parse(name).with_overrides({"lm_head": 8} if untied else {})
+
+
 class ZQuant(Engine):
     scheme: ClassVar[str | None] = None
     modules = ("numpy", "safetensors")
@@ -140,7 +148,7 @@ class ZQuant(Engine):
         self.source = model, threads
         self.model = zq.load(model)
         if self.scheme is not None:
-            self.model = zq.quantize(self.model, self.scheme)
+            self.model = zq.quantize(self.model, scheme_of(model, self.scheme))
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> Any:
         return self.model(ids, mask)
@@ -690,18 +698,19 @@ def keep(best: dict[tuple[str, str], dict[str, Any]], key: tuple[str, str], new:
 
 PEAK_SCRIPT = """
 import json, sys
+from pathlib import Path
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmHWM'))
-import zquant as zq, safetensors, zquant.models, zquant.quantize
+import zquant as zq, safetensors, zquant.models, zquant.quantize, peers
 baseline = peak()
-model = zq.quantize(zq.load(sys.argv[1]), sys.argv[2])
+model = zq.quantize(zq.load(sys.argv[1]), peers.scheme_of(Path(sys.argv[1]), sys.argv[2]))
 print(json.dumps(dict(baseline=baseline, peak=peak())))
 """
 
 
 def quantizing_memory(model: Path, scheme: str) -> dict[str, int]:
     """Peak resident bytes of a process that loads and quantizes: after the imports (baseline) and in the end (peak)."""
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(REPO), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run([sys.executable, "-c", PEAK_SCRIPT, str(model), scheme], env=env, check=True,
                           capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
