@@ -17,7 +17,9 @@ enum {
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
     FAR_BYTES = 1 << 20,   /* weights that L2 does not keep from one call to the next */
-    PANEL_JOB_BYTES = 256 * 1024,
+    AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
+    MAX_AHEAD_TILES = 8,   /* with more, a panel's arithmetic takes far longer than its way from memory */
+    PANEL_JOB_BYTES = 1 << 20,
     MIN_PANEL_JOBS = 4,    /* per thread */
     SHARED_ITEMS = 32768,  /* of rows: quantizing so many takes longer than a barrier */
 };
@@ -108,9 +110,20 @@ given_operand(const gemm_job *g, int64_t r0)
     return (operand){x->u8 + r0 * x->ld_u8, x->ld_u8, x->scale + r0, x->zero + r0};
 }
 
-/* One panel times the row tiles [t0, t1). `op` and `y` are indexed from row `base`. */
+/* Memory is to be busy all the time. One tile per panel: prefetch a little ahead of where it reads, which runs on into the
+ * next panel. Several: all but the first read the panel from L2, so that each of them fetches its part of the next one
+ * (next bytes on; 0 where none of this job follows). */
 static void
-run_panel(const gemm_job *g, int64_t p, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y, int64_t ldy)
+look_ahead(zq_tile *t, int64_t tile, int64_t tiles, int64_t next)
+{
+    t->ahead = (const char *)t->b + (tiles == 1 ? AHEAD_BYTES : next + next / tiles * tile);
+    t->ahead_step = 128 / tiles;
+    t->ahead_second = tiles == 1 ? 64 : 0;
+}
+
+/* Panel p times the row tiles [t0, t1); the caller goes on to panel `end`. `op` and `y` are indexed from row `base`. */
+static void
+run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y, int64_t ldy)
 {
     const zq_linear *w = g->w;
     const int64_t col = p * ZQ_NR, per_panel = ZQ_NR * (w->scale ? zq_ceil_div(w->k, w->group) : 1);
@@ -126,7 +139,9 @@ run_panel(const gemm_job *g, int64_t p, int64_t t0, int64_t t1, int64_t base, co
     for (int64_t tile = t0; tile < t1; tile++) {
         const int64_t row = tile_start(g, tile), at = (row - base) * g->split;
         t.mr = (int)((tile_start(g, tile + 1) - row) * g->split);
-        t.far = g->far && tile == t0; /* later tiles find the panel in L2 */
+        if (g->far && t1 - t0 <= MAX_AHEAD_TILES) {
+            look_ahead(&t, tile - t0, t1 - t0, p + 1 < end ? w->panel_bytes : 0);
+        }
         t.a = (const char *)op->a + at * op->lda * item;
         t.sx = op->sx ? op->sx + at : NULL;
         t.zx = op->zx ? op->zx + at : NULL;
@@ -206,7 +221,7 @@ chunk_job(void *ctx, int64_t c)
         }
     }
     for (int64_t p = 0; p < g->panels; p++) {
-        run_panel(g, p, t0, t1, r0, &op, y, ldy);
+        run_panel(g, p, g->panels, t0, t1, r0, &op, y, ldy);
     }
     if (g->quantize_out) {
         quantize_outputs(g, r0, r0 + rows, y, ldy);
@@ -240,8 +255,9 @@ panel_job(void *ctx, int64_t job)
     gemm_job *g = ctx;
     const operand op = g->quantize_in ? (operand){g->a, g->lda, g->sx, g->zx} : given_operand(g, 0);
     const int64_t ldy = g->out->y ? g->out->ld_y : zq_round_up(g->w->n, 16);
-    for (int64_t p = g->panels * job / g->panel_jobs; p < g->panels * (job + 1) / g->panel_jobs; p++) {
-        run_panel(g, p, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
+    const int64_t end = g->panels * (job + 1) / g->panel_jobs;
+    for (int64_t p = g->panels * job / g->panel_jobs; p < end; p++) {
+        run_panel(g, p, end, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
     }
 }
 
