@@ -19,8 +19,7 @@ enum {
     FAR_BYTES = 1 << 20,   /* weights that L2 does not keep from one call to the next */
     AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
     MAX_AHEAD_TILES = 8,   /* with more, a panel's arithmetic takes far longer than its way from memory */
-    PANEL_JOB_BYTES = 1 << 20,
-    MIN_PANEL_JOBS = 4,    /* per thread */
+    SMALL_JOBS = 8,        /* of panels, per thread, after one big one */
     SHARED_ITEMS = 32768,  /* of rows: quantizing so many takes longer than a barrier */
 };
 
@@ -37,6 +36,7 @@ typedef struct {
     int64_t chunks;   /* row chunks (by rows) */
     int64_t panels;
     int64_t panel_jobs; /* runs of panels (by columns) */
+    int threads;
     int far;            /* the weights are read from beyond L2 */
     void (*kernel)(const zq_tile *);
     int quantize_in;
@@ -249,14 +249,26 @@ quantize_job(void *ctx, int64_t r)
     quantize_rows(g, r, r + 1, g->a + at * g->lda, g->sx + at, g->zx + at);
 }
 
+/* First panel of a job. Long runs keep the memory busy, as fetching goes on from one panel to the next; short ones end
+ * at the same time on all threads. So: one run per thread of three quarters of its share, and the rest in small ones. */
+static int64_t
+job_start(const gemm_job *g, int64_t job)
+{
+    const int64_t small = g->panel_jobs - g->threads, whole = g->panels - g->panels / 4;
+    if (small < g->threads) {
+        return g->panels * job / g->panel_jobs;
+    }
+    return job <= g->threads ? whole * job / g->threads : whole + (g->panels - whole) * (job - g->threads) / small;
+}
+
 static void
 panel_job(void *ctx, int64_t job)
 {
     gemm_job *g = ctx;
     const operand op = g->quantize_in ? (operand){g->a, g->lda, g->sx, g->zx} : given_operand(g, 0);
     const int64_t ldy = g->out->y ? g->out->ld_y : zq_round_up(g->w->n, 16);
-    const int64_t end = g->panels * (job + 1) / g->panel_jobs;
-    for (int64_t p = g->panels * job / g->panel_jobs; p < end; p++) {
+    const int64_t end = job_start(g, job + 1);
+    for (int64_t p = job_start(g, job); p < end; p++) {
         run_panel(g, p, end, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
     }
 }
@@ -283,7 +295,7 @@ for_rows(gemm_job *g, int64_t row_items, zq_job_fn fn)
 }
 
 static void
-run_by_columns(gemm_job *g, int threads)
+run_by_columns(gemm_job *g)
 {
     const int64_t rows = g->m * g->split, scales = zq_round_up(rows, 16);
     if (g->quantize_in) {
@@ -304,9 +316,7 @@ run_by_columns(gemm_job *g, int threads)
             return;
         }
     }
-    /* Neighbouring panels stay together: prefetching runs on from one into the next. */
-    const int64_t whole = zq_ceil_div(g->panels * g->w->panel_bytes, PANEL_JOB_BYTES);
-    g->panel_jobs = zq_min(g->panels, zq_max(whole, (int64_t)threads * MIN_PANEL_JOBS));
+    g->panel_jobs = zq_min(g->panels, (int64_t)g->threads * (1 + SMALL_JOBS));
     zq_parallel_for(g->panel_jobs, panel_job, g);
     if (g->quantize_out) {
         for_rows(g, g->w->n, requantize_job);
@@ -363,14 +373,14 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.far = g.panels * w->panel_bytes >= FAR_BYTES;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
     g.bad_row = m;
-    const int threads = zq_threads();
+    const int threads = g.threads = zq_threads();
     const int once = g.far && m * g.split <= FEW_ROWS;
     if (threads == 1 || (g.tiles >= (int64_t)threads * MIN_TILES && !once)) {
         g.chunks = count_chunks(&g, threads);
         zq_parallel_for(g.chunks, chunk_job, &g);
     }
     else {
-        run_by_columns(&g, threads);
+        run_by_columns(&g);
     }
     if (g.no_memory) {
         return ZQ_ENOMEM;
