@@ -123,7 +123,8 @@ look_ahead(zq_tile *t, int64_t tile, int64_t tiles, int64_t next)
 
 /* Panel p times the row tiles [t0, t1); the caller goes on to panel `end`. `op` and `y` are indexed from row `base`. */
 static void
-run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y, int64_t ldy)
+run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y,
+          int64_t ldy)
 {
     const zq_linear *w = g->w;
     const int64_t col = p * ZQ_NR, per_panel = ZQ_NR * (w->scale ? zq_ceil_div(w->k, w->group) : 1);

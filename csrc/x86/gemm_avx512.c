@@ -139,7 +139,8 @@ step_group(const int mr, const zq_tile *t, int64_t k, const __m512i lo[NV], cons
 
 /* One group's integer sums, started at -128 * (code sums). Returns the panel pointer behind the group. */
 ZQ_INLINE const uint8_t *
-accumulate_group(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t g, const uint8_t *b, __m512i acc[MR_GROUP][NV])
+accumulate_group(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t g, const uint8_t *b,
+                 __m512i acc[MR_GROUP][NV])
 {
     const __m512i high = _mm512_set1_epi8((char)0xf0);
     const int64_t end = zq_min(t->k, (g + 1) * t->group);
