@@ -13,6 +13,7 @@
 enum {
     ALIAS_BYTES = 2048,    /* rows a multiple of this apart share too few L1 sets */
     L2_BYTES = 512 * 1024, /* of a core's L2, what a chunk of rows may occupy */
+    STREAM_BYTES = 6 << 20, /* float32 outputs from this size on bypass the caches: L2 and most of L3 lose them anyway */
     MIN_TILES = 2,         /* per thread: below that, work is split by columns */
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
@@ -40,6 +41,7 @@ typedef struct {
     int far;            /* the weights are read from beyond L2 */
     void (*kernel)(const zq_tile *);
     int quantize_in;
+    int stream_out;
     int copy_in; /* float32 rows whose pitch aliases: move them */
     int quantize_out;
     /* by columns: shared scratch */
@@ -131,7 +133,7 @@ run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int
     const int64_t item = w->kind == ZQ_W_F32 ? (int64_t)sizeof(float) : 1;
     zq_tile t = {.nr = (int)zq_min(ZQ_NR, w->n - col), .k = g->kpad, .group = w->group, .lda = op->lda,
                  .b = (const char *)w->panels + p * w->panel_bytes, .bias = w->bias + col, .pairs = g->split == 2,
-                 .act = g->out->act, .ldy = ldy, .ldr = g->out->ld_residual};
+                 .act = g->out->act, .ldy = ldy, .ldr = g->out->ld_residual, .stream = g->stream_out};
     if (w->scale) {
         t.scale = w->scale + p * per_panel;
         t.colsum = w->colsum + p * per_panel;
@@ -226,6 +228,9 @@ chunk_job(void *ctx, int64_t c)
     }
     if (g->quantize_out) {
         quantize_outputs(g, r0, r0 + rows, y, ldy);
+    }
+    if (g->stream_out) {
+        atomic_thread_fence(memory_order_seq_cst); /* streaming stores are not ordered by the pool's release */
     }
 }
 
@@ -373,6 +378,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.tiles = zq_ceil_div(m, mr / g.split);
     g.far = g.panels * w->panel_bytes >= FAR_BYTES;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
+    g.stream_out = !g.quantize_out && m * out->ld_y * 4 >= STREAM_BYTES && out->ld_y % 16 == 0 && (uintptr_t)out->y % 64 == 0;
     g.bad_row = m;
     const int threads = g.threads = zq_threads();
     const int once = g.far && m * g.split <= FEW_ROWS;

@@ -38,6 +38,7 @@ typedef struct {
     int64_t ldr;
     float *y;
     int64_t ldy;
+    int stream; /* y is not read soon: stores may bypass the caches. Only where rows of y are 64-byte aligned */
 } zq_tile;
 
 /* clang-format off */

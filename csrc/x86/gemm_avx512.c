@@ -79,7 +79,11 @@ ZQ_INLINE void
 store2(const zq_tile *t, int i, __m512 y0, __m512 y1)
 {
     float *y = t->y + i * t->ldy;
-    if (t->nr == ZQ_NR) {
+    if (t->stream && t->nr == ZQ_NR) {
+        _mm512_stream_ps(y, y0);
+        _mm512_stream_ps(y + 16, y1);
+    }
+    else if (t->nr == ZQ_NR) {
         _mm512_storeu_ps(y, y0);
         _mm512_storeu_ps(y + 16, y1);
     }

@@ -1,8 +1,8 @@
 /* The rest of a tile's epilogue: y = act(v) + residual, where v is what the tile function stored, or for pairs of rows
  * the sum of two of these and the bias.
  *
- * Tiles with an activation, a residual or pairs of rows are stored to a buffer of their own first (it never leaves L1) and written
- * to y once: reading back rows of y that were just stored waits for their cache lines. */
+ * Tiles with an activation, a residual or pairs of rows are stored to a buffer of their own first (it never leaves L1)
+ * and written to y once: reading back rows of y that were just stored waits for their cache lines. */
 #define FINISH_ROWS 16
 
 typedef void (*tile_fn)(const zq_tile *t);
@@ -71,6 +71,7 @@ run_tile(const zq_tile *t, const tile_fn tile)
     local.bias = t->pairs ? no_bias : t->bias;
     local.y = v;
     local.ldy = ZQ_NR;
+    local.stream = 0;
     local.nr = ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0 goes into the buffer */
     tile(&local);
     finish_tile(t, v);
