@@ -105,10 +105,15 @@ def test_goals_compare_with_the_best_peer(harness: Any) -> None:
     import bench_decode
 
     speeds = {"zquant-lm w4a8 g64": 28.0, "llama.cpp q4_0": 10.0, "llama.cpp q4_k": 20.0, "llama.cpp q8_0": 25.0}
-    rows = [harness.row(e, 1, v, "tok/s", engine=e, case="decode @64") for e, v in speeds.items()]
+    rows = [harness.row(e, 1, v, "tok/s", engine=e, case="decode @64", gated=True) for e, v in speeds.items()]
     (row,) = bench_decode.goals(rows, "llama-1.1b", 1)
     assert row["value"] == pytest.approx(1.4)
     assert row["goal"] == 1.4
+    assert bench_decode.verdict(row) == "reached"
+    assert bench_decode.verdict({**row, "value": 1.39}) == "missed"
+    rows[1]["gated"] = False
+    (row,) = bench_decode.goals(rows, "llama-1.1b", 1)
+    assert bench_decode.verdict(row) == "not measured"
     assert bench_decode.goals(rows[:1], "llama-1.1b", 1) == []
 
 

@@ -4,7 +4,8 @@ The neighbours of a virtual machine take the core away for milliseconds at a tim
 CPUs on one physical core for minutes. A timing is therefore kept only if a 0.2 ms slice of register-only instructions
 ran at 96 % or more of its best speed right before it and right after it, and if the threads had their CPUs all the time
 in between (the kernel counts what they used and how long they waited). What is reported is the median of the kept slices of the
-best round; several rounds over all cases are interleaved. Percentages refer to the peak of the same run.
+best round; several rounds over all cases are interleaved. Percentages refer to the peak of the same run. Where too few slices
+are kept, the figure is marked: it is then of all slices, less the time that the threads were without a CPU, and says little.
 """
 from __future__ import annotations
 
@@ -164,7 +165,7 @@ class Gate:
             lost = lost_time()
             faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - f0
             after = self.good()
-            every.append(took / calls)
+            every.append(max(took - lost / self.threads, 0.05 * took) / calls)
             if before and after and lost <= MAX_LOST * took:
                 kept.append(took / calls)
             before = after or self.wait()

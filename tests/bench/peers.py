@@ -710,7 +710,8 @@ print(json.dumps(dict(baseline=baseline, peak=peak())))
 
 def quantizing_memory(model: Path, scheme: str) -> dict[str, int]:
     """Peak resident bytes of a process that loads and quantizes: after the imports (baseline) and in the end (peak)."""
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(REPO), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    paths = [str(REPO), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
     done = subprocess.run([sys.executable, "-c", PEAK_SCRIPT, str(model), scheme], env=env, check=True,
                           capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
