@@ -114,6 +114,7 @@ def test_goals_compare_with_the_best_peer(harness: Any) -> None:
     rows[1]["gated"] = False
     (row,) = bench_decode.goals(rows, "llama-1.1b", 1)
     assert bench_decode.verdict(row) == "not measured"
+    assert bench_decode.goals(rows, "gpt2-124m", 1)[0]["goal"] is None
     assert bench_decode.goals(rows[:1], "llama-1.1b", 1) == []
 
 
