@@ -348,7 +348,8 @@ count_attend_jobs(kv_pass *t)
             jobs += zq_ceil_div(new_tokens(t, s), t->block_queries);
         }
         t->first_job[sequences] = jobs;
-        if (jobs * t->c->kv_heads >= 4 * zq_threads() || t->block_queries * t->group <= ZQ_ITEM_ROWS / 8) {
+        const int small = t->block_queries == 1 || t->block_queries * t->group <= ZQ_ITEM_ROWS / 8;
+        if (small || jobs * t->c->kv_heads >= 4 * zq_threads()) {
             return jobs;
         }
     }
