@@ -2,21 +2,13 @@
  * softmax carried along (Milakov and Gimelshein, arXiv:1805.02867; tiles as in FlashAttention, arXiv:2205.14135), so
  * that no (T, T) matrix exists.
  *
- * A query row goes over tiles of KEY_TILE visible keys in order. With s the scores of a tile, m the running maximum
+ * A query row goes over tiles of ZQ_KEY_TILE visible keys in order. With s the scores of a tile, m the running maximum
  * of scale * s, l the running sum and o the running sum of p v:
  *     m' = max(m, max scale s)   c = exp(m - m')   p = exp(scale s - m')   l = l c + sum p   o = o c + p V
  * and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result depends on its own
  * query and the visible keys of its sequence only: which rows share a job, a tile of registers or a thread never
  * shows in the bits. */
-#include "bad_row.h"
-#include "ref/math.h"
-#include "zq_kernels.h"
-
-enum {
-    KEY_TILE = 256, /* keys: K and V tiles (2 x 32 KiB at 32 dimensions) stay in L2 */
-    PANEL = 32,     /* keys per panel of K^T: what one call of matmul_f32 reads, (head_dim, PANEL) and contiguous */
-    ITEM_ROWS = 264 /* query rows per job: gathering a tile is paid once per so many rows */
-};
+#include "attention_tile.h"
 
 typedef struct {
     const zq_attention_args *a;
@@ -35,8 +27,8 @@ typedef struct {
     int64_t next_key, end;   /* keys not yet gathered, in the whole arrays */
     int64_t keys;            /* in the tile */
     float *kt;               /* panels of K^T */
-    float *v;                /* (KEY_TILE, dp) */
-    float *s;                /* (mr, KEY_TILE) scores, then p */
+    float *v;                /* (ZQ_KEY_TILE, dp) */
+    float *s;                /* (mr, ZQ_KEY_TILE) scores, then p */
     float *o;                /* (rows, dp) */
     float *max, *sum;        /* (rows): m and l */
 } item;
@@ -47,8 +39,8 @@ gather_run(item *w, int64_t from, int64_t to)
 {
     const zq_attention_args *a = w->t->a;
     const int64_t d = a->head_dim, dp = w->t->dp, at = from * a->ld_kv + w->head * d;
-    float *panel = w->kt + w->keys / PANEL * PANEL * d + w->keys % PANEL;
-    w->t->K->transpose_f32(a->k + at, to - from, d, a->ld_kv, panel, PANEL);
+    float *panel = w->kt + w->keys / ZQ_PANEL * ZQ_PANEL * d + w->keys % ZQ_PANEL;
+    w->t->K->transpose_f32(a->k + at, to - from, d, a->ld_kv, panel, ZQ_PANEL);
     for (int64_t i = 0; i < to - from; i++) {
         float *row = w->v + (w->keys + i) * dp;
         memcpy(row, a->v + at + i * a->ld_kv, (size_t)d * sizeof *row);
@@ -57,13 +49,13 @@ gather_run(item *w, int64_t from, int64_t to)
     w->keys += to - from;
 }
 
-/* The next tile of up to KEY_TILE visible keys; 0 when there are none left. */
+/* The next tile of up to ZQ_KEY_TILE visible keys; 0 when there are none left. */
 static int64_t
 gather_tile(item *w)
 {
     const uint8_t *mask = w->t->a->key_mask;
-    for (w->keys = 0; w->keys < KEY_TILE && w->next_key < w->end;) {
-        const int64_t from = w->next_key, room = PANEL - w->keys % PANEL;
+    for (w->keys = 0; w->keys < ZQ_KEY_TILE && w->next_key < w->end;) {
+        const int64_t from = w->next_key, room = ZQ_PANEL - w->keys % ZQ_PANEL;
         int64_t to = from;
         while (to < w->end && to - from < room && (!mask || mask[to])) {
             to++;
@@ -76,53 +68,23 @@ gather_tile(item *w)
     /* the columns that fill up the last vector are computed and never read: they only must hold numbers */
     const int64_t d = w->t->a->head_dim, tail = zq_round_up(w->keys, 16) - w->keys;
     for (int64_t i = 0; tail && i < d; i++) {
-        memset(w->kt + w->keys / PANEL * PANEL * d + i * PANEL + w->keys % PANEL, 0, (size_t)tail * sizeof *w->kt);
+        memset(w->kt + w->keys / ZQ_PANEL * ZQ_PANEL * d + i * ZQ_PANEL + w->keys % ZQ_PANEL, 0, (size_t)tail * sizeof *w->kt);
     }
     return w->keys;
-}
-
-/* s = Q K^T for query rows r .. r + mr - 1 of the item. */
-static void
-scores(const item *w, int64_t r, int64_t mr)
-{
-    const zq_attention_args *a = w->t->a;
-    zq_tile tile = {.mr = (int)mr, .k = a->head_dim, .lda = a->ld_q, .ldy = KEY_TILE};
-    tile.a = a->q + (w->row + r) * a->ld_q + w->head * a->head_dim;
-    for (int64_t key = 0; key < w->keys; key += PANEL) {
-        tile.nr = (int)zq_round_up(zq_min(PANEL, w->keys - key), 16);
-        tile.b = w->kt + key * a->head_dim;
-        tile.y = w->s + key;
-        w->t->K->matmul_f32(&tile, PANEL, 0);
-    }
-}
-
-/* Scores to p, and the row's m, l and o brought to the new maximum. */
-static void
-softmax_row(const item *w, int64_t r, float *s, int first)
-{
-    const zq_kernels *K = w->t->K;
-    const float scale = w->t->a->scale, old = w->max[r];
-    const float max = zq_maxf(old, K->max_f32(s, w->keys) * scale);
-    const float sum = K->exp_sum_f32(s, w->keys, scale, max, s);
-    if (!first && max != old) {
-        const float c = zq_exp(old - max);
-        w->sum[r] *= c;
-        K->scale_f32(w->o + r * w->t->dp, w->t->dp, c, w->o + r * w->t->dp);
-    }
-    w->max[r] = max;
-    w->sum[r] = first ? sum : w->sum[r] + sum;
 }
 
 /* One key tile for query rows r .. r + mr - 1. */
 static void
 tile_rows(const item *w, int64_t r, int64_t mr, int first)
 {
+    const zq_attention_args *a = w->t->a;
     const int64_t dp = w->t->dp;
-    scores(w, r, mr);
-    for (int64_t i = 0; i < mr; i++) {
-        softmax_row(w, r + i, w->s + i * KEY_TILE, first);
+    const float *q = a->q + (w->row + r) * a->ld_q + w->head * a->head_dim;
+    zq_score_panels(w->t->K, q, a->ld_q, mr, a->head_dim, w->kt, w->keys, w->s);
+    for (int64_t i = r; i < r + mr; i++) {
+        zq_softmax_step(w->t->K, a->scale, w->s + (i - r) * ZQ_KEY_TILE, w->keys, &w->max[i], &w->sum[i], w->o + i * dp, dp);
     }
-    const zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .k = w->keys, .a = w->s, .lda = KEY_TILE, .b = w->v,
+    const zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .k = w->keys, .a = w->s, .lda = ZQ_KEY_TILE, .b = w->v,
                           .y = w->o + r * dp, .ldy = dp};
     w->t->K->matmul_f32(&tile, dp, !first);
 }
@@ -150,30 +112,18 @@ static int
 carve(item *w)
 {
     const int64_t dp = w->t->dp, d = w->t->a->head_dim, mr = w->t->K->mr_matmul, rows = w->t->item_rows;
-    const int64_t floats = KEY_TILE * (zq_round_up(d, 16) + dp + mr) + rows * (dp + 2);
+    const int64_t floats = ZQ_KEY_TILE * (zq_round_up(d, 16) + dp + mr) + rows * (dp + 2);
     float *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)floats * sizeof *p);
     if (!p) {
         return 0;
     }
     w->kt = p;
-    w->v = w->kt + KEY_TILE * zq_round_up(d, 16);
-    w->s = w->v + KEY_TILE * dp;
-    w->o = w->s + KEY_TILE * mr;
+    w->v = w->kt + ZQ_KEY_TILE * zq_round_up(d, 16);
+    w->s = w->v + ZQ_KEY_TILE * dp;
+    w->o = w->s + ZQ_KEY_TILE * mr;
     w->max = w->o + rows * dp;
     w->sum = w->max + rows;
     return 1;
-}
-
-/* The sequence whose jobs include `job`. */
-static int64_t
-find_sequence(const attention *t, int64_t job)
-{
-    int64_t lo = 0, hi = t->a->sequences;
-    while (hi - lo > 1) {
-        const int64_t mid = lo + (hi - lo) / 2;
-        *(t->first_job[mid] <= job ? &lo : &hi) = mid;
-    }
-    return lo;
 }
 
 static void
@@ -181,7 +131,7 @@ attention_job(void *ctx, int64_t job)
 {
     attention *t = ctx;
     const zq_attention_args *a = t->a;
-    const int64_t per_head = job / a->heads, s = find_sequence(t, per_head);
+    const int64_t per_head = job / a->heads, s = zq_find_sequence(t->first_job, a->sequences, per_head);
     const int64_t begin = a->offsets[s], end = a->offsets[s + 1], first = begin + (per_head - t->first_job[s]) * t->item_rows;
     item w = {.t = t, .head = job % a->heads, .row = first, .rows = zq_min(t->item_rows, end - first), .next_key = begin,
               .end = end};
@@ -221,14 +171,14 @@ count_jobs(attention *t)
 zq_status
 zq_attention(const zq_attention_args *a, int64_t *bad_row)
 {
-    attention t = {.a = a, .K = zq_active(), .dp = zq_round_up(a->head_dim, 16), .item_rows = ITEM_ROWS};
+    attention t = {.a = a, .K = zq_active(), .dp = zq_round_up(a->head_dim, 16), .item_rows = ZQ_ITEM_ROWS};
     zq_trouble_init(&t.trouble);
     t.first_job = zq_alloc((size_t)(a->sequences + 1) * sizeof *t.first_job);
     if (!t.first_job) {
         return ZQ_ENOMEM;
     }
     int64_t jobs = count_jobs(&t);
-    while (jobs * a->heads < 2 * zq_threads() && t.item_rows > ITEM_ROWS / 8) {
+    while (jobs * a->heads < 2 * zq_threads() && t.item_rows > ZQ_ITEM_ROWS / 8) {
         t.item_rows /= 2;
         jobs = count_jobs(&t);
     }

@@ -118,8 +118,9 @@ zq_status zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, con
 zq_status zq_gemm_u8s8_s32(const zq_linear *w, const uint8_t *a, int64_t ld, const int32_t *zero, int64_t m,
                            int32_t *c);
 
-/* ---- quantizers (quantize.c) and Transformer operators (norm.c, attention.c): see below ------------ */
+/* ---- quantizers (quantize.c), Transformer operators (norm.c, attention.c), decoders (kv.c, attention_kv.c) ---- */
 #include "zq_quantize.h"
 #include "zq_nn.h"
+#include "zq_kv.h"
 
 #endif

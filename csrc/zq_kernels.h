@@ -59,6 +59,8 @@ typedef struct {
     /* out = (q - zero) * scale; q is read as signed or unsigned bytes */ \
     X(dequantize_b8_f32, void, (const uint8_t *q, int64_t n, int is_signed, float scale, int32_t zero, float *out)) \
     X(dequantize_vec_b8_f32, void, (const uint8_t *q, int64_t n, int is_signed, const float *scale, const int32_t *zero, float *out)) \
+    /* out (rows, cols) = (q - zero) * scale[column], both contiguous; cols a multiple of 16 */ \
+    X(dequantize_cols_u8_f32, void, (const uint8_t *q, int64_t rows, int64_t cols, const float *scale, int32_t zero, float *out)) \
     /* n codes of `bits` (2, 3, 4 or 8) bits, one per byte (high bits ignored), to a dense little-endian bit stream \
      * of ceil(n * bits / 8) bytes; unused high bits of the last byte are 0. */ \
     X(pack_bits, void, (const uint8_t *codes, int64_t n, int bits, uint8_t *packed)) \
@@ -83,6 +85,9 @@ typedef struct {
     X(scale_f32, void, (const float *x, int64_t n, float s, float *y)) \
     /* y (cols, rows) = x (rows, cols) transposed */ \
     X(transpose_f32, void, (const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)) \
+    /* y = the heads of one token, head_dim elements each, with the first 2 * half of each rotated (zq_rope); cos, sin \
+     * (half). y may be x */ \
+    X(rotary_f32, void, (const float *x, int64_t heads, int64_t head_dim, int64_t half, int interleaved, const float *cos, const float *sin, float *y)) \
     /* ---- tiles of matrix products (gemm) ---- */ \
     X(gemm_u8s8, void, (const zq_tile *t)) \
     X(gemm_u8s8_s32, void, (const zq_tile *t, int32_t *c, int64_t ldc)) \

@@ -16,6 +16,7 @@ from ._blas import core_hint
 with core_hint():  # zquant._core loads OpenBLAS
     from . import _core as _core
 from . import cpu, evaluate, ops
+from .cache import KVCache
 from .encoder import SentenceEncoder
 from .errors import FormatError
 from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, sts
@@ -31,7 +32,7 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "RTN", "FormatError", "Linear", "Method", "Model", "QTensor", "QuantSpec", "Report", "STSResult",
-    "Scheme", "SentenceEncoder", "__version__", "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads",
+    "RTN", "FormatError", "KVCache", "Linear", "Method", "Model", "QTensor", "QuantSpec", "Report",
+    "STSResult", "Scheme", "SentenceEncoder", "__version__", "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads",
     "load", "ops", "pearson", "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
 ]

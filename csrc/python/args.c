@@ -354,3 +354,104 @@ zq_give_tuple(int n, zq_arg *args)
     zq_release(n, args);
     return t;
 }
+
+/* ---- arguments that several operators have ------------------------------------------------------------ */
+
+int
+zq_new_rows(int64_t m, int64_t n, int want_y, int64_t quant, zq_arg a[4], zq_rows_out *out)
+{
+    const int64_t shape[2] = {m, n};
+    *out = (zq_rows_out){.quant = (zq_quant)quant};
+    if ((want_y && zq_new(ZQ_F32, 2, shape, &a[0]) < 0) || (quant != ZQ_QUANT_NONE && zq_new_codes(m, n, &a[1]) < 0)) {
+        return -1;
+    }
+    out->y = a[0].data;
+    if (quant != ZQ_QUANT_NONE) {
+        out->q = a[1].data;
+        out->ld_q = PyArray_STRIDE(a[1].arr, 0);
+        out->q_scale = a[2].data;
+        out->q_zero = a[3].data;
+    }
+    return 0;
+}
+
+PyObject *
+zq_give_rows(int64_t quant, zq_arg a[4])
+{
+    return quant == ZQ_QUANT_NONE ? zq_give(&a[0]) : zq_give_tuple(3, &a[1]);
+}
+
+int
+zq_check_inputs(zq_status status, int inputs, const zq_arg *a, const char *const *names, int64_t bad_row)
+{
+    for (int i = 0; status == ZQ_ENONFINITE && i < inputs; i++) {
+        if (zq_finite(&a[i], names[i]) < 0) {
+            return -1;
+        }
+    }
+    if (status == ZQ_ENONFINITE) {
+        PyErr_Format(PyExc_ValueError, "%s: finite, but the result overflows float32 in row %lld", names[0], (long long)bad_row);
+        return -1;
+    }
+    return zq_check(status, names[0], bad_row);
+}
+
+int
+zq_read_quant(PyObject *o, int64_t *quant)
+{
+    return zq_int(o, "quant", ZQ_QUANT_NONE, ZQ_QUANT_TOKEN_ASYM, quant);
+}
+
+int
+zq_read_eps(PyObject *o, float *eps)
+{
+    double e;
+    if (zq_float(o, "eps", &e) < 0) {
+        return -1;
+    }
+    if (!(e >= 0 && e <= 1e30)) {
+        PyErr_SetString(PyExc_ValueError, "eps: expected a finite number >= 0");
+        return -1;
+    }
+    *eps = (float)e;
+    return 0;
+}
+
+int
+zq_read_scale(PyObject *o, float *scale)
+{
+    double s;
+    if (zq_float(o, "scale", &s) < 0) {
+        return -1;
+    }
+    *scale = (float)s;
+    if (!(*scale > 0) || !isfinite(*scale)) {
+        PyErr_SetString(PyExc_ValueError, "scale: expected a finite number > 0");
+        return -1;
+    }
+    return 0;
+}
+
+int
+zq_read_vector(PyObject *o, const char *name, int64_t n, zq_arg *a)
+{
+    return zq_in(o, name, ZQ_F32, 1, 1, a) < 0 || zq_shape(a, name, 1, &n) < 0 ? -1 : zq_finite(a, name);
+}
+
+int
+zq_read_offsets(PyObject *o, int64_t rows, zq_arg *a)
+{
+    if (zq_in(o, "offsets", ZQ_I64, 1, 1, a) < 0) {
+        return -1;
+    }
+    const int64_t *off = a->data, n = a->size;
+    int good = n >= 1 && off[0] == 0 && off[n - 1] == rows;
+    for (int64_t i = 1; good && i < n; i++) {
+        good = off[i] >= off[i - 1];
+    }
+    if (!good) {
+        PyErr_Format(PyExc_ValueError, "offsets: expected 0 = offsets[0] <= offsets[1] <= ... <= offsets[-1] = %lld", (long long)rows);
+        return -1;
+    }
+    return 0;
+}

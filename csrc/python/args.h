@@ -59,4 +59,19 @@ int zq_count(const char *function, Py_ssize_t got, Py_ssize_t want);
 /* Status to exception: NULL with the exception set, or `result` when ZQ_OK. `what` names the array. */
 int zq_check(zq_status status, const char *what, int64_t bad_row);
 
+/* Where a row operator's results go: y when wanted, codes when quant says so. a: y, q, scale, zero. */
+int zq_new_rows(int64_t m, int64_t n, int want_y, int64_t quant, zq_arg a[4], zq_rows_out *out);
+/* y, or codes. */
+PyObject *zq_give_rows(int64_t quant, zq_arg a[4]);
+/* As zq_check. The core knows that a row was bad, this finds which of the inputs had it; where none had, the result
+ * overflowed float32. */
+int zq_check_inputs(zq_status status, int inputs, const zq_arg *a, const char *const *names, int64_t bad_row);
+int zq_read_quant(PyObject *o, int64_t *quant);
+int zq_read_eps(PyObject *o, float *eps);     /* >= 0 */
+int zq_read_scale(PyObject *o, float *scale); /* > 0 */
+/* A float32 row vector of n finite values. */
+int zq_read_vector(PyObject *o, const char *name, int64_t n, zq_arg *a);
+/* offsets (sequences + 1): from 0 to rows, never falling. */
+int zq_read_offsets(PyObject *o, int64_t rows, zq_arg *a);
+
 #endif

@@ -5,5 +5,6 @@
 extern PyMethodDef zq_methods_linear[];   /* bind_linear.c: packed weights, products */
 extern PyMethodDef zq_methods_quantize[]; /* bind_quantize.c: quantizers, packing */
 extern PyMethodDef zq_methods_nn[];       /* bind_nn.c: norms, activations, attention */
+extern PyMethodDef zq_methods_kv[];       /* bind_kv.c: key-value cache, rotary embedding */
 extern PyMethodDef zq_methods_linalg[];   /* bind_linalg.c: what BLAS was loaded */
 #endif

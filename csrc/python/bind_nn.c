@@ -7,78 +7,6 @@
 
 #include <math.h>
 
-/* Where a row operator's results go: y when wanted, codes when quant says so. a: y, q, scale, zero. */
-static int
-new_rows(int64_t m, int64_t n, int want_y, int64_t quant, zq_arg a[4], zq_rows_out *out)
-{
-    const int64_t shape[2] = {m, n};
-    *out = (zq_rows_out){.quant = (zq_quant)quant};
-    if ((want_y && zq_new(ZQ_F32, 2, shape, &a[0]) < 0) || (quant != ZQ_QUANT_NONE && zq_new_codes(m, n, &a[1]) < 0)) {
-        return -1;
-    }
-    out->y = a[0].data;
-    if (quant != ZQ_QUANT_NONE) {
-        out->q = a[1].data;
-        out->ld_q = PyArray_STRIDE(a[1].arr, 0);
-        out->q_scale = a[2].data;
-        out->q_zero = a[3].data;
-    }
-    return 0;
-}
-
-/* y, or codes. */
-static PyObject *
-give_rows(int64_t quant, zq_arg a[4])
-{
-    return quant == ZQ_QUANT_NONE ? zq_give(&a[0]) : zq_give_tuple(3, &a[1]);
-}
-
-/* Status to exception. The core knows that a row was bad, here we find which of the inputs had it; where none had,
- * the result overflowed float32. */
-static int
-check(zq_status status, int inputs, const zq_arg *a, const char *const *names, int64_t bad_row)
-{
-    for (int i = 0; status == ZQ_ENONFINITE && i < inputs; i++) {
-        if (zq_finite(&a[i], names[i]) < 0) {
-            return -1;
-        }
-    }
-    if (status == ZQ_ENONFINITE) {
-        PyErr_Format(PyExc_ValueError, "%s: finite, but the result overflows float32 in row %lld", names[0], (long long)bad_row);
-        return -1;
-    }
-    return zq_check(status, names[0], bad_row);
-}
-
-static int
-read_quant(PyObject *o, int64_t *quant)
-{
-    return zq_int(o, "quant", ZQ_QUANT_NONE, ZQ_QUANT_TOKEN_ASYM, quant);
-}
-
-/* eps >= 0 */
-static int
-read_eps(PyObject *o, float *eps)
-{
-    double e;
-    if (zq_float(o, "eps", &e) < 0) {
-        return -1;
-    }
-    if (!(e >= 0 && e <= 1e30)) {
-        PyErr_SetString(PyExc_ValueError, "eps: expected a finite number >= 0");
-        return -1;
-    }
-    *eps = (float)e;
-    return 0;
-}
-
-/* A float32 row vector of n finite values. */
-static int
-read_vector(PyObject *o, const char *name, int64_t n, zq_arg *a)
-{
-    return zq_in(o, name, ZQ_F32, 1, 1, a) < 0 || zq_shape(a, name, 1, &n) < 0 ? -1 : zq_finite(a, name);
-}
-
 /* float32 of the same shape as x, or None where that is allowed. */
 static int
 read_like(PyObject *o, const char *name, int optional, const zq_arg *x, zq_arg *a)
@@ -113,18 +41,18 @@ py_layer_norm(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     float eps;
     int64_t quant, bad = 0;
     zq_rows_out out;
-    if (zq_count("layer_norm", nargs, NARGS) < 0 || read_eps(args[EPS], &eps) < 0 || read_quant(args[QUANT], &quant) < 0 ||
+    if (zq_count("layer_norm", nargs, NARGS) < 0 || zq_read_eps(args[EPS], &eps) < 0 || zq_read_quant(args[QUANT], &quant) < 0 ||
         zq_in(args[X], "x", ZQ_F32, 2, 2, &a[X]) < 0 || read_like(args[RESIDUAL], "residual", 1, &a[X], &a[RESIDUAL]) < 0 ||
-        read_vector(args[GAMMA], "weight", a[X].dim[1], &a[GAMMA]) < 0 ||
-        read_vector(args[BETA], "bias", a[X].dim[1], &a[BETA]) < 0 ||
-        new_rows(a[X].dim[0], a[X].dim[1], 1, quant, &a[OUT], &out) < 0) {
+        zq_read_vector(args[GAMMA], "weight", a[X].dim[1], &a[GAMMA]) < 0 ||
+        zq_read_vector(args[BETA], "bias", a[X].dim[1], &a[BETA]) < 0 ||
+        zq_new_rows(a[X].dim[0], a[X].dim[1], 1, quant, &a[OUT], &out) < 0) {
         goto cleanup;
     }
     zq_status s;
     Py_BEGIN_ALLOW_THREADS
     s = zq_layernorm(a[X].data, a[RESIDUAL].data, a[GAMMA].data, a[BETA].data, a[X].dim[0], a[X].dim[1], eps, &out, &bad);
     Py_END_ALLOW_THREADS
-    if (check(s, 2, a, names, bad) == 0) {
+    if (zq_check_inputs(s, 2, a, names, bad) == 0) {
         result = give_both(&a[OUT]);
     }
 cleanup:
@@ -143,17 +71,17 @@ py_rms_norm(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     float eps;
     int64_t quant, bad = 0;
     zq_rows_out out;
-    if (zq_count("rms_norm", nargs, NARGS) < 0 || read_eps(args[EPS], &eps) < 0 || read_quant(args[QUANT], &quant) < 0 ||
+    if (zq_count("rms_norm", nargs, NARGS) < 0 || zq_read_eps(args[EPS], &eps) < 0 || zq_read_quant(args[QUANT], &quant) < 0 ||
         zq_in(args[X], "x", ZQ_F32, 2, 2, &a[X]) < 0 || read_like(args[RESIDUAL], "residual", 1, &a[X], &a[RESIDUAL]) < 0 ||
-        read_vector(args[GAMMA], "weight", a[X].dim[1], &a[GAMMA]) < 0 ||
-        new_rows(a[X].dim[0], a[X].dim[1], 1, quant, &a[OUT], &out) < 0) {
+        zq_read_vector(args[GAMMA], "weight", a[X].dim[1], &a[GAMMA]) < 0 ||
+        zq_new_rows(a[X].dim[0], a[X].dim[1], 1, quant, &a[OUT], &out) < 0) {
         goto cleanup;
     }
     zq_status s;
     Py_BEGIN_ALLOW_THREADS
     s = zq_rmsnorm(a[X].data, a[RESIDUAL].data, a[GAMMA].data, a[X].dim[0], a[X].dim[1], eps, &out, &bad);
     Py_END_ALLOW_THREADS
-    if (check(s, 2, a, names, bad) == 0) {
+    if (zq_check_inputs(s, 2, a, names, bad) == 0) {
         result = give_both(&a[OUT]);
     }
 cleanup:
@@ -172,16 +100,16 @@ py_activation(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     int64_t act, quant, bad = 0;
     zq_rows_out out;
     if (zq_count("activation", nargs, NARGS) < 0 || zq_int(args[ACT], "act", 0, ZQ_ACTS - 1, &act) < 0 ||
-        read_quant(args[QUANT], &quant) < 0 || zq_in(args[X], "x", ZQ_F32, 2, 2, &a[X]) < 0 ||
-        new_rows(a[X].dim[0], a[X].dim[1], quant == ZQ_QUANT_NONE, quant, &a[OUT], &out) < 0) {
+        zq_read_quant(args[QUANT], &quant) < 0 || zq_in(args[X], "x", ZQ_F32, 2, 2, &a[X]) < 0 ||
+        zq_new_rows(a[X].dim[0], a[X].dim[1], quant == ZQ_QUANT_NONE, quant, &a[OUT], &out) < 0) {
         goto cleanup;
     }
     zq_status s;
     Py_BEGIN_ALLOW_THREADS
     s = zq_activate(a[X].data, a[X].dim[0], a[X].dim[1], (zq_activation)act, &out, &bad);
     Py_END_ALLOW_THREADS
-    if (check(s, 1, a, names, bad) == 0) {
-        result = give_rows(quant, &a[OUT]);
+    if (zq_check_inputs(s, 1, a, names, bad) == 0) {
+        result = zq_give_rows(quant, &a[OUT]);
     }
 cleanup:
     zq_release(N, a);
@@ -199,17 +127,17 @@ py_gated(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     int64_t act, quant, bad = 0;
     zq_rows_out out;
     if (zq_count("gated", nargs, NARGS) < 0 || zq_int(args[ACT], "act", 0, ZQ_ACTS - 1, &act) < 0 ||
-        read_quant(args[QUANT], &quant) < 0 || zq_in(args[GATE], "gate", ZQ_F32, 2, 2, &a[GATE]) < 0 ||
+        zq_read_quant(args[QUANT], &quant) < 0 || zq_in(args[GATE], "gate", ZQ_F32, 2, 2, &a[GATE]) < 0 ||
         read_like(args[UP], "up", 0, &a[GATE], &a[UP]) < 0 ||
-        new_rows(a[GATE].dim[0], a[GATE].dim[1], quant == ZQ_QUANT_NONE, quant, &a[OUT], &out) < 0) {
+        zq_new_rows(a[GATE].dim[0], a[GATE].dim[1], quant == ZQ_QUANT_NONE, quant, &a[OUT], &out) < 0) {
         goto cleanup;
     }
     zq_status s;
     Py_BEGIN_ALLOW_THREADS
     s = zq_gated(a[GATE].data, a[UP].data, a[GATE].dim[0], a[GATE].dim[1], (zq_activation)act, &out, &bad);
     Py_END_ALLOW_THREADS
-    if (check(s, 2, a, names, bad) == 0) {
-        result = give_rows(quant, &a[OUT]);
+    if (zq_check_inputs(s, 2, a, names, bad) == 0) {
+        result = zq_give_rows(quant, &a[OUT]);
     }
 cleanup:
     zq_release(N, a);
@@ -243,44 +171,19 @@ cleanup:
 
 /* ---- attention --------------------------------------------------------------------------------------- */
 
-/* offsets (sequences + 1): from 0 to rows, never falling. */
-static int
-read_offsets(PyObject *o, int64_t rows, zq_arg *a)
-{
-    if (zq_in(o, "offsets", ZQ_I64, 1, 1, a) < 0) {
-        return -1;
-    }
-    const int64_t *off = a->data, n = a->size;
-    int good = n >= 1 && off[0] == 0 && off[n - 1] == rows;
-    for (int64_t i = 1; good && i < n; i++) {
-        good = off[i] >= off[i - 1];
-    }
-    if (!good) {
-        PyErr_Format(PyExc_ValueError, "offsets: expected 0 = offsets[0] <= offsets[1] <= ... <= offsets[-1] = %lld", (long long)rows);
-        return -1;
-    }
-    return 0;
-}
-
 /* What both forms of attention share: offsets, heads, scale, mask of args[0..3], for rows of `width` columns per
  * operand. a: offsets, mask. */
 static int
 read_attention(PyObject *const *args, int64_t rows, int64_t width, zq_arg a[2], zq_attention_args *t)
 {
-    double scale;
-    if (read_offsets(args[0], rows, &a[0]) < 0 || zq_int(args[1], "heads", 1, 1 << 20, &t->heads) < 0 ||
-        zq_float(args[2], "scale", &scale) < 0 || zq_in_or_none(args[3], "key_mask", ZQ_U8 | ZQ_BOOL, 1, 1, &a[1]) < 0 ||
+    if (zq_read_offsets(args[0], rows, &a[0]) < 0 || zq_int(args[1], "heads", 1, 1 << 20, &t->heads) < 0 ||
+        zq_read_scale(args[2], &t->scale) < 0 || zq_in_or_none(args[3], "key_mask", ZQ_U8 | ZQ_BOOL, 1, 1, &a[1]) < 0 ||
         (a[1].arr && zq_shape(&a[1], "key_mask", 1, &rows) < 0)) {
         return -1;
     }
     if (width % t->heads != 0 || width == 0) {
         PyErr_Format(PyExc_ValueError, "heads: %lld columns cannot be shared out to %lld heads", (long long)width,
                      (long long)t->heads);
-        return -1;
-    }
-    t->scale = (float)scale;
-    if (!(t->scale > 0) || !isfinite(t->scale)) {
-        PyErr_SetString(PyExc_ValueError, "scale: expected a finite number > 0");
         return -1;
     }
     t->head_dim = width / t->heads;
@@ -314,7 +217,7 @@ py_attention(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     Py_BEGIN_ALLOW_THREADS
     s = zq_attention(&t, &bad);
     Py_END_ALLOW_THREADS
-    if (check(s, 3, a, names, bad) == 0) {
+    if (zq_check_inputs(s, 3, a, names, bad) == 0) {
         result = zq_give(&a[OUT]);
     }
 cleanup:
@@ -333,7 +236,7 @@ py_attention_fused(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     int64_t quant, bad = 0;
     zq_attention_args t = {0};
     zq_rows_out out;
-    if (zq_count("attention_fused", nargs, NARGS) < 0 || read_quant(args[QUANT], &quant) < 0 ||
+    if (zq_count("attention_fused", nargs, NARGS) < 0 || zq_read_quant(args[QUANT], &quant) < 0 ||
         zq_in(args[QKV], "qkv", ZQ_F32, 2, 2, &a[QKV]) < 0) {
         goto cleanup;
     }
@@ -342,7 +245,7 @@ py_attention_fused(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         PyErr_Format(PyExc_ValueError, "qkv: expected 3 * heads * head_dim columns, got %lld", (long long)a[QKV].dim[1]);
         goto cleanup;
     }
-    if (read_attention(args + OFFSETS, m, width, &a[REST], &t) < 0 || new_rows(m, width, 1, quant, &a[OUT], &out) < 0) {
+    if (read_attention(args + OFFSETS, m, width, &a[REST], &t) < 0 || zq_new_rows(m, width, 1, quant, &a[OUT], &out) < 0) {
         goto cleanup;
     }
     t.q = a[QKV].data;
@@ -358,8 +261,8 @@ py_attention_fused(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         s = zq_quantize_tokens(out.y, m, width, width, (zq_quant)quant, out.q, out.ld_q, out.q_scale, out.q_zero, &bad);
     }
     Py_END_ALLOW_THREADS
-    if (check(s, 1, a, names, bad) == 0) {
-        result = give_rows(quant, &a[OUT]);
+    if (zq_check_inputs(s, 1, a, names, bad) == 0) {
+        result = zq_give_rows(quant, &a[OUT]);
     }
 cleanup:
     zq_release(N, a);

@@ -131,7 +131,8 @@ exec_module(PyObject *m)
     if (choose_level() < 0) {
         return -1;
     }
-    PyMethodDef *const tables[] = {methods, zq_methods_linear, zq_methods_quantize, zq_methods_nn, zq_methods_linalg};
+    PyMethodDef *const tables[] = {methods,       zq_methods_linear, zq_methods_quantize,
+                                   zq_methods_nn, zq_methods_kv,     zq_methods_linalg};
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
         if (PyModule_AddFunctions(m, tables[i]) < 0) {
             return -1;

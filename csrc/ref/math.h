@@ -159,4 +159,16 @@ zq_rsqrt(float var, float eps)
     return 1.0f / sqrtf(zq_maxf(FLT_MIN, var + eps));
 }
 
+/* One head rotated where (a, b) are neighbours: see zq_rope. The same C at every level: no vector of sixteen lanes has its
+ * partners in order. */
+ZQ_INLINE void
+zq_rotate_pairs(const float *x, int64_t half, const float *cos, const float *sin, float *y)
+{
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[2 * i], b = x[2 * i + 1];
+        y[2 * i] = fmaf(-b, sin[i], a * cos[i]);
+        y[2 * i + 1] = fmaf(a, sin[i], b * cos[i]);
+    }
+}
+
 #endif

@@ -161,6 +161,25 @@ zq_transpose_f32__ref(const float *x, int64_t rows, int64_t cols, int64_t ldx, f
 }
 
 void
+zq_rotary_f32__ref(const float *x, int64_t heads, int64_t head_dim, int64_t half, int interleaved, const float *cos,
+                   const float *sin, float *y)
+{
+    for (int64_t h = 0; h < heads; h++, x += head_dim, y += head_dim) {
+        for (int64_t i = 0; !interleaved && i < half; i++) {
+            const float a = x[i], b = x[i + half];
+            y[i] = fmaf(-b, sin[i], a * cos[i]);
+            y[i + half] = fmaf(a, sin[i], b * cos[i]);
+        }
+        if (interleaved) {
+            zq_rotate_pairs(x, half, cos, sin, y);
+        }
+        for (int64_t i = 2 * half; i < head_dim; i++) {
+            y[i] = x[i];
+        }
+    }
+}
+
+void
 zq_matmul_f32__ref(const zq_tile *t, int64_t ldb, int accumulate)
 {
     const float *a = t->a, *b = t->b;

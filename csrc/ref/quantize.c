@@ -108,3 +108,11 @@ zq_dequantize_vec_b8_f32__ref(const uint8_t *q, int64_t n, int is_signed, const 
         out[i] = value(q[i], is_signed, scale[i], zero[i]);
     }
 }
+void
+zq_dequantize_cols_u8_f32__ref(const uint8_t *q, int64_t rows, int64_t cols, const float *scale, int32_t zero, float *out)
+{
+    for (int64_t i = 0; i < rows * cols; i++) {
+        out[i] = (float)((int32_t)q[i] - zero) * scale[i % cols];
+    }
+}
+

@@ -224,6 +224,41 @@ exp_sum_f32(const float *x, int64_t n, float scale, float shift, float *y)
     return sum4(s);
 }
 
+/* One head, a and b half a head apart. */
+ZQ_INLINE void
+rotate_halves(const float *x, int64_t half, const float *cos, const float *sin, float *y)
+{
+    int64_t i = 0;
+    for (; i + 16 <= half; i += 16) {
+        const v16 a = v16_load(x + i), b = v16_load(x + half + i), c = v16_load(cos + i), s = v16_load(sin + i);
+        v16_store(y + i, v16_fnma(b, s, v16_mul(a, c)));
+        v16_store(y + half + i, v16_fma(a, s, v16_mul(b, c)));
+    }
+    if (i < half) {
+        const int64_t m = half - i;
+        const v16 a = v16_loadn(x + i, m), b = v16_loadn(x + half + i, m), c = v16_loadn(cos + i, m), s = v16_loadn(sin + i, m);
+        v16_storen(y + i, v16_fnma(b, s, v16_mul(a, c)), m);
+        v16_storen(y + half + i, v16_fma(a, s, v16_mul(b, c)), m);
+    }
+}
+
+static void
+rotary_f32(const float *x, int64_t heads, int64_t head_dim, int64_t half, int interleaved, const float *cos, const float *sin,
+           float *y)
+{
+    for (int64_t h = 0; h < heads; h++, x += head_dim, y += head_dim) {
+        if (interleaved) {
+            zq_rotate_pairs(x, half, cos, sin, y);
+        }
+        else {
+            rotate_halves(x, half, cos, sin, y);
+        }
+        for (int64_t i = 2 * half; x != y && i < head_dim; i++) {
+            y[i] = x[i];
+        }
+    }
+}
+
 /* 8 x 8 floats: pairs, then quads, then the 128-bit halves. */
 ZQ_INLINE void
 transpose_8x8(const float *x, int64_t ldx, float *y, int64_t ldy)
@@ -349,6 +384,7 @@ fill(zq_kernels *t)
     t->exp_sum_f32 = exp_sum_f32;
     t->scale_f32 = scale_f32;
     t->transpose_f32 = transpose_f32;
+    t->rotary_f32 = rotary_f32;
     t->matmul_f32 = matmul_f32;
     t->mr_matmul = MATMUL_MR;
 }

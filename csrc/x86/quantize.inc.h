@@ -172,6 +172,18 @@ LEVEL(dequantize_vec_b8_f32)(const uint8_t *q, int64_t n, int is_signed, const f
     }
 }
 
+static void
+LEVEL(dequantize_cols_u8_f32)(const uint8_t *q, int64_t rows, int64_t cols, const float *scale, int32_t zero, float *out)
+{
+    const v16i z = v16i_set1(zero);
+    for (int64_t c = 0; c < cols; c += 16) {
+        const v16 s = v16_load(scale + c);
+        for (int64_t i = c; i < rows * cols; i += cols) {
+            v16_store(out + i, v16_mul(v16_from_i(v16i_sub(v16i_load_u8(q + i), z)), s));
+        }
+    }
+}
+
 /* ---- bit streams: eight codes are a 64-bit word whose bytes are squeezed together in three halving steps, which
  * the compiler does for all words of a block at once. Eight codes of b bits are exactly b bytes. ---- */
 
@@ -288,6 +300,7 @@ LEVEL(fill)(zq_kernels *t)
     t->quantize_vec_f32_b8 = LEVEL(quantize_vec_f32_b8);
     t->dequantize_b8_f32 = LEVEL(dequantize_b8_f32);
     t->dequantize_vec_b8_f32 = LEVEL(dequantize_vec_b8_f32);
+    t->dequantize_cols_u8_f32 = LEVEL(dequantize_cols_u8_f32);
     t->pack_bits = LEVEL(pack_bits);
     t->unpack_bits = LEVEL(unpack_bits);
 }
