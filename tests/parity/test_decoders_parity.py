@@ -1,4 +1,4 @@
-"""float32 logits of every decoder family and rotary scaling against transformers, on tiny random models.
+"""Logits of every decoder family and rotary scaling against transformers, on tiny random models; saved models read by it.
 
     python -m pytest tests/parity          # in an environment with torch and transformers; skipped elsewhere
 """
@@ -20,6 +20,7 @@ from tiny_decoders import VARIANTS, config_of, prompts, tensors_of
 from tiny_models import write
 
 from zquant.models import load
+from zquant.quantize import quantize
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -31,3 +32,15 @@ def test_logits(variant, tmp_path):
     assert np.abs(load(directory)([ids])[0] - want).max() <= 1e-5 * max(1, np.abs(want).max())
     with np.load(GOLDEN) as golden:
         assert np.abs(golden[variant] - want[list(ROWS)]).max() <= 1e-5 * max(1, np.abs(want).max())
+
+
+@pytest.mark.parametrize("scheme, tolerance", [("w8a8+e32", 1e-5), ("w4a16-g16+e32", 1e-3), ("w8a16+e32", 1e-3)])
+@pytest.mark.parametrize("kind", ["opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"])
+def test_transformers_reads_what_is_saved(kind, scheme, tolerance, tmp_path):
+    """Weight-only products are 16-bit here and float32 there; w8a8 rounds tokens alike but for ties."""
+    pytest.importorskip("compressed_tensors")
+    config = config_of(kind)
+    model = quantize(load(write(tmp_path / "model", config, tensors_of(config))), scheme)
+    ids = prompts()[0]
+    want = their_logits(model.save(tmp_path / "saved"), ids)
+    assert np.abs(model([ids])[0] - want).max() <= tolerance * max(1, np.abs(want).max())

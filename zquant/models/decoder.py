@@ -89,8 +89,10 @@ class CausalLM(Network):
 
     @property
     def unlisted(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The head's name where it is the embedding table."""
-        return (self.family.head,) if self.dims.tied else ()
+        """The head, where it is the embedding table; and, where it is float, "lm_head": what some call it in every family."""
+        head = self.linears.get(self.family.head)
+        names = dict.fromkeys([self.family.head, "lm_head"] if head is None or head.spec is None else [])
+        return tuple(name for name in names if name not in self.linears)
 
     @property
     def max_positions(self) -> int:
@@ -211,6 +213,8 @@ class CausalLM(Network):
         lengths = np.diff(packed.offsets)
         if not lengths.all():
             raise ValueError(f"input_ids: sequence {int(np.argmin(lengths))} is empty; a prompt needs at least one token")
+        if attention_mask is None:
+            return packed
         first = np.repeat(packed.positions[packed.offsets[:-1]], lengths)
         index = np.arange(len(ids)) - np.repeat(packed.offsets[:-1], lengths)
         holes = np.flatnonzero(packed.positions != first + index)
@@ -236,7 +240,9 @@ class CausalLM(Network):
         positions = np.arange(len(ids)) + np.repeat(before - packed.offsets[:-1], np.diff(packed.offsets))
         try:
             for start, stop, length in self._pieces(packed.offsets, totals, chunk):
-                offsets = np.clip(packed.offsets, start, stop) - start
+                offsets = packed.offsets
+                if stop - start < len(ids):
+                    offsets = np.clip(offsets, start, stop) - start
                 x = self._run(ids[start:stop], positions[start:stop], offsets, cache, length, tap)
                 yield start, stop, finish(start, stop, x)
         except (Exception, KeyboardInterrupt):
@@ -247,8 +253,8 @@ class CausalLM(Network):
     def _fitting(self, cache: KVCache, batch: int) -> KVCache:
         a, b = cache.architecture, self.dims
         if (a.layers, a.kv_heads, a.head_dim) != (b.layers, b.kv_heads, b.head_dim):
-            raise ValueError(f"cache: of a model with {a.layers} layers, {a.kv_heads} key-value heads of {a.head_dim}; this one "
-                             f"has {b.layers}, {b.kv_heads} of {b.head_dim}")
+            raise ValueError(f"cache: of a model with {a.layers} layers, {a.kv_heads} key-value heads of {a.head_dim}; "
+                             f"this one has {b.layers}, {b.kv_heads} of {b.head_dim}")
         if cache.batch != batch:
             raise ValueError(f"cache: has {cache.batch} sequences, the batch {batch}")
         return cache
@@ -267,8 +273,7 @@ class CausalLM(Network):
         x = self._embed(ids, positions, tap)
         rope = self.dims.rope
         rotation = (None, None) if rope is None else rope.tables(int(positions.max()) + 1, length)
-        for i in range(self.dims.layers):
-            block = self._part(("block", i), self._make_block, i)
+        for block in self._part("blocks", self._make_blocks):
             try:
                 x = block(x, cache.handle, offsets, rotation, tap)
             except ValueError as error:
@@ -313,6 +318,9 @@ class CausalLM(Network):
                 if part is None:
                     part = self._parts[key] = make(*arguments)
         return part
+
+    def _make_blocks(self) -> list[DecoderBlock]:
+        return [self._make_block(i) for i in range(self.dims.layers)]
 
     def _make_block(self, index: int) -> DecoderBlock:
         prefix, a, names = self.prefix + self.family.layer.format(index), self.dims, self.family.block
