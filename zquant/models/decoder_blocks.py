@@ -23,11 +23,6 @@ HEAD_BYTES = 256 << 20  # a float head up to this size is held packed in float32
 HEAD_ROWS = 4096
 
 
-def _codes_mode(mode: int) -> int:
-    """How a producer should quantize for a layer: codes are 8 bits per token; wider inputs are made by the layer."""
-    return mode if mode in (1, 2) else 0
-
-
 class Projection:
     """One or several linear layers that read the same rows, outputs side by side: one product if they are alike.
 
@@ -48,7 +43,7 @@ class Projection:
             bound = [_bind(layer) for layer in layers]  # an override gave them different formats
         self.parts = [part for part, _ in bound]
         modes = {mode for _, mode in bound}
-        self.mode = _codes_mode(modes.pop()) if len(modes) == 1 else 0
+        self.mode = modes.pop() if len(modes) == 1 else 0
         for layer in layers:
             layer.release()
 
