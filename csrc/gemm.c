@@ -18,8 +18,9 @@ enum {
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
     FAR_BYTES = 1 << 20,   /* weights that L2 does not keep from one call to the next */
-    PANEL_JOB_BYTES = 256 * 1024,
-    MIN_PANEL_JOBS = 4,    /* per thread */
+    AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
+    MAX_AHEAD_TILES = 8,   /* with more, a panel's arithmetic takes far longer than its way from memory */
+    SMALL_JOBS = 8,        /* of panels, per thread, after one big one */
     SHARED_ITEMS = 32768,  /* of rows: quantizing so many takes longer than a barrier */
 };
 
@@ -36,6 +37,7 @@ typedef struct {
     int64_t chunks;   /* row chunks (by rows) */
     int64_t panels;
     int64_t panel_jobs; /* runs of panels (by columns) */
+    int threads;
     int far;            /* the weights are read from beyond L2 */
     void (*kernel)(const zq_tile *);
     int quantize_in;
@@ -110,9 +112,21 @@ given_operand(const gemm_job *g, int64_t r0)
     return (operand){x->u8 + r0 * x->ld_u8, x->ld_u8, x->scale + r0, x->zero + r0};
 }
 
-/* One panel times the row tiles [t0, t1). `op` and `y` are indexed from row `base`. */
+/* Memory is to be busy all the time. One tile per panel: prefetch a little ahead of where it reads, which runs on into the
+ * next panel. Several: all but the first read the panel from L2, so that each of them fetches its part of the next one
+ * (next bytes on; 0 where none of this job follows). */
 static void
-run_panel(const gemm_job *g, int64_t p, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y, int64_t ldy)
+look_ahead(zq_tile *t, int64_t tile, int64_t tiles, int64_t next)
+{
+    t->ahead = (const char *)t->b + (tiles == 1 ? AHEAD_BYTES : next + next / tiles * tile);
+    t->ahead_step = 128 / tiles;
+    t->ahead_second = tiles == 1 ? 64 : 0;
+}
+
+/* Panel p times the row tiles [t0, t1); the caller goes on to panel `end`. `op` and `y` are indexed from row `base`. */
+static void
+run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y,
+          int64_t ldy)
 {
     const zq_linear *w = g->w;
     const int64_t col = p * ZQ_NR, per_panel = ZQ_NR * (w->scale ? zq_ceil_div(w->k, w->group) : 1);
@@ -128,7 +142,9 @@ run_panel(const gemm_job *g, int64_t p, int64_t t0, int64_t t1, int64_t base, co
     for (int64_t tile = t0; tile < t1; tile++) {
         const int64_t row = tile_start(g, tile), at = (row - base) * g->split;
         t.mr = (int)((tile_start(g, tile + 1) - row) * g->split);
-        t.far = g->far && tile == t0; /* later tiles find the panel in L2 */
+        if (g->far && t1 - t0 <= MAX_AHEAD_TILES) {
+            look_ahead(&t, tile - t0, t1 - t0, p + 1 < end ? w->panel_bytes : 0);
+        }
         t.a = (const char *)op->a + at * op->lda * item;
         t.sx = op->sx ? op->sx + at : NULL;
         t.zx = op->zx ? op->zx + at : NULL;
@@ -208,7 +224,7 @@ chunk_job(void *ctx, int64_t c)
         }
     }
     for (int64_t p = 0; p < g->panels; p++) {
-        run_panel(g, p, t0, t1, r0, &op, y, ldy);
+        run_panel(g, p, g->panels, t0, t1, r0, &op, y, ldy);
     }
     if (g->quantize_out) {
         quantize_outputs(g, r0, r0 + rows, y, ldy);
@@ -239,14 +255,27 @@ quantize_job(void *ctx, int64_t r)
     quantize_rows(g, r, r + 1, g->a + at * g->lda, g->sx + at, g->zx + at);
 }
 
+/* First panel of a job. Long runs keep the memory busy, as fetching goes on from one panel to the next; short ones end
+ * at the same time on all threads. So: one run per thread of three quarters of its share, and the rest in small ones. */
+static int64_t
+job_start(const gemm_job *g, int64_t job)
+{
+    const int64_t small = g->panel_jobs - g->threads, whole = g->panels - g->panels / 4;
+    if (small < g->threads) {
+        return g->panels * job / g->panel_jobs;
+    }
+    return job <= g->threads ? whole * job / g->threads : whole + (g->panels - whole) * (job - g->threads) / small;
+}
+
 static void
 panel_job(void *ctx, int64_t job)
 {
     gemm_job *g = ctx;
     const operand op = g->quantize_in ? (operand){g->a, g->lda, g->sx, g->zx} : given_operand(g, 0);
     const int64_t ldy = g->out->y ? g->out->ld_y : zq_round_up(g->w->n, 16);
-    for (int64_t p = g->panels * job / g->panel_jobs; p < g->panels * (job + 1) / g->panel_jobs; p++) {
-        run_panel(g, p, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
+    const int64_t end = job_start(g, job + 1);
+    for (int64_t p = job_start(g, job); p < end; p++) {
+        run_panel(g, p, end, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
     }
 }
 
@@ -272,7 +301,7 @@ for_rows(gemm_job *g, int64_t row_items, zq_job_fn fn)
 }
 
 static void
-run_by_columns(gemm_job *g, int threads)
+run_by_columns(gemm_job *g)
 {
     const int64_t rows = g->m * g->split, scales = zq_round_up(rows, 16);
     if (g->quantize_in) {
@@ -293,9 +322,7 @@ run_by_columns(gemm_job *g, int threads)
             return;
         }
     }
-    /* Neighbouring panels stay together: prefetching runs on from one into the next. */
-    const int64_t whole = zq_ceil_div(g->panels * g->w->panel_bytes, PANEL_JOB_BYTES);
-    g->panel_jobs = zq_min(g->panels, zq_max(whole, (int64_t)threads * MIN_PANEL_JOBS));
+    g->panel_jobs = zq_min(g->panels, (int64_t)g->threads * (1 + SMALL_JOBS));
     zq_parallel_for(g->panel_jobs, panel_job, g);
     if (g->quantize_out) {
         for_rows(g, g->w->n, requantize_job);
@@ -353,14 +380,14 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
     g.stream_out = !g.quantize_out && m * out->ld_y * 4 >= STREAM_BYTES && out->ld_y % 16 == 0 && (uintptr_t)out->y % 64 == 0;
     g.bad_row = m;
-    const int threads = zq_threads();
+    const int threads = g.threads = zq_threads();
     const int once = g.far && m * g.split <= FEW_ROWS;
     if (threads == 1 || (g.tiles >= (int64_t)threads * MIN_TILES && !once)) {
         g.chunks = count_chunks(&g, threads);
         zq_parallel_for(g.chunks, chunk_job, &g);
     }
     else {
-        run_by_columns(&g, threads);
+        run_by_columns(&g);
     }
     if (g.no_memory) {
         return ZQ_ENOMEM;

@@ -29,7 +29,10 @@ typedef struct {
     const float *zcorr;    /* groups: (NR) */
     const float *bias;     /* (NR) */
     int pairs; /* rows 2i and 2i + 1 of a add up to row i of y: y = act((y_2i + y_2i+1) + bias) + residual; mr is even */
-    int far;   /* the panel comes from beyond L2: prefetch */
+    /* Panels from beyond L2: for every 128 bytes of the panel, ahead and ahead + ahead_second are to be prefetched, and
+     * ahead moves on by ahead_step. NULL: nothing is. Never read from. */
+    const char *ahead;
+    int64_t ahead_step, ahead_second;
     zq_activation act;
     const float *residual;
     int64_t ldr;

@@ -61,6 +61,16 @@ def test_gemm(tmp_path: Path) -> None:
 
 
 @needs_cc
+def test_gemv(tmp_path: Path) -> None:
+    text, rows = run("bench_gemv.py", "--shapes", "64x64", "--m", "1,2", "--copies", "0", "--seconds", "0.02", "--threads", "1",
+                     tmp_path=tmp_path)
+    assert {r["name"] for r in rows} == {"w8a8", "w4a8-g64", "w4a8-g128", "w4a16-g64", "f32"}
+    assert all(ROW <= set(r) for r in rows)
+    assert {r["m"] for r in rows} == {1, 2}
+    assert "percent of the best time" in text
+
+
+@needs_cc
 def test_encoder(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     text, rows = run("bench_encoder.py", "--models", "tiny", "--cases", "1x8,2x4", "--rounds", "1", "--seconds", "0.02",

@@ -290,6 +290,26 @@ def test_rows_do_not_depend_on_the_batch():
             assert same_bits(run(d["x"][lo:hi].copy()), whole[lo:hi].copy())
 
 
+@pytest.mark.parametrize("kind", ["s8", "s8 group", "s4 group", "f32"])
+def test_weights_beyond_the_second_level_cache(kind):
+    """More than 1 MiB of weights: prefetching tiles, runs of panels, every schedule; odd n, k and last groups."""
+    n, k = (1037, 2061) if kind != "f32" else (517, 523)
+    d = make(17, n, k, 64, 4 if kind == "s4 group" else 8)
+    handle = {"s8": lambda: _core.linear_pack_s8(d["codes"], np.ascontiguousarray(d["scales"][:, 0]), d["bias"]),
+              "s8 group": lambda: _core.linear_pack_group(d["codes"], d["scales"], 64, 8, d["bias"]),
+              "s4 group": lambda: _core.linear_pack_group(d["codes"], d["scales"], 64, 4, d["bias"]),
+              "f32": lambda: _core.linear_pack_f32(d["w"], d["bias"])}[kind]()
+    assert _core.linear_bytes(handle) > 1 << 20
+    for quant in (2, 3) if kind != "f32" else (0,):
+        whole = everywhere(lambda: _core.linear_forward(handle, d["x"], quant, 2, d["residual"], 0))
+        for level in LEVELS[1:]:
+            with zq.cpu.use(level):
+                for threads, m in ((t, m) for t in (1, 2, 3) for m in range(1, 17)):
+                    _core.set_threads(threads)
+                    part = _core.linear_forward(handle, d["x"][:m].copy(), quant, 2, d["residual"][:m].copy(), 0)
+                    assert same_bits(part, whole[:m].copy()), f"{level}, {threads} threads, {m} rows"
+
+
 def test_no_rows():
     d = make(1, 40, 24)
     for handle, quant in ((_core.linear_pack_f32(d["w"], None), 0), (_core.linear_pack_s8(d["codes"], d["scales"][:, 0], None), 2)):

@@ -107,7 +107,8 @@ class Linear:
         if self.in_features > MAX_K:
             return f"{self.in_features} input features; int32 sums are exact up to {MAX_K}"
         if spec.group_size and spec.group_size % 8 and spec.group_size < self.in_features:
-            return f"group size {spec.group_size} is neither a multiple of 8 nor at least the {self.in_features} input features"
+            return (f"group size {spec.group_size} is neither a multiple of 8 nor at least the {self.in_features} input "
+                    "features")
         return None
 
     @property

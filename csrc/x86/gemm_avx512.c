@@ -15,18 +15,24 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 
 enum { MR = 12, MR_GROUP = 6, NV = 2 };
 
-/* Weights from memory: with more than one row the hardware's prefetchers and the window of the core do not reach far
- * enough ahead. Panels lie one behind the other, so that the distance carries over from one to the next. */
-#ifndef FAR
-#define FAR 4096
-#endif
-
+/* For a panel's 128 bytes at b: prefetch what t->ahead asks for (see zq_tile). */
 ZQ_INLINE void
-prefetch2(const int far, const void *b)
+prefetch_ahead(const int far, const zq_tile *t, const void *b)
 {
     if (far) {
-        _mm_prefetch((const char *)b + FAR, _MM_HINT_T0);
-        _mm_prefetch((const char *)b + FAR + 64, _MM_HINT_T0);
+        const char *p = t->ahead + ((const char *)b - (const char *)t->b) / 128 * t->ahead_step;
+        _mm_prefetch(p, _MM_HINT_T0);
+        _mm_prefetch(p + t->ahead_second, _MM_HINT_T0);
+    }
+}
+
+/* Scales and sums are streams of their own: 1 KiB is 8 groups ahead. */
+ZQ_INLINE void
+prefetch_scales(const int far, const void *p)
+{
+    if (far) {
+        _mm_prefetch((const char *)p + 1024, _MM_HINT_T0);
+        _mm_prefetch((const char *)p + 1024 + 64, _MM_HINT_T0);
     }
 }
 
@@ -46,7 +52,7 @@ accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV]
     const int8_t *b = t->b;
     for (int64_t k = 0; k < t->k; k += 4, b += 64 * NV) {
         const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
-        prefetch2(far, b);
+        prefetch_ahead(far, t, b);
 #pragma GCC unroll 16
         for (int i = 0; i < mr; i++) {
             const __m512i x = broadcast4(a + i * t->lda + k);
@@ -137,11 +143,14 @@ step_group(const int mr, const zq_tile *t, int64_t k, const __m512i lo[NV], cons
 
 /* One group's integer sums, started at -128 * (code sums). Returns the panel pointer behind the group. */
 ZQ_INLINE const uint8_t *
-accumulate_group(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t g, const uint8_t *b, __m512i acc[MR_GROUP][NV])
+accumulate_group(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t g, const uint8_t *b,
+                 __m512i acc[MR_GROUP][NV])
 {
     const __m512i high = _mm512_set1_epi8((char)0xf0);
     const int64_t end = zq_min(t->k, (g + 1) * t->group);
     const int32_t *start = t->colsum + g * ZQ_NR;
+    prefetch_scales(far, start);
+    prefetch_scales(far, t->scale + g * ZQ_NR);
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
         acc[i][0] = _mm512_loadu_si512(start);
@@ -149,9 +158,10 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
     }
     for (int64_t k = g * t->group; k < end; k += ZQ_KSTEP) {
         __m512i lo[NV], hi[NV];
-        prefetch2(far, b);
+        const uint8_t *at = b;
         if (!four_bits) {
-            prefetch2(far, b + 128);
+            prefetch_ahead(far, t, at);
+            prefetch_ahead(far, t, at + 128);
         }
         if (four_bits) {
             const __m512i v0 = _mm512_load_si512(b), v1 = _mm512_load_si512(b + 64);
@@ -169,6 +179,9 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
             b += 256;
         }
         step_group(mr, t, k, lo, hi, acc);
+        if (four_bits) { /* here, and for eight bits there: gcc 12 spills a register the other way round */
+            prefetch_ahead(far, t, at);
+        }
     }
     return b;
 }
@@ -214,7 +227,7 @@ tile_f32(const int mr, const int far, const zq_tile *t)
     }
     for (int64_t k = 0; k < t->k; k++, b += ZQ_NR) {
         const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
-        prefetch2(far, b);
+        prefetch_ahead(far, t, b);
 #pragma GCC unroll 16
         for (int i = 0; i < mr; i++) {
             const __m512 x = _mm512_set1_ps(a[i * t->lda + k]);
@@ -252,7 +265,7 @@ tile_f32(const int mr, const int far, const zq_tile *t)
 #define G4_FAR(n) \
     case n: tile_group(n, 1, 1, t); break;
 #define NEAR_OR_FAR(ROWS, X)             \
-    if (t->far) {                        \
+    if (t->ahead) {                        \
         switch (t->mr) { ROWS(X##_FAR) } \
     }                                    \
     else {                               \

@@ -298,12 +298,17 @@ zqb_read(size_t bytes, long passes, int threads)
     return run((task){.kind = -1, .n = passes, .bytes = bytes, .part = bytes}, threads);
 }
 
-/* Read `part` bytes of a buffer of `bytes` from `from` on, per thread (multiples of 256): GB/s, all threads together. */
+/* Read `part` bytes of a buffer of `bytes` from `from` on, per thread (multiples of 256): GB/s, all threads together
+ * at the pace of the slowest, as for work that is shared out. */
 double
 zqb_read_part(size_t bytes, size_t from, size_t part, int threads)
 {
     if (zqb_isa() == 0 || part < 256 || from + part > bytes || bytes % 256 || from % 256 || part % 256) {
         return 0;
     }
-    return run((task){.kind = -1, .n = 1, .bytes = bytes, .from = from, .part = part}, threads);
+    double slowest = run((task){.kind = -1, .n = 1, .bytes = bytes, .from = from, .part = part}, threads);
+    for (int i = 0; i < threads; i++) {
+        slowest = team.rate[i] < slowest ? team.rate[i] : slowest;
+    }
+    return threads * slowest;
 }
