@@ -15,7 +15,7 @@ GRANULARITIES = ("tensor", "token", "channel", "group", "row_block")
 DEFAULT_GROUP_SIZE = 64
 
 # ZeroQuant (section 4.1 and its BERT configuration) leaves what comes after the encoder in floating point.
-HEADS = ("*pooler*", "*classifier*", "*lm_head*", "*qa_outputs*", "cls.*", "*vocab_*", "*score")
+HEADS = ("*pooler*", "*classifier*", "*lm_head*", "*embed_out*", "*qa_outputs*", "cls.*", "*vocab_*", "*score")
 
 
 class _Data:

@@ -10,7 +10,6 @@ import numpy as np
 from .. import _core
 from ..formats.safetensors import Stored
 from ..linear import ACTIVATIONS, QUANT, Codes, Linear
-from ..mapped import release
 from ..qtensor import QTensor
 
 __all__ = ["CHUNK", "Block", "Embeddings", "Packed", "Table", "pack", "rows"]
@@ -248,8 +247,7 @@ class Block:
             return
         self.qkv = _bind(fused)[0]
         for part in parts:
-            if isinstance(part.weight, np.ndarray):
-                release(part.weight)
+            part.release()
 
     def __call__(self, x: np.ndarray, codes: Codes | None, offsets: np.ndarray,
                  quant_out: int) -> tuple[np.ndarray, Codes | None]:
