@@ -33,6 +33,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RTN", "CausalLM", "FormatError", "KVCache", "Linear", "Method", "Model", "QTensor", "QuantSpec", "Report",
-    "STSResult", "Scheme", "SentenceEncoder", "__version__", "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads",
-    "load", "ops", "pearson", "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
+    "STSResult", "Scheme", "SentenceEncoder", "__version__", "compare", "cosine_fidelity", "cpu", "evaluate",
+    "get_num_threads", "load", "ops", "pearson", "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
 ]
