@@ -67,6 +67,7 @@ sanitize: $(CORE)
 bench: $(CORE)
 	$(PY) tests/bench/ceilings.py
 	$(PY) tests/bench/bench_gemm.py
+	$(PY) tests/bench/bench_gemv.py
 	$(PY) tests/bench/bench_encoder.py $(BENCH_ARGS)
 
 lint: $(CORE)

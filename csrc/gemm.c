@@ -13,8 +13,15 @@
 enum {
     ALIAS_BYTES = 2048,    /* rows a multiple of this apart share too few L1 sets */
     L2_BYTES = 512 * 1024, /* of a core's L2, what a chunk of rows may occupy */
+    STREAM_BYTES = 6 << 20, /* float32 outputs from this size on bypass the caches: L2 and most of L3 lose them anyway */
     MIN_TILES = 2,         /* per thread: below that, work is split by columns */
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
+    FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
+    FAR_BYTES = 1 << 20,   /* weights that L2 does not keep from one call to the next */
+    AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
+    MAX_AHEAD_TILES = 8,   /* with more, a panel's arithmetic takes far longer than its way from memory */
+    SMALL_JOBS = 8,        /* of panels, per thread, after one big one */
+    SHARED_ITEMS = 32768,  /* of rows: quantizing so many takes longer than a barrier */
 };
 
 typedef struct {
@@ -25,11 +32,16 @@ typedef struct {
     int64_t m;
     int64_t kpad;     /* k as the kernels see it */
     int64_t lda;      /* bytes between quantized rows */
+    int64_t split;    /* rows that the kernels see per row of x: 2 for TOKEN_16, else 1 */
     int64_t tiles;    /* row tiles over all of m */
     int64_t chunks;   /* row chunks (by rows) */
     int64_t panels;
+    int64_t panel_jobs; /* runs of panels (by columns) */
+    int threads;
+    int far;            /* the weights are read from beyond L2 */
     void (*kernel)(const zq_tile *);
     int quantize_in;
+    int stream_out;
     int copy_in; /* float32 rows whose pitch aliases: move them */
     int quantize_out;
     /* by columns: shared scratch */
@@ -57,7 +69,7 @@ note_bad_row(gemm_job *g, int64_t row)
     }
 }
 
-/* Quantized (or given) activations of rows r0..r1: pointers such that index i is row r0 + i. */
+/* Quantized (or given) activations of rows r0..r1: pointers such that index i * split is row r0 + i. */
 typedef struct {
     const void *a;
     int64_t lda;
@@ -65,17 +77,28 @@ typedef struct {
     const int32_t *zx;
 } operand;
 
+/* One row of x into its `split` rows of codes. Returns 0 where x is not finite. */
+static int
+quantize_row(const gemm_job *g, int64_t r, uint8_t *q, float *sx, int32_t *zx)
+{
+    const float *x = g->x->f32 + r * g->x->ld_f32;
+    return g->split == 2 ? zq_quantize_token16(g->K, x, g->w->k, q, q + g->lda, sx, zx)
+                         : zq_quantize_token(g->K, x, g->w->k, g->x->quant, q, sx, zx);
+}
+
 /* Rows [r0, r1) of x into codes; q, sx, zx are indexed from r0. The slack up to kpad must be readable and is
  * multiplied by zero weights: any value will do, zero keeps memory checkers quiet. */
 static void
 quantize_rows(gemm_job *g, int64_t r0, int64_t r1, uint8_t *q, float *sx, int32_t *zx)
 {
     for (int64_t r = r0; r < r1; r++) {
-        uint8_t *row = q + (r - r0) * g->lda;
-        if (!zq_quantize_token(g->K, g->x->f32 + r * g->x->ld_f32, g->w->k, g->x->quant, row, sx + (r - r0), zx + (r - r0))) {
+        const int64_t at = (r - r0) * g->split;
+        if (!quantize_row(g, r, q + at * g->lda, sx + at, zx + at)) {
             note_bad_row(g, r);
         }
-        memset(row + g->w->k, 0, (size_t)(g->lda - g->w->k));
+        for (int64_t i = at; i < at + g->split; i++) {
+            memset(q + i * g->lda + g->w->k, 0, (size_t)(g->lda - g->w->k));
+        }
     }
 }
 
@@ -89,27 +112,42 @@ given_operand(const gemm_job *g, int64_t r0)
     return (operand){x->u8 + r0 * x->ld_u8, x->ld_u8, x->scale + r0, x->zero + r0};
 }
 
-/* One panel times the row tiles [t0, t1). `op` and `y` are indexed from row `base`. */
+/* Memory is to be busy all the time. One tile per panel: prefetch a little ahead of where it reads, which runs on into the
+ * next panel. Several: all but the first read the panel from L2, so that each of them fetches its part of the next one
+ * (next bytes on; 0 where none of this job follows). */
 static void
-run_panel(const gemm_job *g, int64_t p, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y, int64_t ldy)
+look_ahead(zq_tile *t, int64_t tile, int64_t tiles, int64_t next)
+{
+    t->ahead = (const char *)t->b + (tiles == 1 ? AHEAD_BYTES : next + next / tiles * tile);
+    t->ahead_step = 128 / tiles;
+    t->ahead_second = tiles == 1 ? 64 : 0;
+}
+
+/* Panel p times the row tiles [t0, t1); the caller goes on to panel `end`. `op` and `y` are indexed from row `base`. */
+static void
+run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y,
+          int64_t ldy)
 {
     const zq_linear *w = g->w;
     const int64_t col = p * ZQ_NR, per_panel = ZQ_NR * (w->scale ? zq_ceil_div(w->k, w->group) : 1);
     const int64_t item = w->kind == ZQ_W_F32 ? (int64_t)sizeof(float) : 1;
     zq_tile t = {.nr = (int)zq_min(ZQ_NR, w->n - col), .k = g->kpad, .group = w->group, .lda = op->lda,
-                 .b = (const char *)w->panels + p * w->panel_bytes, .bias = w->bias + col, .act = g->out->act, .ldy = ldy,
-                 .ldr = g->out->ld_residual};
+                 .b = (const char *)w->panels + p * w->panel_bytes, .bias = w->bias + col, .pairs = g->split == 2,
+                 .act = g->out->act, .ldy = ldy, .ldr = g->out->ld_residual, .stream = g->stream_out};
     if (w->scale) {
         t.scale = w->scale + p * per_panel;
         t.colsum = w->colsum + p * per_panel;
         t.zcorr = w->zcorr + col;
     }
     for (int64_t tile = t0; tile < t1; tile++) {
-        const int64_t row = tile_start(g, tile);
-        t.mr = (int)(tile_start(g, tile + 1) - row);
-        t.a = (const char *)op->a + (row - base) * op->lda * item;
-        t.sx = op->sx ? op->sx + (row - base) : NULL;
-        t.zx = op->zx ? op->zx + (row - base) : NULL;
+        const int64_t row = tile_start(g, tile), at = (row - base) * g->split;
+        t.mr = (int)((tile_start(g, tile + 1) - row) * g->split);
+        if (g->far && t1 - t0 <= MAX_AHEAD_TILES) {
+            look_ahead(&t, tile - t0, t1 - t0, p + 1 < end ? w->panel_bytes : 0);
+        }
+        t.a = (const char *)op->a + at * op->lda * item;
+        t.sx = op->sx ? op->sx + at : NULL;
+        t.zx = op->zx ? op->zx + at : NULL;
         t.residual = g->out->residual ? g->out->residual + row * g->out->ld_residual + col : NULL;
         t.y = y + (row - base) * ldy + col;
         g->kernel(&t);
@@ -149,8 +187,8 @@ chunk_job(void *ctx, int64_t c)
     const int64_t r0 = tile_start(g, t0), rows = tile_start(g, t1) - r0;
     operand op;
     if (g->quantize_in) {
-        const int64_t scales = zq_round_up(rows, 16);
-        char *scratch = zq_scratch(ZQ_SCRATCH_A, (size_t)(rows * g->lda + scales * 8));
+        const int64_t scales = zq_round_up(rows * g->split, 16);
+        char *scratch = zq_scratch(ZQ_SCRATCH_A, (size_t)(rows * g->split * g->lda + scales * 8));
         if (!scratch) {
             atomic_store(&g->no_memory, 1);
             return;
@@ -186,10 +224,13 @@ chunk_job(void *ctx, int64_t c)
         }
     }
     for (int64_t p = 0; p < g->panels; p++) {
-        run_panel(g, p, t0, t1, r0, &op, y, ldy);
+        run_panel(g, p, g->panels, t0, t1, r0, &op, y, ldy);
     }
     if (g->quantize_out) {
         quantize_outputs(g, r0, r0 + rows, y, ldy);
+    }
+    if (g->stream_out) {
+        atomic_thread_fence(memory_order_seq_cst); /* streaming stores are not ordered by the pool's release */
     }
 }
 
@@ -198,7 +239,7 @@ chunk_job(void *ctx, int64_t c)
 static int64_t
 count_chunks(const gemm_job *g, int threads)
 {
-    const int64_t in_bytes = g->w->kind == ZQ_W_F32 ? g->w->k * 4 : g->lda;
+    const int64_t in_bytes = g->w->kind == ZQ_W_F32 ? g->w->k * 4 : g->lda * g->split;
     const int64_t row_bytes = in_bytes + (g->quantize_out ? g->w->n * 4 : 0);
     const int64_t rows = zq_max(MIN_CHUNK_ROWS, L2_BYTES / zq_max(row_bytes, 1));
     const int64_t chunks = zq_round_up(zq_ceil_div(g->m, rows), threads);
@@ -210,16 +251,32 @@ static void
 quantize_job(void *ctx, int64_t r)
 {
     gemm_job *g = ctx;
-    quantize_rows(g, r, r + 1, g->a + r * g->lda, g->sx + r, g->zx + r);
+    const int64_t at = r * g->split;
+    quantize_rows(g, r, r + 1, g->a + at * g->lda, g->sx + at, g->zx + at);
+}
+
+/* First panel of a job. Long runs keep the memory busy, as fetching goes on from one panel to the next; short ones end
+ * at the same time on all threads. So: one run per thread of three quarters of its share, and the rest in small ones. */
+static int64_t
+job_start(const gemm_job *g, int64_t job)
+{
+    const int64_t small = g->panel_jobs - g->threads, whole = g->panels - g->panels / 4;
+    if (small < g->threads) {
+        return g->panels * job / g->panel_jobs;
+    }
+    return job <= g->threads ? whole * job / g->threads : whole + (g->panels - whole) * (job - g->threads) / small;
 }
 
 static void
-panel_job(void *ctx, int64_t p)
+panel_job(void *ctx, int64_t job)
 {
     gemm_job *g = ctx;
     const operand op = g->quantize_in ? (operand){g->a, g->lda, g->sx, g->zx} : given_operand(g, 0);
     const int64_t ldy = g->out->y ? g->out->ld_y : zq_round_up(g->w->n, 16);
-    run_panel(g, p, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
+    const int64_t end = job_start(g, job + 1);
+    for (int64_t p = job_start(g, job); p < end; p++) {
+        run_panel(g, p, end, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
+    }
 }
 
 static void
@@ -230,12 +287,25 @@ requantize_job(void *ctx, int64_t r)
     quantize_outputs(g, r, r + 1, (g->out->y ? g->out->y : g->y) + r * ldy, ldy);
 }
 
+/* Rows are shared out when that is worth a barrier. */
+static void
+for_rows(gemm_job *g, int64_t row_items, zq_job_fn fn)
+{
+    if (g->m * row_items >= SHARED_ITEMS) {
+        zq_parallel_for(g->m, fn, g);
+        return;
+    }
+    for (int64_t r = 0; r < g->m; r++) {
+        fn(g, r);
+    }
+}
+
 static void
 run_by_columns(gemm_job *g)
 {
-    const int64_t scales = zq_round_up(g->m, 16);
+    const int64_t rows = g->m * g->split, scales = zq_round_up(rows, 16);
     if (g->quantize_in) {
-        char *scratch = zq_scratch(ZQ_SCRATCH_A, (size_t)(g->m * g->lda + scales * 8));
+        char *scratch = zq_scratch(ZQ_SCRATCH_A, (size_t)(rows * g->lda + scales * 8));
         if (!scratch) {
             g->no_memory = 1;
             return;
@@ -243,7 +313,7 @@ run_by_columns(gemm_job *g)
         g->sx = (float *)scratch;
         g->zx = (int32_t *)(g->sx + scales);
         g->a = (uint8_t *)(g->zx + scales);
-        zq_parallel_for(g->m, quantize_job, g);
+        for_rows(g, g->w->k, quantize_job);
     }
     if (!g->out->y) {
         g->y = zq_scratch(ZQ_SCRATCH_Y, (size_t)(g->m * zq_round_up(g->w->n, 16)) * sizeof *g->y);
@@ -252,9 +322,10 @@ run_by_columns(gemm_job *g)
             return;
         }
     }
-    zq_parallel_for(g->panels, panel_job, g);
+    g->panel_jobs = zq_min(g->panels, (int64_t)g->threads * (1 + SMALL_JOBS));
+    zq_parallel_for(g->panel_jobs, panel_job, g);
     if (g->quantize_out) {
-        zq_parallel_for(g->m, requantize_job, g);
+        for_rows(g, g->w->n, requantize_job);
     }
 }
 
@@ -302,12 +373,16 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.lda = zq_row_pitch(w->k * (w->kind == ZQ_W_F32 ? 4 : 1));
     g.copy_in = w->kind == ZQ_W_F32 && x->ld_f32 % (ALIAS_BYTES / 4) == 0 && w->n > ZQ_NR;
     g.panels = zq_ceil_div(w->n, ZQ_NR);
-    g.tiles = zq_ceil_div(m, mr);
     g.quantize_in = w->kind != ZQ_W_F32 && x->f32 != NULL;
+    g.split = g.quantize_in && x->quant == ZQ_QUANT_TOKEN_16 ? 2 : 1;
+    g.tiles = zq_ceil_div(m, mr / g.split);
+    g.far = g.panels * w->panel_bytes >= FAR_BYTES;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
+    g.stream_out = !g.quantize_out && m * out->ld_y * 4 >= STREAM_BYTES && out->ld_y % 16 == 0 && (uintptr_t)out->y % 64 == 0;
     g.bad_row = m;
-    const int threads = zq_threads();
-    if (threads == 1 || g.tiles >= (int64_t)threads * MIN_TILES) {
+    const int threads = g.threads = zq_threads();
+    const int once = g.far && m * g.split <= FEW_ROWS;
+    if (threads == 1 || (g.tiles >= (int64_t)threads * MIN_TILES && !once)) {
         g.chunks = count_chunks(&g, threads);
         zq_parallel_for(g.chunks, chunk_job, &g);
     }

@@ -122,6 +122,22 @@ zq_quantize_token(const zq_kernels *K, const float *x, int64_t k, zq_quant mode,
     return mode == ZQ_QUANT_TOKEN_SYM ? token_sym(K, x, k, q, scale, zero) : token_asym(K, x, k, q, scale, zero);
 }
 
+int
+zq_quantize_token16(const zq_kernels *K, const float *x, int64_t k, uint8_t *high, uint8_t *low, float scale[2], int32_t zero[2])
+{
+    const float amax = K->absmax_f32(x, k);
+    if (!(amax <= FLT_MAX)) {
+        return 0;
+    }
+    const float s = absmax_scale(amax, 32767.0f);
+    scale[1] = s > 0 ? s : 1.0f;
+    scale[0] = 256.0f * scale[1];
+    zero[0] = 128;
+    zero[1] = 0;
+    K->quantize_mul_f32_b16(x, k, s > 0 ? 32767.0f / amax : 0.0f, high, low);
+    return 1;
+}
+
 typedef struct {
     jobs j;
     const float *x;

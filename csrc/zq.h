@@ -49,6 +49,7 @@ typedef enum {
     ZQ_QUANT_NONE,
     ZQ_QUANT_TOKEN_SYM,  /* scale = max|x| / 127, codes 1..255, zero 128 */
     ZQ_QUANT_TOKEN_ASYM, /* scale = (hi - lo) / 255 over [min(x,0), max(x,0)], zero = rint(-lo / scale) */
+    ZQ_QUANT_TOKEN_16,   /* linear layers only, on the way in: scale = max|x| / 32767, codes int16, zero 0 */
     ZQ_QUANT_STATIC,     /* scale and zero given: one of each, or one per feature */
 } zq_quant;
 
@@ -86,7 +87,7 @@ int64_t zq_row_pitch(int64_t bytes);
 typedef struct {
     const float *f32;    /* (m, k) or NULL */
     int64_t ld_f32;
-    zq_quant quant;      /* how float32 rows are quantized: TOKEN_SYM or TOKEN_ASYM (integer weights only) */
+    zq_quant quant;      /* how float32 rows are quantized: TOKEN_* (integer weights only) */
     const uint8_t *u8;   /* (m, k) codes, used when f32 is NULL; rows readable to round_up(k, 8) */
     int64_t ld_u8;
     const float *scale;  /* (m) */

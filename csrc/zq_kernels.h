@@ -28,11 +28,17 @@ typedef struct {
     const float *scale;    /* S8: (NR). groups: (ceil(k/group), NR)  (/ 16 for S4) */
     const float *zcorr;    /* groups: (NR) */
     const float *bias;     /* (NR) */
+    int pairs; /* rows 2i and 2i + 1 of a add up to row i of y: y = act((y_2i + y_2i+1) + bias) + residual; mr is even */
+    /* Panels from beyond L2: for every 128 bytes of the panel, ahead and ahead + ahead_second are to be prefetched, and
+     * ahead moves on by ahead_step. NULL: nothing is. Never read from. */
+    const char *ahead;
+    int64_t ahead_step, ahead_second;
     zq_activation act;
     const float *residual;
     int64_t ldr;
     float *y;
     int64_t ldy;
+    int stream; /* y is not read soon: stores may bypass the caches. Only where rows of y are 64-byte aligned */
 } zq_tile;
 
 /* clang-format off */
@@ -44,7 +50,9 @@ typedef struct {
     X(minmax_f32, int, (const float *x, int64_t n, float *lo, float *hi)) \
     /* q = low byte of rint(clamp(x * inv, qmin - zero, qmax - zero)) + zero. x finite */ \
     X(quantize_mul_f32_b8, void, (const float *x, int64_t n, float inv, int32_t zero, int32_t qmin, int32_t qmax, uint8_t *q)) \
-    /* the same with x / scale: what QuantizeLinear means, and what offline code uses */ \
+    /* rint(clamp(x * inv, +-32767)) + 32768 as its two bytes. x finite */ \
+    X(quantize_mul_f32_b16, void, (const float *x, int64_t n, float inv, uint8_t *high, uint8_t *low)) \
+    /* codes of 8 bits with x / scale: what QuantizeLinear means, and what offline code uses */ \
     X(quantize_div_f32_b8, void, (const float *x, int64_t n, float scale, int32_t zero, int32_t qmin, int32_t qmax, uint8_t *q)) \
     /* the same with one scale and zero per element (per feature) */ \
     X(quantize_vec_f32_b8, void, (const float *x, int64_t n, const float *scale, const int32_t *zero, int32_t qmin, int32_t qmax, uint8_t *q)) \

@@ -68,13 +68,16 @@ def test_the_default_follows_the_affinity_mask():
 
 def test_import_needs_numpy_alone_and_is_quick():
     heavy = "safetensors tokenizers tqdm matplotlib torch transformers pandas scipy".split()
-    code, out, err = python(
-        "import time, sys, numpy; t = time.perf_counter(); import zquant; t = time.perf_counter() - t\n"
-        f"print(t, [m for m in {heavy} if m in sys.modules])")
-    assert code == 0, err
-    seconds, _, loaded = out.partition(" ")
-    assert loaded == "[]"
-    assert float(seconds) < 0.3
+    seconds = []
+    for _ in range(3):  # CPU time, the best of three: the machine may be busy
+        code, out, err = python(
+            "import time, sys, numpy; t = time.process_time(); import zquant; t = time.process_time() - t\n"
+            f"print(t, [m for m in {heavy} if m in sys.modules])")
+        assert code == 0, err
+        t, _, loaded = out.partition(" ")
+        assert loaded == "[]"
+        seconds.append(float(t))
+    assert min(seconds) < 0.3
 
 
 def test_blas_core_is_corrected_only_where_it_is_wrong():

@@ -129,6 +129,98 @@ def test_groups_from_codes(m, n, k, bits, group):
     close(got, want, 4e-6)
 
 
+def int16_layers(d, n, k, group):
+    """Packed weights of every integer kind with the (n, k) float64 values that they stand for."""
+    columns = np.arange(k) // min(group, k)
+    nibbles = np.clip(d["codes"], -8, 7)
+    for codes, scales, handle in (
+        (d["codes"], d["scales"][:, :1], _core.linear_pack_s8(d["codes"], np.ascontiguousarray(d["scales"][:, 0]), d["bias"])),
+        (d["codes"], d["scales"], _core.linear_pack_group(d["codes"], d["scales"], group, 8, d["bias"])),
+        (nibbles, d["scales"], _core.linear_pack_group(nibbles, d["scales"], group, 4, d["bias"])),
+    ):
+        spread = scales[:, columns] if scales.shape[1] > 1 else scales
+        yield handle, codes.astype(np.float64) * spread
+
+
+@pytest.mark.parametrize("m,n,k", [*SIZES, (1, 33, 4096), (2, 40, 200), (4, 65, 129), (16, 70, 64)])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_int16_activations(m, n, k, activation):
+    """Against float64 of the same int16 codes, and of the float rows themselves."""
+    d = make(m, n, k, 32)
+    act = ops.ACTIVATIONS[activation]
+    q, scale = reference.quantize_int16(d["x"])
+    for handle, w in int16_layers(d, n, k, 32 if k > 32 else max(k, 8)):
+        got = everywhere(lambda: _core.linear_forward(handle, d["x"], 3, act, d["residual"], 0))
+        x = q * scale.astype(np.float64)[:, None]
+        want = reference.activate(x @ w.T + d["bias"], activation) + d["residual"]
+        size = np.abs(x) @ np.abs(w).T + np.abs(d["bias"]) + np.abs(d["residual"])  # what cancellation leaves of
+        assert (np.abs(got - want) <= 1e-6 * size + 1e-6).all()
+        if activation is None:
+            exact = d["x"].astype(np.float64) @ w.T + d["bias"] + d["residual"]
+            half_steps = 0.51 * scale[:, None] * np.abs(w).sum(1)
+            assert (np.abs(got - exact) <= half_steps + 1e-6 * size + 1e-6).all()
+
+
+@pytest.mark.parametrize("quant_out", [1, 2])
+def test_int16_activations_with_requantized_outputs(quant_out):
+    for m, n, k in ((1, 40, 64), (5, 33, 40), (23, 96, 128), (64, 48, 72)):
+        d = make(m, n, k, 8)
+        for handle, _ in int16_layers(d, n, k, 8):
+            fused = everywhere(lambda: _core.linear_forward(handle, d["x"], 3, 2, d["residual"], quant_out))
+            y = _core.linear_forward(handle, d["x"], 3, 2, d["residual"], 0)
+            assert same_bits(fused, _core.quantize_tokens(y, quant_out, True))
+
+
+def test_int16_rows_of_zeros_of_tiny_and_of_huge_values():
+    d = make(4, 33, 40)
+    x = np.zeros((6, 40), np.float32)
+    x[1], x[2, 3], x[3] = 1e-38, 1e-45, 3e33
+    x[4, 0], x[5] = -1e36, np.float32(32767) * np.arange(-20, 20) / 20
+    codes, scale = d["codes"], np.full(33, 1e-6, np.float32)
+    handle = _core.linear_pack_s8(codes, scale, None)
+    got = everywhere(lambda: _core.linear_forward(handle, x, 3, 0, None, 0))
+    assert np.isfinite(got).all() and not got[:3].any()
+    q, s = reference.quantize_int16(x)
+    want = (q.astype(np.int64) @ codes.astype(np.int64).T) * s.astype(np.float64)[:, None] * scale
+    assert (np.abs(got - want) <= 1e-6 * np.abs(q * s.astype(np.float64)[:, None]).sum(1, keepdims=True) * 127e-6).all()
+
+
+@pytest.mark.parametrize("k", [4096, 66000])
+def test_int16_sums_are_exact_at_the_largest_codes(k):
+    """All codes at their ends: the sums of the high and the low bytes stay inside int32."""
+    for bits, top in ((8, 127), (4, -8)):
+        codes = np.full((3, k), top, np.int8)
+        handle = _core.linear_pack_group(codes, np.ones((3, 1), np.float32), k, bits, None)
+        for value in (32767.0, -32767.0):
+            x = np.full((2, k), value, np.float32)
+            got = everywhere(lambda: _core.linear_forward(handle, x, 3, 0, None, 0))
+            assert np.abs(got / (value * top * k) - 1).max() < 1e-6
+
+
+@pytest.mark.parametrize("axis,size", [(axis, size) for axis in "mnk" for size in (*range(1, 36), 63, 65, 97, 131)])
+def test_int16_at_every_size(axis, size, guarded):
+    shape = {"m": 3, "n": 17, "k": 21, axis: size}
+    d = {name: guarded(a) for name, a in make(shape["m"], shape["n"], shape["k"], 8).items()}
+    for handle, _ in int16_layers(d, shape["n"], shape["k"], 8):
+        everywhere(lambda: _core.linear_forward(handle, d["x"], 3, 1, d["residual"], 0))
+
+
+def test_int16_by_name_and_in_every_batch():
+    d = make(70, 96, 128, 32)
+    for bits in (4, 8):
+        codes = np.clip(d["codes"], -7, 7)
+        whole = ops.linear_grouped(d["x"], codes, d["scales"], 32, bits, d["bias"], "silu", activations="int16")
+        for lo, hi in ((0, 1), (1, 3), (8, 24), (69, 70)):
+            part = ops.linear_grouped(d["x"][lo:hi].copy(), codes, d["scales"], 32, bits, d["bias"], "silu", activations="int16")
+            assert same_bits(part, whole[lo:hi].copy())
+    scale = np.ascontiguousarray(d["scales"][:, 0])
+    y = ops.linear_w8a8(d["x"], d["codes"], scale, d["bias"], activations="int16")
+    want = reference.linear(d["x"], d["codes"] * scale[:, None], d["bias"])
+    close(y, want, 1e-4)
+    worse = ops.linear_w8a8(d["x"], d["codes"], scale, d["bias"])
+    assert np.abs(y - want).max() < 0.02 * np.abs(worse - want).max()
+
+
 def test_int4_takes_minus_eight_and_extreme_activations():
     k = 4096
     codes = np.full((5, k), -8, np.int8)
@@ -191,10 +283,31 @@ def test_rows_do_not_depend_on_the_batch():
     grouped = _core.linear_pack_group(d["codes"], np.ones((96, 4), np.float32), 56, 8, None)
     dense = _core.linear_pack_f32(d["w"], d["bias"])
     for run in (lambda x: _core.linear_forward(handle, x, 2, 2, None, 0), lambda x: _core.linear_forward(grouped, x, 1, 0, None, 0),
+                lambda x: _core.linear_forward(handle, x, 3, 2, None, 0), lambda x: _core.linear_forward(grouped, x, 3, 0, None, 0),
                 lambda x: _core.linear_forward(dense, x, 0, 3, None, 0)):
         whole = run(d["x"])
         for lo, hi in ((0, 1), (3, 8), (100, 141), (299, 300)):
             assert same_bits(run(d["x"][lo:hi].copy()), whole[lo:hi].copy())
+
+
+@pytest.mark.parametrize("kind", ["s8", "s8 group", "s4 group", "f32"])
+def test_weights_beyond_the_second_level_cache(kind):
+    """More than 1 MiB of weights: prefetching tiles, runs of panels, every schedule; odd n, k and last groups."""
+    n, k = (1037, 2061) if kind != "f32" else (517, 523)
+    d = make(17, n, k, 64, 4 if kind == "s4 group" else 8)
+    handle = {"s8": lambda: _core.linear_pack_s8(d["codes"], np.ascontiguousarray(d["scales"][:, 0]), d["bias"]),
+              "s8 group": lambda: _core.linear_pack_group(d["codes"], d["scales"], 64, 8, d["bias"]),
+              "s4 group": lambda: _core.linear_pack_group(d["codes"], d["scales"], 64, 4, d["bias"]),
+              "f32": lambda: _core.linear_pack_f32(d["w"], d["bias"])}[kind]()
+    assert _core.linear_bytes(handle) > 1 << 20
+    for quant in (2, 3) if kind != "f32" else (0,):
+        whole = everywhere(lambda: _core.linear_forward(handle, d["x"], quant, 2, d["residual"], 0))
+        for level in LEVELS[1:]:
+            with zq.cpu.use(level):
+                for threads, m in ((t, m) for t in (1, 2, 3) for m in range(1, 17)):
+                    _core.set_threads(threads)
+                    part = _core.linear_forward(handle, d["x"][:m].copy(), quant, 2, d["residual"][:m].copy(), 0)
+                    assert same_bits(part, whole[:m].copy()), f"{level}, {threads} threads, {m} rows"
 
 
 def test_no_rows():
@@ -317,6 +430,8 @@ def test_nan_and_inf_are_refused_with_the_row(bad):
         _core.set_threads(threads)
         with pytest.raises(ValueError, match="x: NaN or Inf in row 31"):
             _core.linear_forward(handle, x, 2, 0, None, 0)
+        with pytest.raises(ValueError, match="x: NaN or Inf in row 31"):
+            _core.linear_forward(handle, x, 3, 0, None, 0)
     with pytest.raises(ValueError, match="w: NaN or Inf in row 4"):
         ops.linear(d["x"], w)
     scale[3] = bad
@@ -327,7 +442,7 @@ def test_nan_and_inf_are_refused_with_the_row(bad):
 def test_private_functions_survive_nonsense():
     d = make(4, 6, 16)
     handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], None)
-    nonsense = [None, 3, "x", (), (1, 2, 3), (d["q"],), (d["q"], d["sx"], None), (d["q"], d["sx"][:2], d["zx"]), object(), d["q"],
+    nonsense = [None, 4, "x", (), (1, 2, 3), (d["q"],), (d["q"], d["sx"], None), (d["q"], d["sx"][:2], d["zx"]), object(), d["q"],
                 (d["q"], d["sx"], d["zx"] + 300), np.zeros((2, 2, 2), np.float32)]
     for value in nonsense:
         with pytest.raises((TypeError, ValueError)):

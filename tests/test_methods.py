@@ -162,3 +162,22 @@ def test_rtn_error_is_at_most_half_a_step(spec):
     assert (np.abs(q.dequantize() - w) <= bound).all()
     if spec.granularity == "channel" and spec.symmetric:
         assert (np.abs(q.codes).max(1) == spec.qmax).all()
+
+
+@pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
+def test_large_matrices_in_pieces_give_the_same_codes(method, spec, stored, monkeypatch):
+    """quantize() takes a large matrix some rows at a time; an error still names the row of the whole matrix."""
+    import sys
+
+    from zquant.formats.safetensors import Stored
+
+    module = sys.modules["zquant.quantize"]
+    w = weights()
+    given = {"F32": w, "F16": Stored(w.astype(np.float16), "F16"),
+             "BF16": Stored((w.view(np.uint32) >> 16).astype(np.uint16), "BF16")}[stored]
+    plain = w if stored == "F32" else given.float32()
+    monkeypatch.setattr(module, "PIECE", 5 * w.shape[1])
+    assert same(module._quantize_weight("fc", given, spec, method), method.quantize(plain, spec))
+    w[7, 3] = np.nan
+    with pytest.raises(ValueError, match="^fc: .*row 7"):
+        module._quantize_weight("fc", w, spec, method)

@@ -357,7 +357,7 @@ def test_weights_that_are_not_finite_are_named(name, named, value, tiny):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "gpt2"}, "model_type 'gpt2' is not known; known: bert, distilbert, roberta, xlm-roberta"),
+    ({"model_type": "mamba"}, "model_type 'mamba' is not known; known: bert, distilbert, gpt2, gpt_neox, llama, mistral"),
     ({"model_type": None}, "model_type None is not known"),
     ({"hidden_act": "mish"}, "hidden_act is 'mish'; known: gelu, gelu_new"),
     ({"num_attention_heads": 5}, "48 hidden units do not divide into 5 heads"),

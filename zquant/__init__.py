@@ -22,7 +22,7 @@ from .errors import FormatError
 from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, sts
 from .linear import Linear
 from .methods import RTN, Method
-from .models import Model, load
+from .models import CausalLM, Model, load
 from .qtensor import QTensor
 from .quantize import quantize
 from .report import Report, compare
@@ -32,7 +32,7 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "RTN", "FormatError", "KVCache", "Linear", "Method", "Model", "QTensor", "QuantSpec", "Report",
+    "RTN", "CausalLM", "FormatError", "KVCache", "Linear", "Method", "Model", "QTensor", "QuantSpec", "Report",
     "STSResult", "Scheme", "SentenceEncoder", "__version__", "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads",
     "load", "ops", "pearson", "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
 ]

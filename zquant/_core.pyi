@@ -1,6 +1,7 @@
 """The C extension. Positional arguments only; safe for any input; zquant.ops has the documented functions.
 
-act: 0 none, 1 relu, 2 gelu (erf), 3 gelu (tanh), 4 silu. quant: 0 none, 1 per token symmetric, 2 per token asymmetric.
+act: 0 none, 1 relu, 2 gelu (erf), 3 gelu (tanh), 4 silu. quant: 0 none, 1 per token symmetric, 2 per token asymmetric;
+quant_in of linear_forward also 3: per token int16.
 Codes are (q uint8 (m, n), scale float32 (m,), zero int32 (m,)): token codes, symmetric ones moved up by 128.
 A handle is a capsule that owns packed weights.
 """

@@ -12,13 +12,19 @@ T = TypeVar("T")
 DELAY = 2.0
 
 
+def _in_notebook() -> bool:
+    """Whether this process is a notebook's kernel (having ipykernel imported is not enough)."""
+    ipython = sys.modules.get("IPython")
+    return "ipykernel" in sys.modules and ipython is not None and ipython.get_ipython() is not None
+
+
 def bar(items: Iterable[T], what: str, show: bool | None = None, **options: Any) -> Iterator[T]:
     """Iterate over ``items`` under a bar on stderr that appears after two seconds.
 
     ``show``: True or False; None shows it where stderr is a terminal, or in a notebook.
     """
     if show is None:
-        show = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        show = sys.stderr is not None and (sys.stderr.isatty() or _in_notebook())
     if not show:
         yield from items
         return

@@ -8,6 +8,7 @@ from typing import Any, Union
 import numpy as np
 
 from . import _core
+from .formats.safetensors import Stored
 from .mapped import release
 from .qtensor import QTensor
 from .spec import QuantSpec
@@ -17,10 +18,12 @@ __all__ = ["Linear", "Codes"]
 # Token codes as operators hand them on: q uint8 (m, k), scale float32 (m,), zero int32 (m,).
 Codes = tuple[np.ndarray, np.ndarray, np.ndarray]
 Weight = Union[np.ndarray, QTensor]
+HALVES = ("F16", "BF16")
 
 MAX_K = 66_000  # u8 x s8 sums stay inside int32: 255 * 127 * 66,000 < 2^31
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 QUANT = {None: 0, "symmetric": 1, "asymmetric": 2}
+TOKEN_16 = 3  # float rows to int16 codes, inside linear_forward only
 
 
 def _number(table: dict[str | None, int], what: str, key: str | None) -> int:
@@ -37,11 +40,13 @@ class Linear:
     name
         The layer's name in the checkpoint; errors carry it.
     weight
-        (n, k) float32, possibly memory-mapped, or a QTensor.
+        (n, k) float32, possibly memory-mapped, or a QTensor; or float16 or bfloat16 as :class:`Stored`, which stays as it
+        is: ``weight`` is then a new float32 array each time.
     bias
         (n,) float32 or None.
     activations
-        How rows of x are quantized on the way in: per token, 8 bits. None, and float weights, compute in float32.
+        How rows of x are quantized on the way in: per token, 8 bits. None leaves them as they are: float weights
+        multiply in float32, integer weights with int16 codes of x (see the notes).
 
     Raises
     ------
@@ -50,67 +55,84 @@ class Linear:
 
     Notes
     -----
-    With ``activations`` the product is integer arithmetic: weights symmetric, k at most 66,000, one scale per row, or
-    groups whose size is a multiple of 8 (or at least k). Without, a QTensor is dequantized to float32 when packed, which
-    is also the only way that asymmetric weights run. Other tools write 8-bit codes of -128, which the integer kernels do
-    not take: such a layer multiplies the same values in float32. Packing happens once, at the first call, under a lock;
-    the packed form is not pickled.
+    The product of integer weights is integer arithmetic: weights symmetric, k at most 66,000, one scale per row, or
+    groups whose size is a multiple of 8 (or at least k). Without ``activations`` (w4a16, w8a16) each row of x becomes
+    int16 codes with scale max|x| / 32767: an error of about 1e-5 of the outputs, and the weights stay as small as they are
+    stored. Weights that do not fit (asymmetric ones, other group sizes) are dequantized to
+    float32 when packed, if ``activations`` is None. Other tools write 8-bit codes of -128, which the integer kernels do
+    not take either: such a layer multiplies the same values in float32. Packing happens once, at the first call, under
+    a lock; the packed form is not pickled.
 
     >>> layer = Linear("fc", np.ones((2, 3), np.float32))
     >>> layer
     Linear('fc', 2x3, float32)
     """
 
-    def __init__(self, name: str, weight: Weight, bias: np.ndarray | None = None,
+    def __init__(self, name: str, weight: Weight | Stored, bias: np.ndarray | None = None,
                  activations: QuantSpec | None = None) -> None:
         self.name = name
-        self.weight = weight
+        self._weight = weight
         self.bias = bias
         self.activations = activations if isinstance(weight, QTensor) else None
         self._handle: Any = None
         self._integer = False  # known once packed
+        self._quant_in = 0  # what linear_forward does with float rows; known once packed
         self._lock = threading.Lock()
         self._check()
 
     def _check(self) -> None:
-        if len(self.weight.shape) != 2:
-            raise ValueError(f"{self.name}: weight must be 2-D, got shape {self.weight.shape}")
-        if not isinstance(self.weight, QTensor) and self.weight.dtype != np.float32:
-            raise ValueError(f"{self.name}: weight must be float32 or a QTensor, got {self.weight.dtype}")
+        weight = self._weight
+        if len(weight.shape) != 2:
+            raise ValueError(f"{self.name}: weight must be 2-D, got shape {weight.shape}")
+        if not isinstance(weight, QTensor) and weight.dtype not in (HALVES if isinstance(weight, Stored) else (np.float32,)):
+            raise ValueError(f"{self.name}: weight must be float32 or a QTensor, got {weight.dtype}")
         if self.bias is not None and self.bias.shape != (self.out_features,):
             raise ValueError(f"{self.name}: bias must have shape ({self.out_features},), got {self.bias.shape}")
         if self.activations is not None:
-            self._check_integer(self.weight)  # type: ignore[arg-type]
+            self._check_integer(weight)  # type: ignore[arg-type]
 
     def _check_integer(self, weight: QTensor) -> None:
-        act, spec = self.activations, weight.spec
+        act = self.activations
         if act.granularity != "token" or act.bits != 8:  # type: ignore[union-attr]
             raise ValueError(f"{self.name}: activations must be 8 bits per token, not {act}")
+        reason = self._why_float(weight)
+        if reason:
+            raise ValueError(f"{self.name}: {reason}")
+
+    def _why_float(self, weight: QTensor) -> str | None:
+        """Why the integer kernels cannot take weights of this format, or None where they can."""
+        spec = weight.spec
         if not spec.symmetric:
-            raise ValueError(f"{self.name}: asymmetric weights run in float32 only: they need activations=None")
+            return "asymmetric weights run in float32 only: they need activations=None"
         if self.in_features > MAX_K:
-            raise ValueError(f"{self.name}: {self.in_features} input features; int32 sums are exact up to {MAX_K}")
+            return f"{self.in_features} input features; int32 sums are exact up to {MAX_K}"
         if spec.group_size and spec.group_size % 8 and spec.group_size < self.in_features:
-            raise ValueError(f"{self.name}: group size {spec.group_size} is neither a multiple of 8 nor at least the "
-                             f"{self.in_features} input features")
+            return (f"group size {spec.group_size} is neither a multiple of 8 nor at least the {self.in_features} input "
+                    "features")
+        return None
+
+    @property
+    def weight(self) -> Weight:
+        """(n, k) float32, or the QTensor."""
+        return self._weight.float32() if isinstance(self._weight, Stored) else self._weight
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[0]
+        return self._weight.shape[0]
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1]
+        return self._weight.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.weight.shape[0], self.weight.shape[1]
+        return self._weight.shape[0], self._weight.shape[1]
 
     @property
     def spec(self) -> QuantSpec | None:
         """Format of the weights; None is float32."""
-        return self.weight.spec if isinstance(self.weight, QTensor) else None
+        return self._weight.spec if isinstance(self._weight, QTensor) else None
 
     @property
     def quant(self) -> str | None:
@@ -122,7 +144,7 @@ class Linear:
     @property
     def nbytes(self) -> int:
         """Stored bytes of weight (codes packed) and bias."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        return self._weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     @property
     def packed_bytes(self) -> int:
@@ -131,7 +153,8 @@ class Linear:
 
     def dense(self) -> np.ndarray:
         """The weight as (n, k) float32: itself, or dequantized."""
-        return self.weight.dequantize() if isinstance(self.weight, QTensor) else self.weight
+        weight = self.weight
+        return weight.dequantize() if isinstance(weight, QTensor) else weight
 
     def with_weight(self, weight: Weight, activations: QuantSpec | None = None) -> Linear:
         """The same layer with another weight of the same shape."""
@@ -139,17 +162,36 @@ class Linear:
             raise ValueError(f"{self.name}: weight must have shape {self.shape}, got {tuple(weight.shape)}")
         return Linear(self.name, weight, self.bias, activations)
 
+    def release(self) -> None:
+        """Give the mapped pages of float weights back; they come again when read."""
+        if not isinstance(self._weight, QTensor):
+            release(self._weight.array if isinstance(self._weight, Stored) else self._weight)
+
+    def take(self, rows: np.ndarray) -> Linear:
+        """The layer with these of its outputs, in this order.
+
+        >>> Linear("fc", np.float32([[1], [2], [3]])).take(np.array([2, 0])).weight.tolist()
+        [[3.0], [1.0]]
+        """
+        weight, bias = self.weight, None if self.bias is None else self.bias[rows]
+        if not isinstance(weight, QTensor):
+            return Linear(self.name, weight[rows], bias)
+        zeros = None if weight.zeros is None else weight.zeros[rows]
+        return Linear(self.name, QTensor(weight.codes[rows], weight.scales[rows], zeros, _alike(weight.spec)), bias,
+                      self.activations)
+
     def _pack(self) -> Any:
-        weight = self.weight
-        self._integer = self.activations is not None and not (weight.spec.bits == 8 and (weight.codes == -128).any())
+        weight: Any = self.weight
+        self._integer = (isinstance(weight, QTensor) and self._why_float(weight) is None
+                         and not (weight.spec.bits == 8 and (weight.codes == -128).any()))
+        self._quant_in = QUANT[self.quant] if self.quant else TOKEN_16 if self._integer else 0
         if not self._integer:
-            dense = self.dense()
-            handle = _core.linear_pack_f32(dense, self.bias)
-            release(dense)
+            handle = _core.linear_pack_f32(self.dense(), self.bias)
+            self.release()
             return handle
         if weight.spec.granularity == "group":
             bits = 4 if weight.spec.bits <= 4 else 8
-            group = min(weight.spec.group_size, self.in_features)  # type: ignore[type-var]
+            group = min(weight.spec.group_size, self.in_features)
             return _core.linear_pack_group(weight.codes, weight.scales, group, bits, self.bias)
         return _core.linear_pack_s8(weight.codes, weight.scales[:, 0], self.bias)
 
@@ -193,7 +235,7 @@ class Linear:
             if self.activations is not None and not isinstance(x, tuple):
                 x = _core.quantize_tokens(x, QUANT[self.quant], False)
             x = _core.dequantize_rows(*x) if isinstance(x, tuple) else x
-        return _core.linear_forward(handle, x, QUANT[self.quant], _number(ACTIVATIONS, "activation", activation), residual,
+        return _core.linear_forward(handle, x, self._quant_in, _number(ACTIVATIONS, "activation", activation), residual,
                                     _number(QUANT, "quantize", quantize))
 
     @staticmethod
@@ -207,19 +249,19 @@ class Linear:
         Linear('a+b', 4x3, float32)
         """
         name, first = "+".join(layer.name for layer in layers), layers[0]
-        alike = {(layer.in_features, layer.activations, _alike(layer.spec)) for layer in layers}
+        alike = {(layer.in_features, layer.activations, layer.spec and _alike(layer.spec)) for layer in layers}
         if len(alike) != 1:
             raise ValueError(f"{name}: layers differ in inputs or format and cannot be fused")
         bias = None
         if any(layer.bias is not None for layer in layers):
             bias = np.concatenate([np.zeros(layer.out_features, np.float32) if layer.bias is None else layer.bias
                                    for layer in layers])
-        if not isinstance(first.weight, QTensor):
+        if first.spec is None:
             return Linear(name, np.concatenate([layer.weight for layer in layers]), bias)
         parts: list[QTensor] = [layer.weight for layer in layers]  # type: ignore[misc]
-        zeros = None if first.weight.zeros is None else np.concatenate([p.zeros for p in parts])
+        zeros = None if parts[0].zeros is None else np.concatenate([p.zeros for p in parts])
         fused = QTensor(np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]), zeros,
-                        _alike(first.spec))
+                        _alike(parts[0].spec))
         return Linear(name, fused, bias, first.activations)
 
     def __repr__(self) -> str:
@@ -228,14 +270,14 @@ class Linear:
         return f"Linear({self.name!r}, {self.out_features}x{self.in_features}, {kind}{inputs})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("name", "weight", "bias", "activations")}
+        return {"name": self.name, "weight": self._weight, "bias": self.bias, "activations": self.activations}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
 
-def _alike(spec: QuantSpec | None) -> QuantSpec | None:
+def _alike(spec: QuantSpec) -> QuantSpec:
     """The format as the kernels see it: every grouping by whole rows is one scale per row."""
-    if spec is None or spec.granularity not in ("row_block", "tensor"):
+    if spec.granularity not in ("row_block", "tensor"):
         return spec
     return QuantSpec(spec.bits)

@@ -6,11 +6,12 @@ import io
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 if TYPE_CHECKING:
-    from .report import LayerError, Report
+    from .report import LayerError, Report, ReportBase
 
 __all__ = ["report_figure"]
 
@@ -37,8 +38,9 @@ class _Figure(Figure):
         return data.getvalue()
 
 
-def report_figure(report: Report) -> Figure:
-    """Bars of the output signal-to-noise of every layer, in the network's order, and a histogram of the cosines.
+def report_figure(report: ReportBase) -> Figure:
+    """Bars of the output signal-to-noise of every layer, in the network's order, and a histogram: of the cosines, or of a
+    language model's divergences.
 
     The small dash on a bar is the signal-to-noise of the layer's weights. A layer without error has no bar and no dash.
     """
@@ -46,13 +48,13 @@ def report_figure(report: Report) -> Figure:
     figure = _Figure(figsize=(width, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(width - 3.4, 3.4))
     _bars(left, report)
-    _histogram(right, report)
+    _divergences(right, report) if hasattr(report, "kl") else _histogram(right, report)  # type: ignore[arg-type]
     _legend(figure, report)
     figure.suptitle(_title(report), fontsize=11, color=_INK, x=0.01, ha="left")
     return figure
 
 
-def _legend(figure: Figure, report: Report) -> None:
+def _legend(figure: Figure, report: ReportBase) -> None:
     kinds = [kind for kind in _COLOURS if any(x.kind == kind for x in _drawn(report))]
     figure.legend(
         handles=[Patch(color=_COLOURS[kind], label=kind) for kind in kinds],
@@ -67,14 +69,11 @@ def _legend(figure: Figure, report: Report) -> None:
     )
 
 
-def _title(report: Report) -> str:
-    parts = [f"{report.scheme}: mean cosine {report.mean_cosine:.4f}", f"{report.shrinkage:.1f} times smaller"]
-    if report.speedup is not None:
-        parts.append(f"{report.speedup:.1f} times as fast")
-    return ", ".join(parts)
+def _title(report: ReportBase) -> str:
+    return f"{report.scheme}: {', '.join(report.headline)}"
 
 
-def _drawn(report: Report) -> tuple[LayerError, ...]:
+def _drawn(report: ReportBase) -> tuple[LayerError, ...]:
     """The layers that ran."""
     return tuple(x for x in report.layers if x.output_db is not None)
 
@@ -95,7 +94,7 @@ def _positions(layers: tuple[LayerError, ...]) -> list[float]:
     return at
 
 
-def _bars(axes: Any, report: Report) -> None:
+def _bars(axes: Any, report: ReportBase) -> None:
     layers = _drawn(report)
     at = _positions(layers)
     heights = {i: x.output_db for i, x in enumerate(layers) if x.output_db is not None and math.isfinite(x.output_db)}
@@ -147,4 +146,34 @@ def _histogram(axes: Any, report: Report) -> None:
     axes.set_title("Cosine to float32", fontsize=9.5, color=_INK, loc="left")
     axes.set_ylabel(report.rows, color=_INK, fontsize=9)
     axes.locator_params(axis="x", nbins=4)
+    _bare(axes)
+
+
+def _divergences(axes: Any, report: Any) -> None:
+    """Kullback-Leibler divergences of single tokens, on a logarithmic axis; what rounds to nothing is at its left end."""
+    floor = 1e-9
+    kl = np.maximum(report.kl, floor)
+    low = max(floor, float(np.quantile(kl, 0.001)))
+    high = max(float(kl.max()), low * 10)
+    axes.hist(
+        np.maximum(kl, low),
+        bins=np.geomspace(low, high, min(40, max(8, len(kl) // 8))),
+        color="#56b4e9",
+        edgecolor="white",
+        linewidth=0.5,
+    )
+    axes.set_xscale("log")
+    axes.axvline(max(report.mean_kl, low), color=_INK, linewidth=1.2)
+    axes.text(
+        0.04,
+        0.97,
+        f"mean {report.mean_kl:.2g}\nmax  {report.kl.max():.2g}",
+        transform=axes.transAxes,
+        va="top",
+        fontsize=8.5,
+        color=_INK,
+        family="monospace",
+    )
+    axes.set_title("KL divergence to float32 (nats)", fontsize=9.5, color=_INK, loc="left")
+    axes.set_ylabel("tokens", color=_INK, fontsize=9)
     _bare(axes)

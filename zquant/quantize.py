@@ -17,6 +17,8 @@ from .spec import QuantSpec, Scheme
 
 __all__ = ["quantize"]
 
+PIECE = 1 << 22  # weights of a large matrix that are float32 at a time
+
 M = TypeVar("M")
 
 
@@ -75,23 +77,50 @@ def _check_overrides(scheme: Scheme, names: Iterable[str]) -> None:
 
 
 def _quantize_layer(name: str, layer: Linear, spec: QuantSpec, activations: QuantSpec | None, method: Method) -> Linear:
-    weight = _quantize_weight(name, layer.weight, spec, method)
+    weight = _quantize_weight(name, layer._weight, spec, method)
+    layer.release()
     return layer.with_weight(weight, activations)
 
 
 def _quantize_table(name: str, table: Any, spec: QuantSpec, method: Method) -> QTensor:
     """An embedding table, of whatever float type. ZeroQuant quantizes that of words; the others are small."""
-    if not isinstance(table, QTensor):
-        table = (table.float32() if isinstance(table, Stored) else table).astype(np.float32, copy=False)
+    if isinstance(table, np.ndarray) and table.dtype == np.float16:
+        table = Stored(table, "F16")
     return _quantize_weight(name, table, spec, method)
 
 
-def _quantize_weight(name: str, weight: np.ndarray | QTensor, spec: QuantSpec, method: Method) -> QTensor:
+def _quantize_weight(name: str, weight: np.ndarray | Stored | QTensor, spec: QuantSpec, method: Method) -> QTensor:
     if isinstance(weight, QTensor):
         raise ValueError(f"{name}: is quantized already ({weight.spec}); quantize the float model instead")
+    array = weight.array if isinstance(weight, Stored) else weight
     try:
-        return method.quantize(weight, spec)
+        if method.by_rows and spec.granularity in ("channel", "group") and array.size > PIECE:
+            try:
+                return _in_pieces(weight, spec, method)
+            except ValueError:
+                pass  # as a whole it fails again, and says which row of the matrix it is
+        return method.quantize(_float32(weight), spec)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     finally:
-        release(weight)
+        release(array)
+
+
+def _float32(weight: np.ndarray | Stored) -> np.ndarray:
+    return weight.float32() if isinstance(weight, Stored) else weight.astype(np.float32, copy=False)
+
+
+def _in_pieces(weight: np.ndarray | Stored, spec: QuantSpec, method: Method) -> QTensor:
+    """Some rows at a time, so that the float32 copy of a large float16 matrix never exists; the same codes."""
+    n, k = weight.shape
+    codes = np.empty((n, k), np.int8 if spec.symmetric else np.uint8)
+    scales, zeros = [], []
+    for start in range(0, n, step := max(1, PIECE // k)):
+        part = slice(start, start + step)
+        rows = Stored(weight.array[part], weight.dtype) if isinstance(weight, Stored) else weight[part]
+        piece = method.quantize(_float32(rows), spec)
+        codes[part] = piece.codes
+        scales.append(piece.scales)
+        zeros.append(piece.zeros)
+        release(rows.array if isinstance(rows, Stored) else rows)
+    return QTensor(codes, np.concatenate(scales), None if zeros[0] is None else np.concatenate(zeros), spec)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,40 +87,14 @@ class LayerError:
         return _block(self.name)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Report:
-    """The difference between a model and its quantized version; printed, shown as a table in Jupyter, plotted, saved.
-
-    Attributes
-    ----------
-    scheme
-        Name of the scheme of the quantized model.
-    layers
-        :class:`LayerError` of every linear layer, in the network's order; :attr:`worst` has them sorted.
-    cosine
-        float64 (n,): cosine of each output row to the float32 model's.
-    rows
-        What a row is: "sentences", or "tokens" for a model without pooling.
-    bytes_before, bytes_after
-        Size of the weights.
-    rate_before, rate_after
-        Sentences per second, None where speed was not measured.
-    speedup
-        Median over the interleaved rounds of the ratio of the two times, None where speed was not measured.
-    threads
-        Threads that the kernels used.
-    """
+class ReportBase(ABC):
+    """What the reports on encoders and on language models share: text, HTML, JSON, a picture."""
 
     scheme: str
     layers: tuple[LayerError, ...]
-    cosine: np.ndarray
-    rows: str
     bytes_before: int
     bytes_after: int
-    rate_before: float | None = None
-    rate_after: float | None = None
-    speedup: float | None = None
-    threads: int = 1
+    threads: int
 
     @property
     def worst(self) -> tuple[LayerError, ...]:
@@ -127,37 +102,41 @@ class Report:
         return tuple(sorted(self.layers, key=lambda x: (math.inf if x.output_db is None else x.output_db, x.weight_db)))
 
     @property
-    def mean_cosine(self) -> float:
-        """Mean of ``cosine``."""
-        return float(self.cosine.mean())
-
-    @property
-    def min_cosine(self) -> float:
-        """Smallest of ``cosine``."""
-        return float(self.cosine.min())
-
-    @property
     def shrinkage(self) -> float:
         """``bytes_before / bytes_after``."""
         return self.bytes_before / max(self.bytes_after, 1)
 
+    @property
+    @abstractmethod
+    def headline(self) -> list[str]:
+        """The report in a few words each, for a title."""
+
+    @abstractmethod
     def _facts(self) -> list[tuple[str, str]]:
-        facts = [
-            (
-                "cosine to float32",
-                f"mean {self.mean_cosine:.5f}, min {self.min_cosine:.5f} ({len(self.cosine)} {self.rows})",
-            ),
-            (
-                "size",
-                f"{_mb(self.bytes_before)} -> {_mb(self.bytes_after)} ({self.shrinkage:.2f}x smaller)",
-            ),
+        """(name, value) lines."""
+
+    @abstractmethod
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain Python objects, ready for JSON; infinite ratios become the strings "inf" and "-inf"."""
+
+    def _size(self) -> tuple[str, str]:
+        sizes = f"{_mb(self.bytes_before)} -> {_mb(self.bytes_after)}"
+        return "size", f"{sizes} ({self.shrinkage:.2f}x smaller)"
+
+    def _threads(self) -> str:
+        return f"{self.threads} thread{'s' * (self.threads != 1)}"
+
+    def _layers(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": x.name,
+                "kind": x.kind,
+                "weights": x.weights,
+                "weight_db": _plain(x.weight_db),
+                "output_db": _plain(x.output_db),
+            }
+            for x in self.layers
         ]
-        if self.speedup is not None:
-            threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
-            facts.append(
-                ("sentences/s", f"{self.rate_before:.0f} -> {self.rate_after:.0f} ({self.speedup:.2f}x, {threads})")
-            )
-        return facts
 
     def table(self, limit: int | None = 10) -> str:
         """The whole report as text, with the ``limit`` worst layers (None: all)."""
@@ -196,31 +175,6 @@ class Report:
             f"<tbody>{rows}</tbody></table></div></details>"
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain Python objects, ready for JSON; infinite ratios become the strings "inf" and "-inf"."""
-        return {
-            "scheme": self.scheme,
-            "threads": self.threads,
-            "bytes": {"before": self.bytes_before, "after": self.bytes_after},
-            "sentences_per_second": {"before": self.rate_before, "after": self.rate_after, "speedup": self.speedup},
-            "cosine": {
-                "mean": self.mean_cosine,
-                "min": self.min_cosine,
-                "rows": self.rows,
-                "values": self.cosine.tolist(),
-            },
-            "layers": [
-                {
-                    "name": x.name,
-                    "kind": x.kind,
-                    "weights": x.weights,
-                    "weight_db": _plain(x.weight_db),
-                    "output_db": _plain(x.output_db),
-                }
-                for x in self.layers
-            ],
-        }
-
     def to_json(self, indent: int | None = 2) -> str:
         """:meth:`as_dict` as JSON text."""
         return json.dumps(self.as_dict(), indent=indent, allow_nan=False)
@@ -246,6 +200,82 @@ class Report:
         from .plot import report_figure
 
         return report_figure(self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Report(ReportBase):
+    """The difference between a model and its quantized version; printed, shown as a table in Jupyter, plotted, saved.
+
+    Attributes
+    ----------
+    scheme
+        Name of the scheme of the quantized model.
+    layers
+        :class:`LayerError` of every linear layer, in the network's order; :attr:`worst` has them sorted.
+    cosine
+        float64 (n,): cosine of each output row to the float32 model's.
+    rows
+        What a row is: "sentences", or "tokens" for a model without pooling.
+    bytes_before, bytes_after
+        Size of the weights.
+    rate_before, rate_after
+        Sentences per second, None where speed was not measured.
+    speedup
+        Median over the interleaved rounds of the ratio of the two times, None where speed was not measured.
+    threads
+        Threads that the kernels used.
+    """
+
+    scheme: str
+    layers: tuple[LayerError, ...]
+    cosine: np.ndarray
+    rows: str
+    bytes_before: int
+    bytes_after: int
+    rate_before: float | None = None
+    rate_after: float | None = None
+    speedup: float | None = None
+    threads: int = 1
+
+    @property
+    def mean_cosine(self) -> float:
+        """Mean of ``cosine``."""
+        return float(self.cosine.mean())
+
+    @property
+    def min_cosine(self) -> float:
+        """Smallest of ``cosine``."""
+        return float(self.cosine.min())
+
+    @property
+    def headline(self) -> list[str]:
+        """The report in a few words each, for a title."""
+        parts = [f"mean cosine {self.mean_cosine:.4f}", f"{self.shrinkage:.1f} times smaller"]
+        return parts + ([] if self.speedup is None else [f"{self.speedup:.1f} times as fast"])
+
+    def _facts(self) -> list[tuple[str, str]]:
+        cosine = f"mean {self.mean_cosine:.5f}, min {self.min_cosine:.5f} ({len(self.cosine)} {self.rows})"
+        facts = [("cosine to float32", cosine), self._size()]
+        if self.speedup is not None:
+            rates = f"{self.rate_before:.0f} -> {self.rate_after:.0f} ({self.speedup:.2f}x, {self._threads()})"
+            facts.append(("sentences/s", rates))
+        return facts
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain Python objects, ready for JSON; infinite ratios become the strings "inf" and "-inf"."""
+        return {
+            "scheme": self.scheme,
+            "threads": self.threads,
+            "bytes": {"before": self.bytes_before, "after": self.bytes_after},
+            "sentences_per_second": {"before": self.rate_before, "after": self.rate_after, "speedup": self.speedup},
+            "cosine": {
+                "mean": self.mean_cosine,
+                "min": self.min_cosine,
+                "rows": self.rows,
+                "values": self.cosine.tolist(),
+            },
+            "layers": self._layers(),
+        }
 
 
 def _mb(size: int) -> str:
@@ -389,6 +419,18 @@ def _output_noise(before: Any, after: Any, batches: list[list[np.ndarray]], show
     return noise
 
 
+def _layer_errors(
+    before: dict[str, Any], after: dict[str, Any], noise: _OutputNoise, show: bool | None
+) -> tuple[LayerError, ...]:
+    """Every linear layer; the dense weights of one layer are all that is held."""
+    return tuple(
+        LayerError(
+            name, str(after[name].spec or "float32"), sqnr_db(linear.dense(), after[name].dense()), noise.decibels(name)
+        )
+        for name, linear in bar(before.items(), "weights", show, total=len(before))
+    )
+
+
 def _run(model: Any, sentences: list[Any], ids: list[np.ndarray], batch_size: int) -> np.ndarray:
     """Embeddings of an encoder; else rows of logits, or hidden states of every token."""
     if hasattr(model, "encode"):
@@ -404,37 +446,51 @@ def _run(model: Any, sentences: list[Any], ids: list[np.ndarray], batch_size: in
 def compare(
     model: Any,
     quantized: Any,
-    sentences: Sequence[str],
+    sentences: Any,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     rounds: int = 5,
     show_progress_bar: bool | None = None,
-) -> Report:
-    """Compare a model with its quantized version on sentences: error per layer, fidelity, size, speed.
+    **options: Any,
+) -> Any:
+    """Compare a model with its quantized version: error per layer, fidelity, size, speed.
+
+    Encoders are compared on sentences, language models on a text: see :func:`zquant.language_report.compare_language`.
 
     Parameters
     ----------
     model, quantized
         Two ``SentenceEncoder`` or two models of one architecture; the first is the reference.
     sentences
-        At least one; some hundred make the figures steady. Strings, or for models without an encoder also sequences of
-        token ids.
+        For encoders: at least one string, some hundred make the figures steady; for models without pooling also sequences
+        of token ids. For language models: a text, a ``pathlib.Path``, token ids, or a list of texts or ids.
     batch_size
-        Sentences per forward pass. The layers' outputs are compared batch by batch, about 1,024 tokens at a time.
+        Sentences (None: 32) or windows of a text (None: 8) per forward pass. The layers' outputs are compared batch by
+        batch, about 1,024 tokens at a time.
     rounds
         Rounds of the speed measurement (on at most 256 of the sentences); 0 leaves it out.
     show_progress_bar
         None: where stderr is a terminal, after two seconds.
+    options
+        For language models: ``seq_len``, ``max_tokens``.
 
     Returns
     -------
-    Report
+    Report or LanguageReport
 
     Raises
     ------
     ValueError
         No sentences, or the two are not versions of one model (the layer is named).
     """
+    if hasattr(model, "new_cache"):
+        from .language_report import compare_language
+
+        common: dict[str, Any] = dict(batch_size=batch_size or 8, rounds=rounds, show_progress_bar=show_progress_bar)
+        return compare_language(model, quantized, sentences, **common, **options)
+    if options:
+        raise TypeError(f"compare: {', '.join(options)}: for language models only")
+    batch_size = batch_size or 32
     if isinstance(sentences, str) or not len(sentences):
         raise ValueError("sentences: expected a non-empty sequence of strings")
     sentences = list(sentences)
@@ -442,12 +498,7 @@ def compare(
     _check_same_layers(before, after)
     ids = _token_ids(model, sentences)
     noise = _output_noise(model, quantized, list(_batches(ids, batch_size)), show_progress_bar)
-    layers = tuple(
-        LayerError(
-            name, str(after[name].spec or "float32"), sqnr_db(linear.dense(), after[name].dense()), noise.decibels(name)
-        )
-        for name, linear in bar(before.items(), "weights", show_progress_bar)
-    )
+    layers = _layer_errors(before, after, noise, show_progress_bar)
     outputs = [_run(m, sentences, ids, batch_size) for m in (model, quantized)]
     rates: list[Any] = [None, None]
     ratios: list[Any] = [None, None]

@@ -55,6 +55,10 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
     ``transformers.AutoModel.from_pretrained`` reads the directory where compressed-tensors (0.20) is installed;
     ``sentence_transformers.SentenceTransformer`` does with
     ``model_kwargs={"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}``.
+
+    Decoders: ``AutoModelForCausalLM`` reads them too, but where the head is tied to the embedding table only with a float
+    table (schemes with "+e32") or with ``dequantize=True``. GPT-2 is the exception: transformers builds it of ``Conv1D``
+    layers, which compressed-tensors does not know. Its codes are stored as everybody's, (out, in), and are read by zquant.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -91,20 +95,22 @@ def _write_model(model: Any, directory: Path) -> None:
     write_safetensors(directory / SINGLE, _tensors(model, linears, tables), zquant_metadata(model.scheme, linears))
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
     if tables or any(layer.spec is not None for layer in linears.values()):
-        config["quantization_config"] = quantization_config(linears, tables)
+        config["quantization_config"] = quantization_config(linears, tables, model.unlisted)
     (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _tensors(model: Any, linears: Mapping[str, Linear], tables: Mapping[str, QTensor]) -> dict[str, np.ndarray | Stored]:
     """Everything that is stored, by its name in the file."""
     source = _source(model)
+    transposed = model.transposed
     tensors: dict[str, np.ndarray | Stored] = {}
     for name, layer in linears.items():
         if isinstance(layer.weight, QTensor):
             packed = storage_format(layer.weight.spec, layer.activations) == "pack-quantized"
             tensors.update(pack_layer(name, layer.weight, packed))
         else:
-            tensors[f"{name}.weight"] = _as_it_came(source, f"{name}.weight", layer.weight)
+            weight = layer.weight.T if name in transposed else layer.weight
+            tensors[f"{name}.weight"] = _as_it_came(source, f"{name}.weight", weight)
         if layer.bias is not None:
             tensors[f"{name}.bias"] = _as_it_came(source, f"{name}.bias", layer.bias)
     for name, table in tables.items():

@@ -15,7 +15,7 @@ GRANULARITIES = ("tensor", "token", "channel", "group", "row_block")
 DEFAULT_GROUP_SIZE = 64
 
 # ZeroQuant (section 4.1 and its BERT configuration) leaves what comes after the encoder in floating point.
-HEADS = ("*pooler*", "*classifier*", "*lm_head*", "*qa_outputs*", "cls.*", "*vocab_*", "*score")
+HEADS = ("*pooler*", "*classifier*", "*lm_head*", "*embed_out*", "*qa_outputs*", "cls.*", "*vocab_*", "*score")
 
 
 class _Data:
@@ -176,7 +176,8 @@ class Scheme(_Data):
     weights
         Format of the linear layers' weights; None leaves them float.
     activations
-        Format of what goes into the quantized linear layers: per token, 8 bits; None keeps float32 (weight-only).
+        Format of what goes into the quantized linear layers: per token, 8 bits; None (weight-only) keeps float32,
+        which symmetric weights multiply at int16 precision (see :class:`zquant.linear.Linear`).
     embeddings
         Format of the word-embedding table: int8 per row, or None for float.
     overrides

@@ -252,7 +252,7 @@ parse_rows(const zq_linear *w, PyObject *o, int64_t quant, zq_arg a[3], zq_rows 
         x->ld_f32 = a[0].dim[1];
         x->quant = (zq_quant)quant;
         if (w->kind != ZQ_W_F32 && quant == ZQ_QUANT_NONE) {
-            PyErr_SetString(PyExc_ValueError, "quant_in: integer weights need 1 (symmetric) or 2 (asymmetric) for float32 rows");
+            PyErr_SetString(PyExc_ValueError, "quant_in: integer weights need 1 (symmetric), 2 (asymmetric) or 3 (int16) for float32 rows");
             return -1;
         }
     }
@@ -331,7 +331,7 @@ py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         return NULL;
     }
     const zq_linear *w = PyCapsule_GetPointer(args[HANDLE], LINEAR);
-    if (!w || zq_int(args[QUANT_IN], "quant_in", 0, ZQ_QUANT_TOKEN_ASYM, &quant_in) < 0 ||
+    if (!w || zq_int(args[QUANT_IN], "quant_in", 0, ZQ_QUANT_TOKEN_16, &quant_in) < 0 ||
         zq_int(args[ACT], "act", 0, ZQ_ACTS - 1, &act) < 0) {
         return NULL;
     }

@@ -56,6 +56,19 @@ zq_quantize_mul_f32_b8__ref(const float *x, int64_t n, float inv, int32_t zero, 
 }
 
 void
+zq_quantize_mul_f32_b16__ref(const float *x, int64_t n, float inv, uint8_t *high, uint8_t *low)
+{
+    for (int64_t i = 0; i < n; i++) {
+        float scaled = x[i] * inv;
+        scaled = scaled > -32767.0f ? scaled : -32767.0f;
+        scaled = scaled < 32767.0f ? scaled : 32767.0f;
+        const int32_t moved = (int32_t)rintf(scaled) + 32768;
+        high[i] = (uint8_t)(moved >> 8);
+        low[i] = (uint8_t)(moved & 255);
+    }
+}
+
+void
 zq_quantize_div_f32_b8__ref(const float *x, int64_t n, float scale, int32_t zero, int32_t qmin, int32_t qmax, uint8_t *q)
 {
     for (int64_t i = 0; i < n; i++) {

@@ -15,6 +15,27 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 
 enum { MR = 12, MR_GROUP = 6, NV = 2 };
 
+/* For a panel's 128 bytes at b: prefetch what t->ahead asks for (see zq_tile). */
+ZQ_INLINE void
+prefetch_ahead(const int far, const zq_tile *t, const void *b)
+{
+    if (far) {
+        const char *p = t->ahead + ((const char *)b - (const char *)t->b) / 128 * t->ahead_step;
+        _mm_prefetch(p, _MM_HINT_T0);
+        _mm_prefetch(p + t->ahead_second, _MM_HINT_T0);
+    }
+}
+
+/* Scales and sums are streams of their own: 1 KiB is 8 groups ahead. */
+ZQ_INLINE void
+prefetch_scales(const int far, const void *p)
+{
+    if (far) {
+        _mm_prefetch((const char *)p + 1024, _MM_HINT_T0);
+        _mm_prefetch((const char *)p + 1024 + 64, _MM_HINT_T0);
+    }
+}
+
 ZQ_INLINE __m512i
 broadcast4(const uint8_t *a)
 {
@@ -25,12 +46,13 @@ broadcast4(const uint8_t *a)
 
 /* acc[i][v] = sum over k of a[i][k] * b[k][16 v + lane] */
 ZQ_INLINE void
-accumulate_s8(const int mr, const zq_tile *t, __m512i acc[MR][NV])
+accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
 {
     const uint8_t *a = t->a;
     const int8_t *b = t->b;
     for (int64_t k = 0; k < t->k; k += 4, b += 64 * NV) {
         const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
+        prefetch_ahead(far, t, b);
 #pragma GCC unroll 16
         for (int i = 0; i < mr; i++) {
             const __m512i x = broadcast4(a + i * t->lda + k);
@@ -57,7 +79,11 @@ ZQ_INLINE void
 store2(const zq_tile *t, int i, __m512 y0, __m512 y1)
 {
     float *y = t->y + i * t->ldy;
-    if (t->nr == ZQ_NR) {
+    if (t->stream && t->nr == ZQ_NR) {
+        _mm512_stream_ps(y, y0);
+        _mm512_stream_ps(y + 16, y1);
+    }
+    else if (t->nr == ZQ_NR) {
         _mm512_storeu_ps(y, y0);
         _mm512_storeu_ps(y + 16, y1);
     }
@@ -68,11 +94,11 @@ store2(const zq_tile *t, int i, __m512 y0, __m512 y1)
 }
 
 ZQ_INLINE void
-tile_s8(const int mr, const zq_tile *t)
+tile_s8(const int mr, const int far, const zq_tile *t)
 {
     __m512i acc[MR][NV];
     start_s8(mr, t, acc);
-    accumulate_s8(mr, t, acc);
+    accumulate_s8(mr, far, t, acc);
     const __m512 s0 = _mm512_loadu_ps(t->scale), s1 = _mm512_loadu_ps(t->scale + 16);
     const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
 #pragma GCC unroll 16
@@ -88,7 +114,7 @@ tile_s8_s32(const int mr, const zq_tile *t, int32_t *c, int64_t ldc)
 {
     __m512i acc[MR][NV];
     start_s8(mr, t, acc);
-    accumulate_s8(mr, t, acc);
+    accumulate_s8(mr, 0, t, acc);
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
         _mm512_mask_storeu_epi32(c + i * ldc, v16_mask(zq_min(t->nr, 16)), acc[i][0]);
@@ -117,11 +143,14 @@ step_group(const int mr, const zq_tile *t, int64_t k, const __m512i lo[NV], cons
 
 /* One group's integer sums, started at -128 * (code sums). Returns the panel pointer behind the group. */
 ZQ_INLINE const uint8_t *
-accumulate_group(const int mr, const int four_bits, const zq_tile *t, int64_t g, const uint8_t *b, __m512i acc[MR_GROUP][NV])
+accumulate_group(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t g, const uint8_t *b,
+                 __m512i acc[MR_GROUP][NV])
 {
     const __m512i high = _mm512_set1_epi8((char)0xf0);
     const int64_t end = zq_min(t->k, (g + 1) * t->group);
     const int32_t *start = t->colsum + g * ZQ_NR;
+    prefetch_scales(far, start);
+    prefetch_scales(far, t->scale + g * ZQ_NR);
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
         acc[i][0] = _mm512_loadu_si512(start);
@@ -129,6 +158,11 @@ accumulate_group(const int mr, const int four_bits, const zq_tile *t, int64_t g,
     }
     for (int64_t k = g * t->group; k < end; k += ZQ_KSTEP) {
         __m512i lo[NV], hi[NV];
+        const uint8_t *at = b;
+        if (!four_bits) {
+            prefetch_ahead(far, t, at);
+            prefetch_ahead(far, t, at + 128);
+        }
         if (four_bits) {
             const __m512i v0 = _mm512_load_si512(b), v1 = _mm512_load_si512(b + 64);
             lo[0] = _mm512_and_si512(_mm512_slli_epi16(v0, 4), high);
@@ -145,12 +179,15 @@ accumulate_group(const int mr, const int four_bits, const zq_tile *t, int64_t g,
             b += 256;
         }
         step_group(mr, t, k, lo, hi, acc);
+        if (four_bits) { /* here, and for eight bits there: gcc 12 spills a register the other way round */
+            prefetch_ahead(far, t, at);
+        }
     }
     return b;
 }
 
 ZQ_INLINE void
-tile_group(const int mr, const int four_bits, const zq_tile *t)
+tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
 {
     __m512 f[MR_GROUP][NV];
     const uint8_t *b = t->b;
@@ -161,7 +198,7 @@ tile_group(const int mr, const int four_bits, const zq_tile *t)
     const int64_t groups = zq_ceil_div(t->k, t->group);
     for (int64_t g = 0; g < groups; g++) {
         __m512i acc[MR_GROUP][NV];
-        b = accumulate_group(mr, four_bits, t, g, b, acc);
+        b = accumulate_group(mr, four_bits, far, t, g, b, acc);
         const __m512 s0 = _mm512_loadu_ps(t->scale + g * ZQ_NR), s1 = _mm512_loadu_ps(t->scale + g * ZQ_NR + 16);
 #pragma GCC unroll 8
         for (int i = 0; i < mr; i++) {
@@ -180,7 +217,7 @@ tile_group(const int mr, const int four_bits, const zq_tile *t)
 }
 
 ZQ_INLINE void
-tile_f32(const int mr, const zq_tile *t)
+tile_f32(const int mr, const int far, const zq_tile *t)
 {
     __m512 acc[MR][NV];
     const float *a = t->a, *b = t->b;
@@ -190,6 +227,7 @@ tile_f32(const int mr, const zq_tile *t)
     }
     for (int64_t k = 0; k < t->k; k++, b += ZQ_NR) {
         const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
+        prefetch_ahead(far, t, b);
 #pragma GCC unroll 16
         for (int i = 0; i < mr; i++) {
             const __m512 x = _mm512_set1_ps(a[i * t->lda + k]);
@@ -209,20 +247,35 @@ tile_f32(const int mr, const zq_tile *t)
 #define ROWS6(X) X(1) X(2) X(3) X(4) X(5) X(6)
 
 #define S8(n) \
-    case n: tile_s8(n, t); break;
+    case n: tile_s8(n, 0, t); break;
+#define S8_FAR(n) \
+    case n: tile_s8(n, 1, t); break;
 #define S32(n) \
     case n: tile_s8_s32(n, t, c, ldc); break;
 #define F32(n) \
-    case n: tile_f32(n, t); break;
+    case n: tile_f32(n, 0, t); break;
+#define F32_FAR(n) \
+    case n: tile_f32(n, 1, t); break;
 #define G8(n) \
-    case n: tile_group(n, 0, t); break;
+    case n: tile_group(n, 0, 0, t); break;
+#define G8_FAR(n) \
+    case n: tile_group(n, 0, 1, t); break;
 #define G4(n) \
-    case n: tile_group(n, 1, t); break;
+    case n: tile_group(n, 1, 0, t); break;
+#define G4_FAR(n) \
+    case n: tile_group(n, 1, 1, t); break;
+#define NEAR_OR_FAR(ROWS, X)             \
+    if (t->ahead) {                        \
+        switch (t->mr) { ROWS(X##_FAR) } \
+    }                                    \
+    else {                               \
+        switch (t->mr) { ROWS(X) }       \
+    }
 
 static void
 zq_gemm_u8s8_12x32_tile__avx512vnni(const zq_tile *t)
 {
-    switch (t->mr) { ROWS12(S8) }
+    NEAR_OR_FAR(ROWS12, S8)
 }
 
 static void
@@ -240,7 +293,7 @@ zq_gemm_u8s8_s32_12x32__avx512vnni(const zq_tile *t, int32_t *c, int64_t ldc)
 static void
 zq_gemm_f32_12x32_tile__avx512vnni(const zq_tile *t)
 {
-    switch (t->mr) { ROWS12(F32) }
+    NEAR_OR_FAR(ROWS12, F32)
 }
 
 static void
@@ -252,7 +305,7 @@ zq_gemm_f32_12x32__avx512vnni(const zq_tile *t)
 static void
 zq_gemm_u8s8_group_6x32_tile__avx512vnni(const zq_tile *t)
 {
-    switch (t->mr) { ROWS6(G8) }
+    NEAR_OR_FAR(ROWS6, G8)
 }
 
 static void
@@ -264,7 +317,7 @@ zq_gemm_u8s8_group_6x32__avx512vnni(const zq_tile *t)
 static void
 zq_gemm_u8s4_group_6x32_tile__avx512vnni(const zq_tile *t)
 {
-    switch (t->mr) { ROWS6(G4) }
+    NEAR_OR_FAR(ROWS6, G4)
 }
 
 static void

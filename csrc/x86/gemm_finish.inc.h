@@ -1,15 +1,17 @@
-/* The rest of a tile's epilogue: y = act(v) + residual, where v is what the tile function stored.
+/* The rest of a tile's epilogue: y = act(v) + residual, where v is what the tile function stored, or for pairs of rows
+ * the sum of two of these and the bias.
  *
- * Tiles with an activation or a residual are stored to a buffer of their own first (it never leaves L1) and written
- * to y once: reading back rows of y that were just stored waits for their cache lines. */
+ * Tiles with an activation, a residual or pairs of rows are stored to a buffer of their own first (it never leaves L1)
+ * and written to y once: reading back rows of y that were just stored waits for their cache lines. */
 #define FINISH_ROWS 16
 
 typedef void (*tile_fn)(const zq_tile *t);
 
+/* sum: y before the activation, of columns j .. j + n of row i */
 ZQ_INLINE void
-finish_vector(const zq_tile *t, const float *v, int i, int j, int64_t n, const zq_activation act)
+finish_vector(const zq_tile *t, v16 sum, int i, int j, int64_t n, const zq_activation act)
 {
-    v16 y = v16_activate(v16_load(v), act);
+    v16 y = v16_activate(sum, act);
     if (t->residual) {
         const float *r = t->residual + i * t->ldr + j;
         y = v16_add(y, n == 16 ? v16_load(r) : v16_loadn(r, n));
@@ -25,10 +27,19 @@ finish_vector(const zq_tile *t, const float *v, int i, int j, int64_t n, const z
 ZQ_INLINE void
 finish_rows(const zq_tile *t, const float *v, const zq_activation act)
 {
-    for (int i = 0; i < t->mr; i++, v += ZQ_NR) {
-        finish_vector(t, v, i, 0, zq_min(t->nr, 16), act);
-        if (t->nr > 16) {
-            finish_vector(t, v + 16, i, 16, t->nr - 16, act);
+    for (int j = 0; j < t->nr; j += 16, v += 16) {
+        const int64_t n = zq_min(t->nr - j, 16);
+        if (t->pairs) {
+            const v16 bias = v16_load(t->bias + j);
+            for (int i = 0; i < t->mr / 2; i++) {
+                const float *high = v + 2 * i * ZQ_NR;
+                finish_vector(t, v16_add(v16_add(v16_load(high), v16_load(high + ZQ_NR)), bias), i, j, n, act);
+            }
+        }
+        else {
+            for (int i = 0; i < t->mr; i++) {
+                finish_vector(t, v16_load(v + i * ZQ_NR), i, j, n, act);
+            }
         }
     }
 }
@@ -50,14 +61,17 @@ finish_tile(const zq_tile *t, const float *v)
 ZQ_INLINE void
 run_tile(const zq_tile *t, const tile_fn tile)
 {
-    if (t->act == ZQ_ACT_NONE && !t->residual) {
+    static const float no_bias[ZQ_NR];
+    if (t->act == ZQ_ACT_NONE && !t->residual && !t->pairs) {
         tile(t);
         return;
     }
     _Alignas(64) float v[FINISH_ROWS * ZQ_NR];
     zq_tile local = *t;
+    local.bias = t->pairs ? no_bias : t->bias;
     local.y = v;
     local.ldy = ZQ_NR;
+    local.stream = 0;
     local.nr = ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0 goes into the buffer */
     tile(&local);
     finish_tile(t, v);

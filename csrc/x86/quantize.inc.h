@@ -90,6 +90,24 @@ LEVEL(quantize_mul_f32_b8)(const float *x, int64_t n, float inv, int32_t zero, i
 }
 
 static void
+LEVEL(quantize_mul_f32_b16)(const float *x, int64_t n, float inv, uint8_t *high, uint8_t *low)
+{
+    const v16 factor = v16_set1(inv), lo = v16_set1(-32767.0f), hi = v16_set1(32767.0f);
+    const v16i zero = v16i_set1(32768);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const v16i a = to_codes(v16_mul(v16_load(x + i), factor), lo, hi, zero);
+        v16i_store_b8(high + i, v16i_shr(a, 8));
+        v16i_store_b8(low + i, a);
+    }
+    if (i < n) {
+        const v16i a = to_codes(v16_mul(v16_loadn(x + i, n - i), factor), lo, hi, zero);
+        v16i_storen_b8(high + i, v16i_shr(a, 8), n - i);
+        v16i_storen_b8(low + i, a, n - i);
+    }
+}
+
+static void
 LEVEL(quantize_div_f32_b8)(const float *x, int64_t n, float scale, int32_t zero, int32_t qmin, int32_t qmax, uint8_t *q)
 {
     const v16 divisor = v16_set1(scale);
@@ -277,6 +295,7 @@ LEVEL(fill)(zq_kernels *t)
     t->absmax_f32 = LEVEL(absmax_f32);
     t->minmax_f32 = LEVEL(minmax_f32);
     t->quantize_mul_f32_b8 = LEVEL(quantize_mul_f32_b8);
+    t->quantize_mul_f32_b16 = LEVEL(quantize_mul_f32_b16);
     t->quantize_div_f32_b8 = LEVEL(quantize_div_f32_b8);
     t->quantize_vec_f32_b8 = LEVEL(quantize_vec_f32_b8);
     t->dequantize_b8_f32 = LEVEL(dequantize_b8_f32);

@@ -13,10 +13,7 @@ import csv
 import importlib.util
 import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,49 +28,6 @@ BERT_BASE = {
     "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0,
     "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "initializer_range": 0.02,
 }
-
-
-class Turn:
-    """One engine's process."""
-
-    def __init__(self, name: str, model: Path, threads: int) -> None:
-        self.name = name
-        self.idle = peers.ENGINES[name].idle
-        env = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(peers.__file__)), name, str(model), str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE if not os.environ.get(
-                "ZQUANT_BENCH_VERBOSE") else None, text=True, env=env)
-        # stderr is only read when the process dies; libraries that chat must not fill the pipe meanwhile
-        if self.process.stderr:
-            import threading
-
-            self.noise: list[str] = []
-            stream = self.process.stderr
-            threading.Thread(target=lambda: self.noise.extend(stream), daemon=True).start()
-        self.hello = self._read()
-
-    def _read(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        return {"error": "the process ended: " + "".join(getattr(self, "noise", [])[-3:]).strip()}
-
-    def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        if self.process.poll() is not None:
-            return {"error": "the process ended"}
-        self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-        self.process.stdin.flush()
-        reply = self._read()
-        time.sleep(self.idle)
-        return reply
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
 
 
 # ---- models and inputs ------------------------------------------------------------------------------------
@@ -148,41 +102,14 @@ def corpus_batches(csv_path: Path, model: Path, batch: int = 32) -> list[tuple[n
 
 
 # ---- memory -----------------------------------------------------------------------------------------------
-PEAK_SCRIPT = """
-import json, sys
-def peak():
-    return next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmHWM'))
-import zquant as zq, safetensors, zquant.models, zquant.quantize
-baseline = peak()
-model = zq.quantize(zq.load(sys.argv[1]), sys.argv[2])
-print(json.dumps(dict(baseline=baseline, peak=peak())))
-"""
-
-
 def peak_memory(model: Path, scheme: str) -> float:
     """Peak resident memory of load + quantize, minus that of the imports, over the size of the float32 weights."""
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(peers.REPO), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run([sys.executable, "-c", PEAK_SCRIPT, str(model), scheme], env=env, check=True,
-                          capture_output=True, text=True)
-    figures = json.loads(done.stdout.splitlines()[-1])
+    figures = peers.quantizing_memory(model, scheme)
     return (figures["peak"] - figures["baseline"]) / (model / "model.safetensors").stat().st_size
 
 
 # ---- the run ----------------------------------------------------------------------------------------------
-def start(names: list[str], model: Path, threads: int) -> list[Turn]:
-    turns = []
-    for name in names:
-        turn = Turn(name, model, threads)
-        if "error" in turn.hello:
-            print(f"# {name}: left out: {turn.hello['error'][:300]}")
-            turn.close()
-            continue
-        time.sleep(turn.idle)
-        turns.append(turn)
-    return turns
-
-
-def measure(turns: list[Turn], label: str, threads: int, args: Any, corpus: Path | None) -> list[dict[str, Any]]:
+def measure(turns: list[peers.Turn], label: str, threads: int, args: Any, corpus: Path | None) -> list[dict[str, Any]]:
     """Rounds over the cases, every engine in turn: the best round's milliseconds, and sentences a second."""
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for _ in range(args.rounds):
@@ -197,17 +124,13 @@ def measure(turns: list[Turn], label: str, threads: int, args: Any, corpus: Path
                         model=label, gated=r["gated"]) for (engine, case), r in best.items()]
 
 
-def keep(best: dict[tuple[str, str], dict[str, Any]], turn: Turn, case: str, reply: dict[str, Any], gated: bool,
+def keep(best: dict[tuple[str, str], dict[str, Any]], turn: peers.Turn, case: str, reply: dict[str, Any], gated: bool,
          unit: str) -> None:
     if "error" in reply:
         print(f"# {turn.name} {case}: {reply['error'][:200]}")
         return
     value = 1e3 * reply["seconds"] if unit == "ms" else reply["sentences"] / reply["seconds"]
-    new = {"value": value, "unit": unit, "gated": gated}
-    old = best.get((turn.name, case))
-    faster = old and (value < old["value"] if unit == "ms" else value > old["value"])
-    if old is None or (gated, bool(faster)) > (old["gated"], False) and (gated > old["gated"] or faster):
-        best[turn.name, case] = new
+    peers.keep(best, (turn.name, case), {"value": value, "unit": unit, "gated": gated}, larger=unit != "ms")
 
 
 def report(rows: list[dict[str, Any]], model: str, threads: int) -> None:
@@ -235,7 +158,7 @@ def report(rows: list[dict[str, Any]], model: str, threads: int) -> None:
                             [[e, *(ratio(e, c) for c in cases)] for e in engines if e != "zquant w8a8"])
 
 
-def check(turns: list[Turn], corpus: Path) -> None:
+def check(turns: list[peers.Turn], corpus: Path) -> None:
     """Mean cosine of every engine's embeddings to the float32 ones: an engine that computes nonsense is not a peer."""
     reference = None
     for turn in turns:
@@ -246,17 +169,6 @@ def check(turns: list[Turn], corpus: Path) -> None:
         rows = np.asarray(reply["rows"])
         reference = rows if reference is None else reference
         print(f"# {turn.name:<26} cosine to {turns[0].name}: {float((rows * reference).sum(1).mean()):.5f}")
-
-
-def engines_for(args: Any) -> list[str]:
-    names = [n for n in peers.ENGINES if args.peers or n.startswith("zquant")]
-    names = [n for n in names if not args.engines or any(e in n for e in args.engines.split(","))]
-    for name in list(names):
-        package = peers.ENGINES[name].missing()
-        if package:
-            print(f"# {name}: left out, {package} is not installed")
-            names.remove(name)
-    return names
 
 
 def parse(argv: list[str] | None) -> Any:
@@ -297,8 +209,8 @@ def model_folders(args: Any, scratch: Path) -> dict[str, Path]:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     rows: list[dict[str, Any]] = []
-    root = Path(os.environ.get("ZQUANT_BENCH_CACHE", Path(tempfile.gettempdir()) / "zquant-bench"))
-    names = engines_for(args)
+    root = peers.cache_root()
+    names = peers.engines_for("encoder", args.peers, args.engines)
     for label, folder in model_folders(args, root).items():
         corpus = None
         if args.sts and (folder / "tokenizer.json").exists():
@@ -307,9 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             peers.save_batches(corpus, corpus_batches(args.sts, folder))
             os.environ["ZQUANT_BENCH_CALIBRATION"] = str(corpus)
         for threads in harness.thread_counts(args.threads):
-            turns = start(names, folder, threads)
-            if any(not t.hello["reachable"] for t in turns):
-                print(f"# {threads}T: the host does not give {threads} full cores now; read these as n/a")
+            turns = peers.start(names, folder, threads)
             rows += measure(turns, label, threads, args, corpus)
             if corpus and threads == 1:
                 check(turns, corpus)

@@ -120,7 +120,8 @@ static const double ops_of_kind[KINDS] = {128, 32, 32, 16};
 typedef struct {
     int kind; /* of loop, or -1: read */
     long n;   /* iterations, or passes */
-    size_t bytes;
+    size_t bytes; /* of the buffer; `part` of it is read, from `from` on */
+    size_t from, part;
 } task;
 
 static struct {
@@ -162,7 +163,7 @@ read_passes(const char *p, const task *t)
     const int far = t->bytes >= FAR_BYTES, wide = zqb_isa() == 2;
     void (*const loop)(const char *, size_t) = wide ? (far ? read512_far : read512) : (far ? read256_far : read256);
     for (long i = 0; i < t->n; i++) {
-        loop(p, t->bytes);
+        loop(p + t->from, t->part);
     }
 #else
     (void)p, (void)t;
@@ -187,7 +188,7 @@ take_part(int id, const task *t, int threads)
     }
     else if (p) {
         read_passes(p, t);
-        work = (double)t->n * (double)t->bytes;
+        work = (double)t->n * (double)t->part;
     }
     team.rate[id] = work / (now() - start) / 1e9;
     atomic_fetch_add(&team.done, 1);
@@ -293,5 +294,21 @@ zqb_read(size_t bytes, long passes, int threads)
     if (zqb_isa() == 0 || bytes < 256 || passes < 1) {
         return 0;
     }
-    return run((task){.kind = -1, .n = passes, .bytes = bytes / 256 * 256}, threads);
+    bytes = bytes / 256 * 256;
+    return run((task){.kind = -1, .n = passes, .bytes = bytes, .part = bytes}, threads);
+}
+
+/* Read `part` bytes of a buffer of `bytes` from `from` on, per thread (multiples of 256): GB/s, all threads together
+ * at the pace of the slowest, as for work that is shared out. */
+double
+zqb_read_part(size_t bytes, size_t from, size_t part, int threads)
+{
+    if (zqb_isa() == 0 || part < 256 || from + part > bytes || bytes % 256 || from % 256 || part % 256) {
+        return 0;
+    }
+    double slowest = run((task){.kind = -1, .n = 1, .bytes = bytes, .from = from, .part = part}, threads);
+    for (int i = 0; i < threads; i++) {
+        slowest = team.rate[i] < slowest ? team.rate[i] : slowest;
+    }
+    return threads * slowest;
 }

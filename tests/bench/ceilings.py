@@ -67,6 +67,8 @@ class Ceilings:
         lib.zqb_peak.restype = ctypes.c_double
         lib.zqb_read.argtypes = [ctypes.c_size_t, ctypes.c_long, ctypes.c_int]
         lib.zqb_read.restype = ctypes.c_double
+        lib.zqb_read_part.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+        lib.zqb_read_part.restype = ctypes.c_double
         self._lib = lib
         self.cpus = sorted(os.sched_getaffinity(0)) if cpus is None else list(cpus)
         self.isa = lib.zqb_isa()
@@ -101,6 +103,10 @@ class Ceilings:
         passes = max(1, (64 << 20) // bytes_per_thread)
         self._lib.zqb_read(bytes_per_thread, 1, threads)  # first touch
         return max(float(self._lib.zqb_read(bytes_per_thread, passes, threads)) for _ in range(repeats))
+
+    def read_part(self, bytes_per_thread: int, start: int, part: int, threads: int = 1) -> float:
+        """GB/s of reading ``part`` bytes per thread once, from ``start`` on; multiples of 256."""
+        return float(self._lib.zqb_read_part(bytes_per_thread, start, part, threads))
 
 
 SIZES = (("L1 16 KiB", 16 << 10), ("L2 512 KiB", 512 << 10), ("L3 4 MiB", 4 << 20), ("DRAM 256 MiB", 256 << 20))

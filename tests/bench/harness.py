@@ -24,8 +24,10 @@ from typing import Any
 from ceilings import Ceilings
 
 GATE = 0.96
+DRAM_BYTES = 256 << 20  # per thread: no cache holds it
 MAX_LOST = 0.03  # of a slice's wall time, that our threads were without a CPU
 WORK_SLICE = 4e-3
+LONG = 0.1  # a call that takes so many seconds averages the disturbances itself, and needs no warming
 # A pool's workers spin for a while after their last region; a peak slice on their CPU would measure the sharing.
 SETTLE = 0.3e-3
 
@@ -44,7 +46,7 @@ class Sample:
     @property
     def gated(self) -> bool:
         """Whether enough slices were kept; a call that takes long averages the disturbances itself."""
-        return self.kept >= (3 if self.seconds < 0.1 else 1)
+        return self.kept >= (3 if self.seconds < LONG else 1)
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Gate:
         os.sched_setaffinity(0, {self.cpus[0]})
         self.kind = self.ceilings.int8_kind
         self.fastest = {"int8": [0.0] * 3, "float": [0.0] * 3}  # per thread, of all slices so far
+        self.fastest_read = 0.0
         self.measure_peaks()
         reached = self.ceilings.best(self.kind, threads)
         # False while the host runs the virtual CPUs on fewer physical cores: then N threads cannot be measured.
@@ -100,6 +103,11 @@ class Gate:
     def _saw(self, name: str, rate: float) -> None:
         if rate > self.fastest[name][0]:
             self.fastest[name] = sorted([*self.fastest[name][1:], rate])
+
+    def bandwidth(self) -> float:
+        """Read bandwidth of the threads together from memory, GB/s: the best seen in this run."""
+        self.fastest_read = max(self.fastest_read, self.ceilings.read(DRAM_BYTES, self.threads, repeats=15))
+        return self.fastest_read
 
     def pin(self, work: Callable[[], Any]) -> None:
         """Pin the threads that ``work()`` uses to our CPUs, and watch them from now on."""
@@ -134,17 +142,18 @@ class Gate:
 
     def measure(self, work: Callable[[], Any], want: int = 15, seconds: float = 1.5) -> Sample:
         """Time ``work()`` until ``want`` slices are kept or ``seconds`` have passed."""
-        work()
-        start = now()
-        work()
-        calls = max(1, min(20000, int(WORK_SLICE / max(now() - start, 1e-7))))
+        first = seconds_of(work)
+        if first < 10 * LONG:  # it may have paid for what the next ones find ready
+            first = seconds_of(work)
+        calls = max(1, min(20000, int(WORK_SLICE / max(first, 1e-7))))
+        few = 1 if first >= LONG else 3
         kept: list[float] = []
         every: list[float] = []
         faults = 0
         end = now() + seconds
         before = self.wait()
-        while len(kept) < want and (now() < end or len(every) < 3 and now() < end + 9 * seconds):
-            if calls > 1 or self.threads > 1 and self.settle:
+        while len(kept) < want and (now() < end or len(kept) < few and len(every) < 3 and now() < end + 9 * seconds):
+            if calls > 1 or self.threads > 1 and self.settle and first < LONG:
                 work()  # wakes the pool and refills the caches; not timed
             f0 = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             lost_time = self.lost_time()
@@ -159,8 +168,18 @@ class Gate:
             if before and after and lost <= MAX_LOST * took:
                 kept.append(took / calls)
             before = after or self.wait()
-        middle = statistics.median(kept if len(kept) >= 3 else every)
+        if len(kept) >= few:
+            middle = statistics.median(kept)
+        else:  # of few long calls the fastest was disturbed least
+            middle = min(every) if few == 1 else statistics.median(every)
         return Sample(middle, len(kept), len(every), faults / (calls * len(every)))
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = now()
+    work()
+    return now() - start
 
 
 def pin_busy_threads(cpus: list[int], work: Callable[[], Any], seconds: float = 0.3) -> list[int]:

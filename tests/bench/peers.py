@@ -1,8 +1,8 @@
-"""The engines that bench_encoder.py times, each behind the same three calls, and the process that serves one of them.
+"""The engines that bench_encoder.py and bench_decode.py time, and the process that serves one of them.
 
 Every engine runs in a process of its own, so that thread pools, allocators and environment variables of one do not
 touch another; only one works at a time. Models are converted once into a cache folder outside the repository
-(``ZQUANT_BENCH_CACHE``, default ``~/.cache/zquant-bench``). An engine whose package is missing is left out.
+(``ZQUANT_BENCH_CACHE``, default ``zquant-bench`` among the temporary files). An engine whose package is missing is left out.
 """
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import hashlib
 import importlib.util
 import json
 import os
+import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,13 +25,16 @@ import numpy as np
 REPO = Path(__file__).resolve().parents[2]
 
 
+def cache_root() -> Path:
+    return Path(os.environ.get("ZQUANT_BENCH_CACHE", Path(tempfile.gettempdir()) / "zquant-bench"))
+
+
 def cache_dir(model: Path, name: str) -> Path:
     """A folder for what `name` converts `model` to; keyed by the weights' path, size and time."""
     weights = model / "model.safetensors"
     stat = weights.stat()
     key = hashlib.sha256(f"{weights.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    root = Path(os.environ.get("ZQUANT_BENCH_CACHE", Path.home() / ".cache" / "zquant-bench"))
-    path = root / f"{key}-{name}"
+    path = cache_root() / f"{key}-{name}"
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -36,6 +43,7 @@ class Engine:
     """A loaded model. ``run(ids, mask)`` computes hidden states of (B, T) int64 ids; mask 1 marks tokens."""
 
     name: ClassVar[str]
+    kind: ClassVar[str] = "encoder"
     modules: ClassVar[tuple[str, ...]] = ()
     idle: ClassVar[float] = 0.0  # how long its workers keep spinning after a call, seconds
 
@@ -48,6 +56,11 @@ class Engine:
     def hidden(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """The result of run() as a (B, T, d) array."""
         return np.asarray(self.run(ids, mask))
+
+    def example(self, vocabulary: int) -> Callable[[], Any]:
+        """Work that keeps every thread of the engine busy."""
+        ids, mask = random_batch(vocabulary, 8, 64)
+        return lambda: self.run(ids, mask)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -69,6 +82,7 @@ class CoreClock:
 
     def __init__(self) -> None:
         self.inside = 0.0
+        self.calls = 0
 
     def __enter__(self) -> CoreClock:  # noqa: PYI034  (typing.Self came with 3.11)
         from zquant import _core
@@ -90,8 +104,37 @@ class CoreClock:
                 return function(*args)
             finally:
                 self.inside += time.perf_counter() - start
+                self.calls += 1
 
         return timed
+
+    def share_outside(self, work: Callable[[], Any], cost: float) -> float:
+        """The part of the wall time of one call of work() that is spent outside, without the wrappers' own time."""
+        self.inside, self.calls = 0.0, 0
+        start = time.perf_counter()
+        work()
+        wall = time.perf_counter() - start - self.calls * cost
+        return (wall - self.inside) / wall
+
+    def cost(self, calls: int = 20000) -> float:
+        """Seconds that a wrapper adds to a call outside of what it counts: the least of five tries."""
+        nothing = self._timed(lambda: None)
+        tries = []
+        for _ in range(5):
+            self.inside = 0.0
+            start = time.perf_counter()
+            for _ in range(calls):
+                nothing()
+            tries.append((time.perf_counter() - start - self.inside) / calls)
+        return min(tries)
+
+
+def scheme_of(model: Path, name: str) -> Any:
+    """The named scheme; a head of its own is int8, as one that is tied to the word table is."""
+    import zquant as zq
+
+    untied = json.loads((model / "config.json").read_text()).get("tie_word_embeddings") is False
+    return zq.Scheme.parse(name).with_overrides({"lm_head": 8} if untied else {})
 
 
 class ZQuant(Engine):
@@ -105,24 +148,29 @@ class ZQuant(Engine):
         self.source = model, threads
         self.model = zq.load(model)
         if self.scheme is not None:
-            self.model = zq.quantize(self.model, self.scheme)
+            self.model = zq.quantize(self.model, scheme_of(model, self.scheme))
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> Any:
         return self.model(ids, mask)
 
-    def python_share(self, ids: np.ndarray, mask: np.ndarray, calls: int = 30) -> float:
-        """The part of the wall time of run() that is not spent inside the extension.
+    def python_share(self, ids: np.ndarray, mask: np.ndarray) -> float:
+        """The part of the wall time of run() that is not spent inside the extension."""
+        return python_share(lambda: type(self)(*self.source), lambda twin: twin.run(ids, mask))
 
-        Measured on a second model, made while the functions are wrapped: blocks bind them when they are built.
-        """
-        with CoreClock() as clock:
-            twin = type(self)(*self.source)
-            twin.run(ids, mask)
-            clock.inside = 0.0
-            start = time.perf_counter()
-            for _ in range(calls):
-                twin.run(ids, mask)
-            return 1.0 - clock.inside / (time.perf_counter() - start)
+
+def python_share(make: Callable[[], Any], work: Callable[[Any], Any], calls: int = 50) -> float:
+    """The part of the wall time of ``work(model)`` that is not spent inside the extension: the median of some calls.
+
+    The model is made while the functions are wrapped: blocks bind them when they are built.
+    """
+    with CoreClock() as clock:
+        twin, cost = make(), clock.cost()
+        work(twin)
+        end = time.perf_counter() + 3.0
+        found = [clock.share_outside(lambda: work(twin), cost)]
+        while len(found) < calls and time.perf_counter() < end:
+            found.append(clock.share_outside(lambda: work(twin), cost))
+        return float(np.median(found))
 
 
 for _name, _scheme in (("zquant fp32", None), ("zquant w8a8", "w8a8"), ("zquant w4/8a8", "w4/8a8")):
@@ -324,6 +372,137 @@ class CTranslate2Int8(Engine):
         return self.encoder.forward_batch(tokens, lengths).last_hidden_state
 
 
+# ---- decoders ---------------------------------------------------------------------------------------------
+class Decoder(Engine):
+    """A language model with room for one sequence of ``decoders.CONTEXT`` tokens."""
+
+    kind = "decoder"
+    weight_bytes: float  # of the weights that one step reads
+    cache_item: ClassVar[float]  # bytes of one number in the key-value cache
+
+    def prefill(self, ids: np.ndarray) -> Any:
+        """Forget everything, take these (T,) ids, and compute the logits of the last."""
+        raise TypeError("abstract")
+
+    def step(self, token: int) -> Any:
+        """One more token and its logits; then forget it again, so that every step has the same context."""
+        raise TypeError("abstract")
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """(V,) float32 of the last token, of one prefill and one step."""
+        raise TypeError("abstract")
+
+    def example(self, vocabulary: int) -> Callable[[], Any]:
+        ids = random_batch(vocabulary, 1, 64)[0][0]
+        return lambda: (self.prefill(ids), self.step(1))
+
+
+class ZQuantDecoder(ZQuant, Decoder):
+    cache_item = 4
+
+    def __init__(self, model: Path, threads: int) -> None:
+        super().__init__(model, threads)
+        self.cache = self.model.new_cache(1)
+        self.weight_bytes = sum(float_or_packed(layer.weight) for layer in self.model.linears.values())
+        if self.model.dims.tied:
+            self.weight_bytes += float_or_packed(self.model.word_embeddings)
+
+    def prefill(self, ids: np.ndarray) -> Any:
+        self.cache.truncate(0, 0)
+        return self.model(ids[None], cache=self.cache, logits="last")
+
+    def step(self, token: int) -> Any:
+        before = int(self.cache.lengths[0])
+        y = self.model([[token]], cache=self.cache, logits="last")
+        self.cache.truncate(0, before)
+        return y
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        self.prefill(ids[:-1])
+        return np.asarray(self.step(int(ids[-1])))[0]
+
+    def share_of_step(self, ids: np.ndarray) -> float:
+        """Python's share of a step after these ids. The last thing to ask: the model is made anew, not to have two."""
+        del self.model, self.cache
+
+        def twin() -> ZQuantDecoder:
+            made = type(self)(*self.source)
+            made.prefill(ids)
+            return made
+
+        return python_share(twin, lambda made: made.step(1))
+
+
+def float_or_packed(weight: Any) -> float:
+    """Bytes that a product with this weight reads: its codes and scales, or float32."""
+    return float(weight.nbytes) if hasattr(weight, "bits_per_weight") else 4.0 * float(np.prod(weight.shape))
+
+
+for _name, _scheme in (("zquant-lm fp32", None), ("zquant-lm w8a8", "w8a8"), ("zquant-lm w4a8 g64", "w4a8-g64"),
+                       ("zquant-lm w4a16 g64", "w4a16-g64")):
+    register(type(_name.replace(" ", "_"), (ZQuantDecoder,), {"name": _name, "scheme": _scheme}))
+
+
+class LlamaCpp(Decoder):
+    """llama.cpp through the plain functions of llama-cpp-python: nothing of Python is in the loop but one call."""
+
+    modules = ("llama_cpp", "gguf", "safetensors")
+    idle = 0.02
+    quant: ClassVar[str]
+    cache_item = 2
+
+    def __init__(self, model: Path, threads: int) -> None:
+        import decoders
+        import llama_cpp
+
+        path = decoders.write_gguf(model, self.quant, cache_dir(model, "gguf") / f"{self.quant}.gguf")
+        self.lib = lib = llama_cpp
+        lib.llama_backend_init()
+        self.model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp does not load {path}")
+        options = lib.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = decoders.CONTEXT, 2048, 512
+        options.n_threads = options.n_threads_batch = threads
+        self.context = lib.llama_init_from_model(self.model, options)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp makes no context for {path}")
+        self.memory = lib.llama_get_memory(self.context)
+        self.vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        self.weight_bytes = sum(decoders.parameters(json.loads((model / "config.json").read_text()))) * (
+            decoders.GGUF_BYTES[self.quant])
+        self.length = 0
+
+    def _decode(self, ids: Any) -> None:
+        tokens = (self.lib.llama_token * len(ids))(*ids)
+        code = self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(tokens, len(ids)))
+        if code != 0:
+            raise RuntimeError(f"llama_decode returned {code}")
+
+    def prefill(self, ids: np.ndarray) -> Any:
+        self.lib.llama_memory_seq_rm(self.memory, 0, 0, -1)
+        self.length = len(ids)
+        self._decode(ids.tolist())
+        return self.lib.llama_get_logits_ith(self.context, -1)[0]  # waits until it is computed
+
+    def step(self, token: int) -> Any:
+        self._decode([token])
+        y = self.lib.llama_get_logits_ith(self.context, -1)
+        first = y[0]
+        self.lib.llama_memory_seq_rm(self.memory, 0, self.length, -1)
+        return first
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        self.prefill(ids[:-1])
+        self._decode(ids[-1:].tolist())
+        y = self.lib.llama_get_logits_ith(self.context, -1)
+        return np.ctypeslib.as_array(y, (self.vocabulary,)).copy()
+
+
+for _quant in ("q8_0", "q4_0", "q4_k"):
+    register(type(f"llama_cpp_{_quant}", (LlamaCpp,), {"name": f"llama.cpp {_quant}", "quant": _quant}))
+
+
 # ---- the serving process --------------------------------------------------------------------------------
 def save_batches(path: Path, batches: list[tuple[np.ndarray, np.ndarray]]) -> None:
     np.savez(path, **{f"{kind}{i}": a for i, b in enumerate(batches) for kind, a in zip(("ids", "mask"), b)})
@@ -352,8 +531,7 @@ class Server:
         start = time.perf_counter()
         self.engine = ENGINES[name](model, threads)
         self.load_seconds = time.perf_counter() - start
-        ids, mask = random_batch(self.vocabulary, 8, 64)
-        self.gate.pin(lambda: self.engine.run(ids, mask))
+        self.gate.pin(self.engine.example(self.vocabulary))
         self.gate.settle = max(self.gate.settle, self.engine.idle if threads > 1 and self.engine.idle < 0.05 else 0)
 
     def do_hello(self) -> dict[str, Any]:
@@ -395,6 +573,28 @@ class Server:
             rows.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
         return {"rows": np.concatenate(rows).tolist()}
 
+    def do_bandwidth(self) -> dict[str, Any]:
+        return {"GB/s": self.gate.bandwidth()}
+
+    def do_prefill(self, tokens: int, seconds: float) -> dict[str, Any]:
+        """A prompt of so many tokens into an empty cache."""
+        ids = random_batch(self.vocabulary, 1, tokens)[0][0]
+        sample = self.gate.measure(lambda: self.engine.prefill(ids), seconds=seconds)
+        return {"seconds": sample.seconds, "kept": sample.kept, "gated": sample.gated, "peak": self.gate.peak}
+
+    def do_decode(self, context: int, seconds: float) -> dict[str, Any]:
+        """One token after so many."""
+        self.engine.prefill(random_batch(self.vocabulary, 1, context)[0][0])
+        sample = self.gate.measure(lambda: self.engine.step(1), seconds=seconds)
+        return {"seconds": sample.seconds, "kept": sample.kept, "gated": sample.gated,
+                "weight_bytes": self.engine.weight_bytes, "cache_item": self.engine.cache_item}
+
+    def do_logits(self, tokens: int) -> dict[str, Any]:
+        return {"logits": self.engine.logits(random_batch(self.vocabulary, 1, tokens)[0][0]).tolist()}
+
+    def do_share_of_step(self, context: int) -> dict[str, Any]:
+        return {"share": self.engine.share_of_step(random_batch(self.vocabulary, 1, context)[0][0])}
+
     def do_python_share(self, batch: int, length: int) -> dict[str, Any]:
         return {"share": self.engine.python_share(*random_batch(self.vocabulary, batch, length))}
 
@@ -416,6 +616,104 @@ def serve(name: str, model: str, threads: int) -> None:
         except Exception as error:  # noqa: BLE001
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=out, flush=True)
+
+
+# ---- the other end of it ------------------------------------------------------------------------------------
+class Turn:
+    """One engine's process."""
+
+    def __init__(self, name: str, model: Path, threads: int) -> None:
+        self.name = name
+        self.idle = ENGINES[name].idle
+        env = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__)), name, str(model), str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE if not os.environ.get(
+                "ZQUANT_BENCH_VERBOSE") else None, text=True, env=env)
+        # stderr is only read when the process dies; libraries that chat must not fill the pipe meanwhile
+        if self.process.stderr:
+            self.noise: list[str] = []
+            stream = self.process.stderr
+            threading.Thread(target=lambda: self.noise.extend(stream), daemon=True).start()
+        self.hello = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        return {"error": "the process ended: " + "".join(getattr(self, "noise", [])[-3:]).strip()}
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        if self.process.poll() is not None:
+            return {"error": "the process ended"}
+        self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+        self.process.stdin.flush()
+        reply = self._read()
+        time.sleep(self.idle)
+        return reply
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def start(names: list[str], model: Path, threads: int) -> list[Turn]:
+    """A process for each engine; those that fail are left out, with a line that says so."""
+    turns = []
+    for name in names:
+        turn = Turn(name, model, threads)
+        if "error" in turn.hello:
+            print(f"# {name}: left out: {turn.hello['error'][:300]}")
+            turn.close()
+            continue
+        time.sleep(turn.idle)
+        turns.append(turn)
+    if any(not t.hello["reachable"] for t in turns):
+        print(f"# {threads}T: the host does not give {threads} full cores now; read these as n/a")
+    return turns
+
+
+def engines_for(kind: str, with_peers: bool, wanted: str | None) -> list[str]:
+    """The engines of a kind that can run here; the others' missing package is printed."""
+    names = [n for n, e in ENGINES.items() if e.kind == kind and (with_peers or n.startswith("zquant"))]
+    names = [n for n in names if not wanted or any(part in n for part in wanted.split(","))]
+    for name in list(names):
+        package = ENGINES[name].missing()
+        if package:
+            print(f"# {name}: left out, {package} is not installed")
+            names.remove(name)
+    return names
+
+
+def keep(best: dict[tuple[str, str], dict[str, Any]], key: tuple[str, str], new: dict[str, Any], larger: bool) -> None:
+    """Let ``new`` replace what was best so far: a gated value beats others, then the larger or smaller one wins."""
+    old = best.get(key)
+    sign = 1 if larger else -1
+    if old is None or (new["gated"], sign * new["value"]) > (old["gated"], sign * old["value"]):
+        best[key] = new
+
+
+PEAK_SCRIPT = """
+import json, sys
+from pathlib import Path
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmHWM'))
+import zquant as zq, safetensors, zquant.models, zquant.quantize, peers
+baseline = peak()
+model = zq.quantize(zq.load(sys.argv[1]), peers.scheme_of(Path(sys.argv[1]), sys.argv[2]))
+print(json.dumps(dict(baseline=baseline, peak=peak())))
+"""
+
+
+def quantizing_memory(model: Path, scheme: str) -> dict[str, int]:
+    """Peak resident bytes of a process that loads and quantizes: after the imports (baseline) and in the end (peak)."""
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(REPO), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run([sys.executable, "-c", PEAK_SCRIPT, str(model), scheme], env=env, check=True,
+                          capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

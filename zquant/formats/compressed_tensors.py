@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError, VersionError
-from ..linear import Linear
+from ..linear import HALVES, Linear
 from ..ops.quantize import pack, unpack
 from ..qtensor import QTensor
 from ..spec import QuantSpec, Scheme
@@ -80,7 +80,8 @@ def _unpack_rows(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
     return unpack(np.ascontiguousarray(stream[:, :math.ceil(columns * bits / 8)]), bits, columns, False)
 
 
-def quantization_config(linears: Mapping[str, Linear], tables: Mapping[str, QTensor]) -> dict[str, Any]:
+def quantization_config(linears: Mapping[str, Linear], tables: Mapping[str, QTensor],
+                        unlisted: Iterable[str] = ()) -> dict[str, Any]:
     """``quantization_config`` for config.json.
 
     Parameters
@@ -89,6 +90,8 @@ def quantization_config(linears: Mapping[str, Linear], tables: Mapping[str, QTen
         All linear layers by module name, quantized or not.
     tables
         The quantized embedding tables by module name.
+    unlisted
+        Other modules of class Linear, which readers must leave alone: a head that is the embedding table.
     """
     linear_groups: dict[str, list[str]] = {}  # a group, as JSON -> its layers
     for name, layer in linears.items():
@@ -104,7 +107,7 @@ def quantization_config(linears: Mapping[str, Linear], tables: Mapping[str, QTen
     return {"quant_method": "compressed-tensors", "quantization_status": "compressed",
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-            "ignore": ignore + _without_prefix(ignore, linears), "kv_cache_scheme": None, "global_compression_ratio": None}
+            "ignore": [*ignore, *_without_prefix(ignore, linears), *unlisted], "kv_cache_scheme": None, "global_compression_ratio": None}
 
 
 def _group(spec: QuantSpec, activations: QuantSpec | None, storage: str) -> str:
@@ -297,11 +300,16 @@ class ModelTensors(Mapping[str, np.ndarray]):
         """The safetensors name of the stored type; "F32" for codes, which stand for float32 values."""
         return "F32" if self.is_quantized(name) else self.checkpoint.dtype(name)
 
-    def linear(self, module: str) -> Linear:
-        """The linear layer ``module``: weight (float32 or QTensor), bias where there is one, input quantization."""
+    def linear(self, module: str, transposed: bool = False) -> Linear:
+        """The linear layer ``module``: weight (float, mapped, or QTensor), bias where there is one, input quantization.
+
+        ``transposed``: a float weight is stored (in, out), as the Conv1D of GPT-2. Codes are (out, in) always.
+        """
         bias = self._float32(f"{module}.bias") if f"{module}.bias" in self.checkpoint else None
         if module not in self._quantized:
-            return Linear(module, self._float32(f"{module}.weight"), bias)
+            stored = self.checkpoint.stored(f"{module}.weight")
+            stored = Stored(stored.array.T, stored.dtype) if transposed else stored
+            return Linear(module, stored if stored.dtype in HALVES else stored.array, bias)
         weight, activations = self._qtensor(module, "Linear")
         return Linear(module, weight, bias, activations)
 

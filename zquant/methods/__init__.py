@@ -24,9 +24,13 @@ class Method:
     ----------
     needs
         Names of the statistics that ``quantize`` wants from calibration; empty when it needs no data.
+    by_rows
+        Whether each row's codes depend on that row alone (with scales per channel or group): a large matrix is then
+        quantized some rows at a time.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    by_rows: ClassVar[bool] = False
 
     def quantize(self, w: np.ndarray, spec: QuantSpec, stats: Mapping[str, np.ndarray] | None = None) -> QTensor:
         """Quantize w (n, k) float32 to ``spec``; ``stats`` holds what ``needs`` names. w is not changed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class RTN(Method):
     >>> RTN().quantize(np.array([[0.1, -0.7, 0.26]], np.float32), QuantSpec(4)).codes.tolist()
     [[1, -7, 3]]
     """
+
+    by_rows: ClassVar[bool] = True
 
     def quantize(self, w: np.ndarray, spec: QuantSpec, stats: Mapping[str, np.ndarray] | None = None) -> QTensor:
         """Quantize w (n, k) float32 to ``spec``.

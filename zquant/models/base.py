@@ -1,20 +1,22 @@
-"""Model: an encoder read from a Hugging Face directory, run on packed tokens."""
+"""Network, what all models share; Model, an encoder read from a Hugging Face directory, run on packed tokens."""
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ..linear import Linear
-from ..qtensor import QTensor
 from .blocks import Block, Embeddings, Packed, Table, Tap, pack
 from .family import Dims, Family
 
-__all__ = ["Model"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Model", "Network"]
 
 _HEAD_ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "tanh": np.tanh,
@@ -22,11 +24,8 @@ _HEAD_ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-class Model:
-    """A Transformer encoder, float or quantized. Made by :func:`zquant.load` and :func:`zquant.quantize`.
-
-    Calling it runs it. Models are immutable: :meth:`replace` returns a new one that shares what did not change. They may
-    be called from several threads.
+class Network:
+    """What encoders and decoders share: named parts, replacing them, saving, pickling.
 
     Attributes
     ----------
@@ -35,21 +34,29 @@ class Model:
     family : what the architecture is called and how its tensors are named
     dims : sizes read from the configuration
     linears : dict of module name (as in the checkpoint) -> Linear, in the order of the forward
-    tensors : dict of tensor name -> embedding tables, layer-norm weights
+    tensors : dict of tensor name -> embedding tables, weights of norms
     scheme : what the linear layers were quantized with, or None
-    has_head : whether calling gives logits of a sequence classification head in place of hidden states
     """
 
-    def __init__(self, family: Family, config: Mapping[str, Any], dims: Dims, linears: Mapping[str, Linear],
-                 tensors: Mapping[str, Table], *, path: Path, prefix: str = "", has_head: bool = False,
-                 scheme: Any = None) -> None:
+    family: Any
+    dims: Any
+    path: Path
+    transposed: frozenset[str] = frozenset()
+    """Linear layers whose float weights the checkpoint stores (in, out)."""
+    unlisted: tuple[str, ...] = ()
+    """Linear layers that other implementations have under these names and that are not among ``linears``."""
+
+    def __init__(self, family: Any, config: Mapping[str, Any], dims: Any, linears: Mapping[str, Linear],
+                 tensors: Mapping[str, Table], *, path: Path, prefix: str = "", scheme: Any = None) -> None:
         self.family, self.config, self.dims = family, dict(config), dims
         self.linears, self.tensors = dict(linears), dict(tensors)
-        self.path, self.prefix, self.has_head, self.scheme = path, prefix, has_head, scheme
-        self._lock = threading.Lock()
-        self._blocks: list[Block | None] = [None] * dims.layers
-        self._embeddings: Embeddings | None = None
+        self.path, self.prefix, self.scheme = path, prefix, scheme
         self._tokenizer: Any = None
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget what is made when first used: packed weights and the like."""
+        self._lock = threading.Lock()
 
     # -- what it is made of
 
@@ -81,14 +88,6 @@ class Model:
         return count + sum(int(np.prod(t.shape)) for t in self.tensors.values())
 
     @property
-    def max_length(self) -> int:
-        """Tokens in the longest sequence that the position table allows."""
-        if self.prefix + self.family.embeddings["position"] not in self.tensors:
-            return self.dims.max_positions
-        first = self.family.positions(None, np.zeros(1, np.int64), np.zeros(1, np.int64), self.dims.pad)
-        return self.dims.max_positions - int(first[0])
-
-    @property
     def tokenizer(self) -> Any:
         """The ``tokenizers.Tokenizer`` of tokenizer.json as it is on disk, read when first used; None without that file."""
         if self._tokenizer is None and (self.path / "tokenizer.json").is_file():
@@ -104,7 +103,7 @@ class Model:
         return save(self, directory)
 
     def replace(self, linears: Mapping[str, Linear] | None = None, embeddings: Mapping[str, Table] | None = None,
-                **attributes: Any) -> Model:
+                **attributes: Any) -> Self:
         """A new model with some linear layers or embedding tables exchanged; everything else is shared.
 
         Parameters
@@ -121,14 +120,72 @@ class Model:
         linears, embeddings = dict(linears or {}), dict(embeddings or {})
         _same_shapes("linear layer", self.linears, linears)
         _same_shapes("embedding table", self.embeddings, embeddings)
-        known = dict(scheme=self.scheme, path=self.path, config=self.config)
-        if not attributes.keys() <= known.keys():
-            raise TypeError(f"replace() got {sorted(attributes.keys() - known.keys())}; known: {sorted(known)}")
-        known.update(attributes)
-        model = Model(self.family, known["config"], self.dims, {**self.linears, **linears}, {**self.tensors, **embeddings},
-                      path=known["path"], prefix=self.prefix, has_head=self.has_head, scheme=known["scheme"])
-        model._tokenizer = self._tokenizer
+        known = {"scheme", "path", "config"}
+        if not attributes.keys() <= known:
+            raise TypeError(f"replace() got {sorted(attributes.keys() - known)}; known: {sorted(known)}")
+        model = object.__new__(type(self))
+        model.__dict__.update(self.__dict__)
+        model.__dict__.update({**attributes, "linears": {**self.linears, **linears}, "tensors": {**self.tensors, **embeddings}})
+        model.config = dict(model.config)
+        model._reset()
         return model
+
+    def __repr__(self) -> str:
+        d = self.dims
+        if self.scheme is not None:
+            kind = str(self.scheme)
+        else:
+            kind = "quantized" if any(layer.spec is not None for layer in self.linears.values()) else "float32"
+        return (f"{self.family.name}({d.layers} layers, hidden {d.hidden}, {self._heads()}, "
+                f"{self.parameters / 1e6:.1f} M parameters, {kind}, {self.nbytes / 1e6:.1f} MB)")
+
+    def _heads(self) -> str:
+        return f"{self.dims.heads} heads"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Packed weights, locks and the tokenizer stay behind; they are made again when first used."""
+        return {name: value for name, value in self.__dict__.items()
+                if name not in _TRANSIENT} | {"_tokenizer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+
+_TRANSIENT = ("_lock", "_blocks", "_embeddings", "_parts")
+
+
+class Model(Network):
+    """A Transformer encoder, float or quantized. Made by :func:`zquant.load` and :func:`zquant.quantize`.
+
+    Calling it runs it. Models are immutable: :meth:`replace` returns a new one that shares what did not change. They may
+    be called from several threads.
+
+    Attributes
+    ----------
+    has_head : whether calling gives logits of a sequence classification head in place of hidden states
+
+    Those of :class:`Network` besides.
+    """
+
+    def __init__(self, family: Family, config: Mapping[str, Any], dims: Dims, linears: Mapping[str, Linear],
+                 tensors: Mapping[str, Table], *, path: Path, prefix: str = "", has_head: bool = False,
+                 scheme: Any = None) -> None:
+        self.has_head = has_head
+        super().__init__(family, config, dims, linears, tensors, path=path, prefix=prefix, scheme=scheme)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._blocks: list[Block | None] = [None] * self.dims.layers
+        self._embeddings: Embeddings | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Tokens in the longest sequence that the position table allows."""
+        if self.prefix + self.family.embeddings["position"] not in self.tensors:
+            return self.dims.max_positions
+        first = self.family.positions(None, np.zeros(1, np.int64), np.zeros(1, np.int64), self.dims.pad)
+        return self.dims.max_positions - int(first[0])
 
     # -- running it
 
@@ -272,25 +329,8 @@ class Model:
     def _norm(self, module: str) -> tuple[np.ndarray, np.ndarray]:
         return cast(np.ndarray, self.tensors[module + ".weight"]), cast(np.ndarray, self.tensors[module + ".bias"])
 
-    def __repr__(self) -> str:
-        head = f", {self.dims.labels} labels" if self.has_head else ""
-        if self.scheme is not None:
-            kind = str(self.scheme)
-        else:
-            kind = "quantized" if any(isinstance(layer.weight, QTensor) for layer in self.linears.values()) else "float32"
-        return (f"{self.family.name}({self.dims.layers} layers, hidden {self.dims.hidden}, {self.dims.heads} heads{head}, "
-                f"{self.parameters / 1e6:.1f} M parameters, {kind}, {self.nbytes / 1e6:.1f} MB)")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Packed weights, locks and the tokenizer stay behind; they are made again when first used."""
-        state = dict(self.__dict__)
-        del state["_lock"]
-        state.update(_blocks=[None] * self.dims.layers, _embeddings=None, _tokenizer=None)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
+    def _heads(self) -> str:
+        return super()._heads() + (f", {self.dims.labels} labels" if self.has_head else "")
 
 
 def _same_shapes(what: str, have: Mapping[str, Any], new: Mapping[str, Any]) -> None:

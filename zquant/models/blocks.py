@@ -10,7 +10,6 @@ import numpy as np
 from .. import _core
 from ..formats.safetensors import Stored
 from ..linear import ACTIVATIONS, QUANT, Codes, Linear
-from ..mapped import release
 from ..qtensor import QTensor
 
 __all__ = ["CHUNK", "Block", "Embeddings", "Packed", "Table", "pack", "rows"]
@@ -248,8 +247,7 @@ class Block:
             return
         self.qkv = _bind(fused)[0]
         for part in parts:
-            if isinstance(part.weight, np.ndarray):
-                release(part.weight)
+            part.release()
 
     def __call__(self, x: np.ndarray, codes: Codes | None, offsets: np.ndarray,
                  quant_out: int) -> tuple[np.ndarray, Codes | None]:
@@ -287,6 +285,7 @@ def _bind(linear: Linear) -> tuple[Callable, int]:
     """The layer as f(x, activation, residual, quantize), numbers for names, and how it wants x quantized. The function
     holds the packed weights only, so that the concatenated copy of a fused layer can go."""
     handle, mode, forward = linear._packed(), QUANT[linear.quant], _core.linear_forward
+    quant_in = linear._quant_in
     if linear.quant is None or linear._integer:
-        return lambda x, act=0, residual=None, quant=0: forward(handle, x, mode, act, residual, quant), mode
+        return lambda x, act=0, residual=None, quant=0: forward(handle, x, quant_in, act, residual, quant), mode
     return (lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant])), mode

@@ -11,10 +11,11 @@ import numpy as np
 __all__ = ["FAMILIES", "Dims", "Family", "Head", "column_positions", "counted_positions", "register"]
 
 FAMILIES: dict[str, Family] = {}
-_ACTIVATIONS = {
+ACTIVATION_NAMES = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -111,8 +112,9 @@ class Family:
         values = {role: self._read(config, role, key) for role, key in self.config.items()}
         values = {**self.defaults, **values}
         activation = values["activation"]
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"config.json: {self.config['activation']} is {activation!r}; known: {', '.join(_ACTIVATIONS)}")
+        if activation not in ACTIVATION_NAMES:
+            raise ValueError(f"config.json: {self.config['activation']} is {activation!r}; "
+                             f"known: {', '.join(ACTIVATION_NAMES)}")
         if values["hidden"] % values["heads"]:
             raise ValueError(f"config.json: {values['hidden']} hidden units do not divide into {values['heads']} heads")
         if config.get("position_embedding_type", "absolute") != "absolute":
@@ -122,7 +124,7 @@ class Family:
             raise ValueError(f"config.json: is_decoder is set; {self.name} is supported as an encoder")
         pad = config.get("pad_token_id")
         labels = len(config.get("id2label") or ()) or config.get("num_labels", 2)
-        values.update(activation=_ACTIVATIONS[activation], pad=self.default_pad if pad is None else pad, labels=labels)
+        values.update(activation=ACTIVATION_NAMES[activation], pad=self.default_pad if pad is None else pad, labels=labels)
         return Dims(**values)
 
     def _read(self, config, role, key):

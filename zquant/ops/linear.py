@@ -10,6 +10,7 @@ __all__ = ["linear", "linear_w8a8", "linear_grouped", "matmul_integer", "qlinear
 #: Activation names that linear layers fuse, and their codes in the C core.
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _QUANT = {"symmetric": 1, "asymmetric": 2}
+_INPUTS = {**_QUANT, "int16": 3}
 
 
 def _activation(name: str | None) -> int:
@@ -111,7 +112,9 @@ def linear_w8a8(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bias: np.nd
     scale : float32 (n,)
         One per output channel; ZeroQuant's row blocks repeat a value.
     bias, activation, residual, quantize : as in :func:`linear`
-    activations : "asymmetric" (uint8 with a zero point per token) or "symmetric" (int8)
+    activations : "asymmetric" (uint8 with a zero point per token), "symmetric" (int8) or "int16"
+        "int16" is for weights whose activations are not to be quantized: the scale is max|x| / 32767 per token, the
+        product still exact, at twice the multiplications of the others and none of float32's weight traffic.
 
     Raises
     ------
@@ -123,9 +126,9 @@ def linear_w8a8(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bias: np.nd
     >>> zq.ops.linear_w8a8(np.float32([[1.0, 2.0]]), codes, scale[:, 0]).round(2).tolist()
     [[1.0, 2.0]]
     """
-    if activations not in _QUANT:
-        raise ValueError(f"activations: expected 'asymmetric' or 'symmetric', got {activations!r}")
-    return _forward(_core.linear_pack_s8(codes, scale, bias), x, _QUANT[activations], activation, residual, quantize)
+    if activations not in _INPUTS:
+        raise ValueError(f"activations: expected 'asymmetric', 'symmetric' or 'int16', got {activations!r}")
+    return _forward(_core.linear_pack_s8(codes, scale, bias), x, _INPUTS[activations], activation, residual, quantize)
 
 
 def linear_grouped(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_size: int, bits: int = 4,
@@ -156,10 +159,10 @@ def linear_grouped(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_s
     >>> zq.ops.linear_grouped(np.ones((2, 64), np.float32), codes, scales, 32).shape
     (2, 4)
     """
-    if activations not in _QUANT:
-        raise ValueError(f"activations: expected 'asymmetric' or 'symmetric', got {activations!r}")
+    if activations not in _INPUTS:
+        raise ValueError(f"activations: expected 'asymmetric', 'symmetric' or 'int16', got {activations!r}")
     handle = _core.linear_pack_group(codes, scales, group_size, bits, bias)
-    return _forward(handle, x, _QUANT[activations], activation, residual, quantize)
+    return _forward(handle, x, _INPUTS[activations], activation, residual, quantize)
 
 
 def _zero_rows(zero: np.ndarray | int | None, m: int, name: str) -> np.ndarray | None:

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-__all__ = ["activate", "linear", "linear_w8a8", "linear_grouped"]
+__all__ = ["activate", "linear", "linear_w8a8", "linear_grouped", "quantize_int16"]
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -40,10 +40,26 @@ def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, activat
     return _finish(x.astype(np.float64) @ w.astype(np.float64).T, bias, activation, residual)
 
 
+def quantize_int16(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int16 codes (m, k) and float32 scales (m,) of float32 rows: a = rint(x * (32767 / amax)), scale = amax / 32767.
+
+    Rows whose amax is below 32767 times the smallest normal number have scale 1 and codes 0.
+    """
+    amax = np.abs(x).max(axis=1, initial=0.0).astype(np.float32)
+    usable = amax >= np.finfo(np.float32).tiny * np.float32(32767)
+    safe = np.where(usable, amax, np.float32(1))
+    factor = np.where(usable, np.float32(32767) / safe, np.float32(0)).astype(np.float32)
+    codes = np.clip(np.rint(x * factor[:, None]), -32767, 32767).astype(np.int16)
+    return codes, np.where(usable, safe / np.float32(32767), np.float32(1)).astype(np.float32)
+
+
 def linear_w8a8(q: np.ndarray, x_scale: np.ndarray, x_zero: np.ndarray, codes: np.ndarray, scale: np.ndarray,
                 bias: np.ndarray | None = None, activation: str | None = None,
                 residual: np.ndarray | None = None) -> np.ndarray:
-    """y = act((q - zero) codes^T * x_scale * scale + bias) + residual: the product exact, the rest float64."""
+    """y = act((q - zero) codes^T * x_scale * scale + bias) + residual: the product exact, the rest float64.
+
+    q may also be int16 codes of :func:`quantize_int16`, with zero points of 0.
+    """
     acc = (q.astype(np.int64) - x_zero.astype(np.int64)[:, None]) @ codes.astype(np.int64).T
     return _finish(acc * x_scale.astype(np.float64)[:, None] * scale.astype(np.float64), bias, activation, residual)
 

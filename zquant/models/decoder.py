@@ -1,0 +1,352 @@
+"""CausalLM: a decoder read from a Hugging Face directory, run on packed tokens over a key-value cache."""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import numpy as np
+
+from .. import _core
+from ..spec import QuantSpec
+from .base import Network
+from .blocks import Packed, Table, Tap, pack, rows
+from .decoder_blocks import DecoderBlock, Head, Norm, Projection
+from .decoder_family import Architecture, DecoderFamily
+from .family import column_positions
+
+__all__ = ["CHUNK", "CausalLM", "KVCache"]
+
+CHUNK = 512  # tokens that go through the model together, which bounds the memory of a long prompt
+
+
+class KVCache:
+    """Keys and values of the sequences of one batch, made by :meth:`CausalLM.new_cache`. Grows without copying.
+
+    Attributes
+    ----------
+    handle : what the kernels take
+    batch : number of sequences
+    dtype : "float32", or "int8" with one scale per token and head
+    """
+
+    def __init__(self, a: Architecture, batch: int, dtype: str = "float32", handle: Any = None) -> None:
+        if dtype not in ("float32", "int8"):
+            raise ValueError(f"cache: dtype must be 'float32' or 'int8', got {dtype!r}")
+        if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 0:
+            raise ValueError(f"cache: batch must be a number of sequences, got {batch!r}")
+        self.architecture, self.batch, self.dtype = a, int(batch), dtype
+        self.handle = _core.kv_new(a.layers, self.batch, a.kv_heads, a.head_dim, dtype == "int8") if handle is None else handle
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(batch,) int64 tokens of each sequence."""
+        return _core.kv_lengths(self.handle)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in use."""
+        return _core.kv_bytes(self.handle)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the tokens of a sequence from ``length`` on."""
+        _core.kv_truncate(self.handle, sequence, length)
+
+    def select(self, sequences: Any) -> KVCache:
+        """A new cache with copies of these sequences, in this order; the same one may come more than once."""
+        index = np.ascontiguousarray(sequences, np.int64)
+        return KVCache(self.architecture, len(index), self.dtype, _core.kv_select(self.handle, index))
+
+    def __repr__(self) -> str:
+        return f"KVCache({self.batch} sequences, {self.dtype}, {int(self.lengths.sum())} tokens, {self.nbytes / 1e6:.1f} MB)"
+
+
+class CausalLM(Network):
+    """A Transformer decoder with a language-model head, float or quantized. Made by :func:`zquant.load` and
+    :func:`zquant.quantize`.
+
+    Calling it gives logits. Models are immutable: :meth:`replace` returns a new one that shares what did not change. They
+    may be called from several threads, each with its own cache.
+
+    Attributes are those of :class:`Network`; ``dims`` is an :class:`Architecture`. A head that is tied to the embedding
+    table is not among ``linears``: it is float or int8 as the table is, and where that is int8 it reads 8-bit tokens if
+    the other layers do.
+    """
+
+    family: DecoderFamily
+    dims: Architecture
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._parts: dict[Any, Any] = {}
+
+    # -- what it is
+
+    @property
+    def transposed(self) -> frozenset[str]:  # type: ignore[override]
+        """Linear layers whose float weights the checkpoint stores (in, out): GPT-2's."""
+        return self.family.transposed(self.dims, self.prefix)
+
+    @property
+    def unlisted(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The head, where it is the embedding table; and, where it is float, "lm_head": what some call it in every family."""
+        head = self.linears.get(self.family.head)
+        names = dict.fromkeys([self.family.head, "lm_head"] if head is None or head.spec is None else [])
+        return tuple(name for name in names if name not in self.linears)
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens in the longest sequence."""
+        return self.dims.max_positions
+
+    @property
+    def max_length(self) -> int:
+        """The same, under the name that encoders have for it."""
+        return self.dims.max_positions
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are 0..vocabulary - 1."""
+        return self.dims.vocabulary
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that texts begin with, where config.json has one."""
+        return self.config.get("bos_token_id")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text: generation_config.json's where it has any, else config.json's; may be empty."""
+        from . import read_config
+
+        found = None
+        if (self.path / "generation_config.json").is_file():
+            found = read_config(self.path, "generation_config.json").get("eos_token_id")
+        found = self.config.get("eos_token_id") if found is None else found
+        return () if found is None else tuple(found) if isinstance(found, list) else (found,)
+
+    def new_cache(self, batch: int = 1, dtype: str = "float32") -> KVCache:
+        """An empty cache for a batch of sequences.
+
+        Parameters
+        ----------
+        batch
+            Number of sequences.
+        dtype
+            "float32", or "int8": a quarter of the memory, one scale per token and head.
+        """
+        return KVCache(self.dims, batch, dtype)
+
+    # -- running it
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None, cache: KVCache | None = None, *, logits: str = "all",
+                 tap: Tap | None = None, chunk: int = CHUNK) -> np.ndarray:
+        """Logits of the next token.
+
+        Parameters
+        ----------
+        input_ids
+            (B, T) integers, or a list of B sequences of any lengths (no padding needed).
+        attention_mask
+            Zeros and ones, laid out as ``input_ids``: padding on the left or on the right of each sequence. Padding is
+            not computed, and does not count as positions.
+        cache
+            What came before; the new tokens are appended. None starts anew and keeps nothing.
+        logits
+            "all", or "last" for those after each sequence's last token only.
+        tap
+            Called as ``tap(module name, input (tokens, k), output (tokens, n))`` for every linear layer and chunk, in
+            float32. Results are the same with and without.
+        chunk
+            Tokens that are computed together; it bounds the memory. Results do not depend on it.
+
+        Returns
+        -------
+        numpy.ndarray
+            (B, T, V) float32, zeros where the mask is 0 and past a sequence's end; or (B, V) for "last".
+
+        Raises
+        ------
+        ValueError
+            Ids outside the vocabulary; sequences that are empty or longer than the model's positions; a mask with holes;
+            a cache of another model or batch; NaN or Inf in weights or logits, naming the layer. The cache is then as
+            it was.
+        """
+        if logits not in ("all", "last"):
+            raise ValueError(f"logits: expected 'all' or 'last', got {logits!r}")
+        packed = self.pack(input_ids, attention_mask)
+        if logits == "last":
+            out = np.empty((packed.shape[0], self.dims.vocabulary), np.float32)
+            wanted = packed.offsets[1:] - 1
+
+            def ends(start: int, stop: int, x: np.ndarray) -> None:
+                here = np.flatnonzero((wanted >= start) & (wanted < stop))
+                if len(here):
+                    out[here] = self._logits(x[wanted[here] - start], tap)
+
+            deque(self._forward(packed, cache, tap, chunk, ends), maxlen=0)
+            return out
+        slots, size = packed.slots, packed.shape[0] * packed.shape[1]
+        flat = (np.empty if slots is None else np.zeros)((size, self.dims.vocabulary), np.float32)
+        for start, stop, part in self.stream(packed, cache, tap, chunk):
+            flat[slice(start, stop) if slots is None else slots[start:stop]] = part
+        return flat.reshape(*packed.shape, self.dims.vocabulary)
+
+    def stream(self, packed: Packed, cache: KVCache | None = None, tap: Tap | None = None,
+               chunk: int = CHUNK) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Chunk by chunk: (first token, last + 1, logits (tokens, V)), counted over the packed batch; never all at once."""
+        return self._forward(packed, cache, tap, chunk, lambda start, stop, x: self._logits(x, tap))
+
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        """Continue a prompt; see :func:`zquant.generate.generate`."""
+        from ..generate import generate
+
+        return generate(self, prompt, **options)
+
+    def pack(self, input_ids: Any, attention_mask: Any = None) -> Packed:
+        """The batch end to end, without padding, checked against the vocabulary."""
+        packed = pack(input_ids, attention_mask, positions=column_positions, pad=0)
+        ids, count = cast(np.ndarray, packed.ids), self.dims.vocabulary
+        if len(ids) and not (0 <= ids.min() and ids.max() < count):
+            bad = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(f"input_ids: {bad} is outside 0..{count - 1}")
+        lengths = np.diff(packed.offsets)
+        if not lengths.all():
+            raise ValueError(f"input_ids: sequence {int(np.argmin(lengths))} is empty; a prompt needs at least one token")
+        if attention_mask is None:
+            return packed
+        first = np.repeat(packed.positions[packed.offsets[:-1]], lengths)
+        index = np.arange(len(ids)) - np.repeat(packed.offsets[:-1], lengths)
+        holes = np.flatnonzero(packed.positions != first + index)
+        if len(holes):
+            sequence = int(np.searchsorted(packed.offsets, holes[0], side="right")) - 1
+            raise ValueError(f"attention_mask: sequence {sequence} has a hole before column {packed.positions[holes[0]]}; "
+                             "padding goes to the left or to the right of a sequence")
+        return packed
+
+    def _forward(self, packed: Packed, cache: KVCache | None, tap: Tap | None, chunk: int,
+                 finish: Callable[[int, int, np.ndarray], Any]) -> Iterator[tuple[int, int, Any]]:
+        """Chunk by chunk (start, stop, finish(start, stop, hidden states)). If anything fails, the cache is as it was."""
+        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(f"chunk: expected a positive number of tokens, got {chunk!r}")
+        cache = self.new_cache(packed.shape[0]) if cache is None else self._fitting(cache, packed.shape[0])
+        before = cache.lengths
+        totals = before + np.diff(packed.offsets)
+        if len(totals) and totals.max() > self.max_positions:
+            worst = int(np.argmax(totals))
+            raise ValueError(f"input_ids: sequence {worst} has {totals[worst]} tokens; the model has {self.max_positions} "
+                             "positions")
+        ids = cast(np.ndarray, packed.ids)
+        positions = np.arange(len(ids)) + np.repeat(before - packed.offsets[:-1], np.diff(packed.offsets))
+        try:
+            for start, stop, length in self._pieces(packed.offsets, totals, chunk):
+                offsets = packed.offsets
+                if stop - start < len(ids):
+                    offsets = np.clip(offsets, start, stop) - start
+                x = self._run(ids[start:stop], positions[start:stop], offsets, cache, length, tap)
+                yield start, stop, finish(start, stop, x)
+        except (Exception, KeyboardInterrupt):
+            for sequence, old in enumerate(before):
+                cache.truncate(sequence, int(old))
+            raise
+
+    def _fitting(self, cache: KVCache, batch: int) -> KVCache:
+        a, b = cache.architecture, self.dims
+        if (a.layers, a.kv_heads, a.head_dim) != (b.layers, b.kv_heads, b.head_dim):
+            raise ValueError(f"cache: of a model with {a.layers} layers, {a.kv_heads} key-value heads of {a.head_dim}; "
+                             f"this one has {b.layers}, {b.kv_heads} of {b.head_dim}")
+        if cache.batch != batch:
+            raise ValueError(f"cache: has {cache.batch} sequences, the batch {batch}")
+        return cache
+
+    def _pieces(self, offsets: np.ndarray, totals: np.ndarray, chunk: int) -> Iterator[tuple[int, int, int]]:
+        """Ranges of at most ``chunk`` tokens, and the length that decides about the rotation: that of the sequence where
+        it matters, so that no sequence depends on its neighbours."""
+        own = self.dims.rope is not None and any(self.dims.rope.depends_on_length(int(total)) for total in totals)
+        spans = zip(offsets[:-1], offsets[1:], totals) if own else [(0, offsets[-1], totals.max(initial=0))]
+        for first, last, length in spans:
+            for start in range(int(first), int(last), chunk):
+                yield start, min(start + chunk, int(last)), int(length)
+
+    def _run(self, ids: np.ndarray, positions: np.ndarray, offsets: np.ndarray, cache: KVCache, length: int,
+             tap: Tap | None) -> np.ndarray:
+        x = self._embed(ids, positions, tap)
+        rope = self.dims.rope
+        rotation = (None, None) if rope is None else rope.tables(int(positions.max()) + 1, length)
+        for block in self._part("blocks", self._make_blocks):
+            try:
+                x = block(x, cache.handle, offsets, rotation, tap)
+            except ValueError as error:
+                raise ValueError(f"{block.name}: {error}") from None
+        return x
+
+    def _embed(self, ids: np.ndarray, positions: np.ndarray, tap: Tap | None) -> np.ndarray:
+        a, names = self.dims, self.family.embeddings
+        x = rows(self.tensors[self.prefix + names["word"]], ids)
+        if not np.isfinite(x).all():
+            row = ids[~np.isfinite(x).all(1)][0]
+            raise ValueError(f"{self.prefix}{names['word']}, row {row}: NaN or Inf")
+        if a.embedding != a.hidden:
+            x = self._part("project_in", self._make_projection, "project_in")((x, None), tap)
+        if a.position_rows:
+            x = x + rows(self.tensors[self.prefix + names["position"]], positions + a.position_offset)
+        return x
+
+    def _logits(self, x: np.ndarray, tap: Tap | None) -> np.ndarray:
+        a = self.dims
+        head: Head = self._part("head", self._make_head)
+        inner: Any = (x, None)
+        widened = a.embedding != a.hidden
+        if a.final_norm:
+            name = self.family.outer["final_norm"]
+            norm = self._part("final_norm", self._norm, self.prefix + name)
+            try:
+                inner = norm(x, 0 if tap is not None or widened else head.mode)
+            except ValueError as error:
+                raise ValueError(f"{self.prefix}{name}: {error}") from None
+        if widened:
+            inner = (self._part("project_out", self._make_projection, "project_out")(inner, tap), None)
+        return head(inner, tap if not a.tied else None)
+
+    # -- parts that are made when first used
+
+    def _part(self, key: Any, make: Any, *arguments: Any) -> Any:
+        part = self._parts.get(key)
+        if part is None:
+            with self._lock:
+                part = self._parts.get(key)
+                if part is None:
+                    part = self._parts[key] = make(*arguments)
+        return part
+
+    def _make_blocks(self) -> list[DecoderBlock]:
+        return [self._make_block(i) for i in range(self.dims.layers)]
+
+    def _make_block(self, index: int) -> DecoderBlock:
+        prefix, a, names = self.prefix + self.family.layer.format(index), self.dims, self.family.block
+        linears = {role: self.linears[prefix + names[role]] for role in a.block_linears()}
+        roles = ("attention_norm", "mlp_norm") + (("q_norm", "k_norm") if a.qk_norm else ())
+        norms = {role: self._norm(prefix + names[role]) for role in roles}
+        return DecoderBlock(prefix.rstrip("."), a, index, linears, norms)
+
+    def _make_projection(self, role: str) -> Projection:
+        return Projection([self.linears[self.prefix + self.family.outer[role]]])
+
+    def _norm(self, module: str) -> Norm:
+        weight, bias = self.tensors[module + ".weight"], self.tensors.get(module + ".bias")
+        return Norm(cast(np.ndarray, weight), cast("np.ndarray | None", bias), self.dims.eps)
+
+    def _make_head(self) -> Head:
+        name = self.family.head
+        if not self.dims.tied:
+            return Head(name, self.linears[name], None)
+        return Head(name, cast(Table, self.word_embeddings), self._head_activations())
+
+    def _head_activations(self) -> QuantSpec | None:
+        """How a head that is an int8 table reads its input: as the other integer layers do."""
+        return next((layer.activations for layer in self.linears.values() if layer.activations is not None), None)
+
+    def _heads(self) -> str:
+        a = self.dims
+        grouped = f" ({a.kv_heads} key-value)" if a.kv_heads != a.heads else ""
+        return f"{a.heads} heads{grouped}, {'tied' if a.tied else 'own'} head"

@@ -1,0 +1,179 @@
+"""The pieces of a decoder on packed tokens. Between integer layers activations travel as token codes."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import _core
+from ..formats.safetensors import Stored
+from ..linear import ACTIVATIONS, Codes, Linear
+from ..qtensor import QTensor
+from ..spec import QuantSpec
+from .blocks import Table, Tap, _bind
+from .decoder_family import Architecture
+
+__all__ = ["DecoderBlock", "Head", "Norm", "Projection", "per_head_rows"]
+
+# What a layer reads: (m, k) float32 and, where it is integer, the codes of the same rows.
+Rows = tuple[np.ndarray, "Codes | None"]
+
+HEAD_BYTES = 256 << 20  # a float head up to this size is held packed in float32; a larger one is unpacked block by block
+HEAD_ROWS = 4096
+
+
+class Projection:
+    """One or several linear layers that read the same rows, outputs side by side: one product if they are alike.
+
+    Attributes
+    ----------
+    mode : how to quantize what goes in, as in ``_core.layer_norm``; 0 for float32
+    """
+
+    def __init__(self, layers: Sequence[Linear], rows: np.ndarray | None = None) -> None:
+        self.names = [layer.name for layer in layers]
+        self.cuts = np.cumsum([layer.out_features for layer in layers])[:-1]
+        self.order = None if rows is None else np.argsort(rows)  # back to the checkpoint's order, for taps
+        try:
+            bound = [_bind(Linear.fuse(layers) if len(layers) > 1 else layers[0] if rows is None else layers[0].take(rows))]
+        except ValueError:
+            if len(layers) == 1:
+                raise
+            bound = [_bind(layer) for layer in layers]  # an override gave them different formats
+        parts = [part for part, _ in bound]
+        self.run: Callable = parts[0]
+        if len(parts) > 1:
+            self.run = lambda x, *_: np.concatenate([part(x) for part in parts], axis=1)
+        modes = {mode for _, mode in bound}
+        self.mode = modes.pop() if len(modes) == 1 else 0
+        for layer in layers:
+            layer.release()
+
+    def __call__(self, x: Rows, tap: Tap | None = None, act: int = 0, residual: np.ndarray | None = None,
+                 quant: int = 0) -> Any:
+        """act(x W^T + b) + residual as float32, or as codes; the tap sees what comes before the activation."""
+        given = x[0] if x[1] is None else x[1]
+        if tap is not None:
+            self._show(tap, x[0], self.run(given))
+        return self.run(given, act, residual, quant)
+
+    def _show(self, tap: Tap, x: np.ndarray, y: np.ndarray) -> None:
+        y = y if self.order is None else y[:, self.order]
+        for name, part in zip(self.names, np.split(y, self.cuts, axis=1)):
+            tap(name, x, part)
+
+
+class Norm:
+    """LayerNorm, or RMSNorm where there is no bias."""
+
+    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x: np.ndarray, quant: int) -> Rows:
+        """The normalised rows, and their codes if ``quant`` asks for them."""
+        if self.bias is None:
+            return _core.rms_norm(x, None, self.weight, self.eps, quant)
+        return _core.layer_norm(x, None, self.weight, self.bias, self.eps, quant)
+
+
+def per_head_rows(a: Architecture) -> np.ndarray:
+    """Rows of a matrix that holds q, k, v of head 0, then of head 1..., in the order all q, all k, all v.
+
+    >>> from types import SimpleNamespace
+    >>> per_head_rows(SimpleNamespace(heads=2, head_dim=1)).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    return np.arange(3 * a.heads * a.head_dim).reshape(a.heads, 3, a.head_dim).transpose(1, 0, 2).ravel()
+
+
+class DecoderBlock:
+    """Attention and feed-forward of one layer, in the order that the architecture says.
+
+    Parameters
+    ----------
+    name : of the block, for errors
+    linears, norms : by role
+    index : of the layer
+    """
+
+    def __init__(self, name: str, a: Architecture, index: int, linears: dict[str, Linear], norms: dict[str, Norm]) -> None:
+        self.name, self.a, self.index = name, a, index
+        inputs = [linears[role] for role in (("query", "key", "value") if a.qkv == "split" else ("qkv",))]
+        self.qkv = Projection(inputs, per_head_rows(a) if a.qkv == "heads" else None)
+        self.attention, self.up, self.down = (Projection([linears[role]]) for role in ("attention", "up", "down"))
+        self.gate = Projection([linears["gate"]]) if a.gated else None
+        self.attention_norm, self.mlp_norm = norms["attention_norm"], norms["mlp_norm"]
+        self.q_norm, self.k_norm = (norms[role].weight if a.qk_norm else None for role in ("q_norm", "k_norm"))
+        same = self.gate is None or self.gate.mode == self.up.mode
+        self.mlp_mode = self.up.mode if same else 0
+        self.act = ACTIVATIONS[a.activation]
+
+    def __call__(self, x: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any],
+                 tap: Tap | None = None) -> np.ndarray:
+        """x (tokens, hidden) to the block's output; keys and values are appended to the cache."""
+        order = self.a.order
+        codes = tap is None  # taps want float32: the layers then quantize for themselves, to the same codes
+        inner = (x, None) if order == "post" else self.attention_norm(x, codes * self.qkv.mode)
+        y = self._attend(inner, x, cache, offsets, rotation, tap)
+        if order == "post":
+            inner = self.attention_norm(y, codes * self.mlp_mode)
+            return self.mlp_norm(self._feed_forward(inner, inner[0], tap), 0)[0]
+        inner = self.mlp_norm(y if order == "pre" else x, codes * self.mlp_mode)
+        return self._feed_forward(inner, y, tap)
+
+    def _attend(self, inner: Rows, residual: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any],
+                tap: Tap | None) -> np.ndarray:
+        a, i = self.a, self.index
+        quant = (tap is None) * self.attention.mode
+        context = _core.kv_attend(cache, i, self.qkv(inner, tap), offsets, a.heads, *rotation, False, self.q_norm,
+                                  self.k_norm, a.eps, a.scales[i], a.windows[i], quant)
+        return self.attention((context, None), tap, 0, residual)
+
+    def _feed_forward(self, inner: Rows, residual: np.ndarray, tap: Tap | None) -> np.ndarray:
+        quant = (tap is None) * self.down.mode
+        if self.gate is None:
+            wide = self.up(inner, tap, self.act, None, quant)
+        else:
+            wide = _core.gated(self.gate(inner, tap), self.up(inner, tap), self.act, quant)
+        return self.down((wide, None), tap, 0, residual)
+
+
+class Head:
+    """Logits: a product with the embedding table, or with a matrix of its own.
+
+    A float table that would take more than ``HEAD_BYTES`` as float32 is converted ``HEAD_ROWS`` rows at a time in every
+    call; the numbers are the same.
+    """
+
+    def __init__(self, name: str, weight: Table | Linear, activations: QuantSpec | None) -> None:
+        if isinstance(weight, np.ndarray) and weight.dtype == np.float16:
+            weight = Stored(weight, "F16")
+        layer = weight if isinstance(weight, Linear) else Linear(
+            name, weight, None, activations if isinstance(weight, QTensor) else None)
+        self.layer, self.mode, self.product = layer, 0, None
+        if layer.spec is not None or 4 * layer.shape[0] * layer.shape[1] <= HEAD_BYTES:
+            self.product = Projection([layer])
+            self.mode = self.product.mode
+
+    def __call__(self, x: Rows, tap: Tap | None = None) -> np.ndarray:
+        """(m, k) rows to (m, vocabulary) float32; ValueError if a logit is not finite."""
+        if self.product is not None:
+            logits = self.product(x, tap)
+        else:
+            logits = self._streamed(x[0])
+        try:
+            _core.check_finite(logits, "logits")
+        except ValueError as error:
+            raise ValueError(f"{self.layer.name}: {error}") from None
+        return logits
+
+    def _streamed(self, x: np.ndarray) -> np.ndarray:
+        stored: Any = self.layer._weight
+        logits = np.empty((len(x), self.layer.out_features), np.float32)
+        for start in range(0, self.layer.out_features, HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            block = Stored(stored.array[part], stored.dtype) if isinstance(stored, Stored) else stored[part]
+            logits[:, part] = Linear(self.layer.name, block)(x)
+        self.layer.release()
+        return logits
