@@ -546,30 +546,42 @@ def test_onnx_rotary_embedding(shared):
     assert seen == 8
 
 
-#: Causal node tests with keys and values of one size, with and without grouped heads and a past; no other mask.
+#: Causal node tests with keys and values of one size and no other mask: with and without grouped heads, a past, padding.
 CAUSAL = ["test_attention_3d_causal", "test_attention_3d_gqa_causal", "test_attention_4d_causal",
-          "test_attention_4d_causal_with_past_and_present", "test_attention_4d_gqa_causal"]
+          "test_attention_4d_causal_nonpad_batch_prefill", "test_attention_4d_causal_nonpad_continued_prefill",
+          "test_attention_4d_causal_with_past_and_present", "test_attention_4d_gqa_causal",
+          "test_attention_4d_gqa_causal_nonpad_decode"]
+
+
+def onnx_sequences(inputs):
+    """(q, keys, values, position of the first query) of each sequence, as (tokens, features)."""
+    q, k, v = ([row for row in (a.transpose(0, 2, 1, 3).reshape(a.shape[0], a.shape[2], -1) if a.ndim == 4 else a)]
+               for a in inputs[:3])
+    rest = inputs[3:]
+    for i in range(len(q)):
+        if len(rest) == 2:  # a past, which comes before the keys
+            before = [a[i].transpose(1, 0, 2).reshape(a.shape[2], -1) for a in rest]
+            yield q[i], np.concatenate([before[0], k[i]]), np.concatenate([before[1], v[i]]), len(before[0])
+        elif len(rest) == 1:  # nonpad_kv_seqlen: the queries are the last of so many tokens
+            n = int(rest[0][i])
+            yield q[i], k[i][:n], v[i][:n], n - len(q[i])
+        else:
+            yield q[i], k[i], v[i], 0
 
 
 def test_onnx_causal_attention(shared):
     seen = []
-    for name, node, inputs, outputs in onnx_cases(shared, *CAUSAL):
-        four = inputs[0].ndim == 4
+    for name, node, inputs, (want, *_) in onnx_cases(shared, *CAUSAL):
+        four = want.ndim == 4
         heads = inputs[0].shape[1] if four else node.attributes["q_num_heads"]
         kv_heads = inputs[1].shape[1] if four else node.attributes["kv_num_heads"]
-        q, k, v = (a.transpose(0, 2, 1, 3).reshape(a.shape[0], a.shape[2], -1) if four else a for a in inputs[:3])
-        past = 0
-        if len(inputs) > 3:
-            before = [a.transpose(0, 2, 1, 3).reshape(a.shape[0], a.shape[2], -1) for a in inputs[-2:]]
-            past = before[0].shape[1]
-            k, v = (np.concatenate(pair, 1) for pair in zip(before, (k, v)))
-        # queries for the past, and for keys behind the last query, are filled up and what they give is dropped
-        tokens = q.shape[1]
-        filled = np.zeros((q.shape[0], max(k.shape[1], past + tokens), q.shape[2]), np.float32)
-        filled[:, past:past + tokens] = q
-        got = ops.causal_attention(filled, k, v, heads, kv_heads, scale=node.attributes.get("scale"))[:, past:past + tokens]
-        want = outputs[0].transpose(0, 2, 1, 3).reshape(got.shape) if four else outputs[0]
-        assert_close(got, want, atol=2e-6)
+        want = want.transpose(0, 2, 1, 3).reshape(want.shape[0], want.shape[2], -1) if four else want
+        for (q, k, v, past), expected in zip(onnx_sequences(inputs), want):
+            # queries for the past, and for keys behind the last query, are filled up and what they give is dropped
+            filled = np.zeros((len(k), q.shape[1]), np.float32)
+            filled[past:past + len(q)] = q
+            got = ops.causal_attention(filled[None], k[None], v[None], heads, kv_heads, scale=node.attributes.get("scale"))
+            assert_close(got[0, past:past + len(q)], expected, atol=2e-6)
         seen.append(name)
     assert seen == CAUSAL
 
