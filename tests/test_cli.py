@@ -1,19 +1,23 @@
 """The command line: exit codes, messages, and (where all-MiniLM-L6-v2 is installed) whole runs."""
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from fake_lm import LM
 from fakes import Encoder, Model
 
 import zquant
 from zquant import cli
 from zquant.demo import Row, format_rows
 from zquant.demo_sentences import PAIRS, SENTENCES
+from zquant.generate import generate
 
 
 def call(capsys, *argv):
@@ -41,7 +45,7 @@ def process(*argv, **options):
 
 def test_version_and_help(capsys):
     assert call(capsys, "--version") == (0, f"zquant {zquant.__version__}\n", "")
-    for command in ("quantize", "compare", "eval sts", "info", "demo"):
+    for command in ("quantize", "compare", "eval sts", "ppl", "generate", "info", "demo"):
         code, out, _ = call(capsys, *command.split(), "--help")
         assert code == 0 and f"examples:\n  zquant {command}" in out and "--threads" in out
         assert max(map(len, out.splitlines())) <= 132
@@ -57,6 +61,16 @@ USAGE = {
     "override with group size 0": ["quantize", "x", "-o", "y", "--override", "*=4-g0"],
     "no threads": ["info", "--threads", "0"],
     "two sources": ["compare", "x", "y", "--sentences", "a", "--sts", "b"],
+    "sentences and text": ["compare", "x", "y", "--sentences", "a", "--text", "b"],
+    "no text": ["ppl", "x"],
+    "seq-len 1": ["ppl", "x", "--text", "y", "--seq-len", "1"],
+    "stride 0": ["ppl", "x", "--text", "y", "--stride", "0"],
+    "no prompt": ["generate", "x"],
+    "temperature": ["generate", "x", "y", "--temperature", "-1"],
+    "temperature nan": ["generate", "x", "y", "--temperature", "nan"],
+    "top-p": ["generate", "x", "y", "--top-p", "1.5"],
+    "tokens": ["generate", "x", "y", "--max-new-tokens", "many"],
+    "cache": ["generate", "x", "y", "--kv-cache", "int4"],
     "batch size 0": ["eval", "sts", "x", "y", "--batch-size", "0"],
 }
 
@@ -102,6 +116,10 @@ def test_failures_are_one_line(capsys, tmp_path, full):
         (["compare", full, full, "--sentences", tmp_path / "none"], "No such file or directory: .*none"),
         (["eval", "sts", full, file], "line 1: expected two sentences and a score"),
         (["info", tmp_path / "none"], "not a directory"),
+        (["ppl", tmp_path / "none", "--text", file], "none: not a directory"),
+        (["ppl", full, "--text", tmp_path / "none"], "No such file or directory: .*none"),
+        (["compare", full, full, "--text", tmp_path / "none"], "No such file or directory: .*none"),
+        (["generate", full, "a"], "config.json"),
     ]
     for argv, message in cases:
         code, out, err = call(capsys, *argv)
@@ -188,6 +206,88 @@ def test_eval_sts(capsys, tmp_path, fake):
     pairs.write_text("a cat,a cat sat,4\na cat,zzz,0\n")
     code, out, _ = call(capsys, "eval", "sts", "int8", pairs)
     assert code == 0 and out.startswith("STS: Spearman 100.00")
+
+
+# --- language models ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lm(monkeypatch):
+    models = {"float": LM(), "int8": LM().quantized()}
+    monkeypatch.setattr(cli, "_open_lm", lambda path: models[path.name])
+    monkeypatch.setattr(cli, "_open", lambda path, encoder=False: models[path.name])
+    return models
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("A text that is long enough for a few windows of sixteen bytes.")
+    return path
+
+
+def test_ppl(capsys, lm, text):
+    code, out, err = call(capsys, "ppl", "float", "--text", text, "--seq-len", "16")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"perplexity [\d.]+ \(nll [\d.]+, 58 tokens, 4 windows of 16, [\d.]+ s\)\n", out)
+    code, out, _ = call(capsys, "ppl", "float", "--text", text, "--seq-len", "16", "--stride", "8", "--kv-cache", "int8")
+    assert code == 0 and "61 tokens" in out and "stride 8" in out and lm["float"].caches[-1] == "int8"
+    code, _, err = call(capsys, "ppl", "float", "--text", text)
+    assert (code, err) == (1, "zquant: seq_len: 512, but the model has 64 positions\n")
+
+
+def test_generate(capsys, lm, monkeypatch):
+    argv = ["generate", "float", "a", "--max-new-tokens", "6", "--temperature", "1", "--seed", "3"]
+    code, out, err = call(capsys, *argv)
+    assert code == 0 and out == f"a{generate(LM(), 'a', max_new_tokens=6, temperature=1, seed=3)}\n"
+    assert re.fullmatch(r"zquant: 6 tokens after 1, length, \d+ tokens/s\n", err)
+    assert call(capsys, *argv, "--stream")[:2] == (0, out)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a"))
+    assert call(capsys, "generate", "float", "-", *argv[3:])[:2] == (0, out)
+    assert call(capsys, *argv[:3], "--max-new-tokens", "0")[1] == "a\n"
+    code, _, err = call(capsys, *argv, "--stop", "ab")
+    assert code == 1 and "single tokens" in err
+
+
+def test_interrupted_stream(capsys, lm):
+    def follow(history):
+        if len(history) == 4:
+            raise KeyboardInterrupt
+        return ord("x")
+
+    lm["float"].follow = follow
+    code, out, err = call(capsys, "generate", "float", "ab", "--stream")
+    assert (code, out, err) == (130, "abxx\n", "zquant: interrupted\n")
+
+
+def test_compare_language_models(capsys, lm, text, tmp_path):
+    code, out, _ = call(capsys, "compare", "float", "int8", "--text", text, "--json", tmp_path / "r.json")
+    assert code == 0 and "KL to float32" in out and "61 tokens" in out
+    assert json.loads((tmp_path / "r.json").read_text())["perplexity"]["tokens"] == 61
+    code, _, err = call(capsys, "compare", "float", "int8")
+    assert code == 1 and "language models are compared on --text" in err
+
+
+def test_language_model_commands(capsys, tmp_path):
+    """The three lines of a first session, on the model in the repository."""
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("safetensors")
+    model, out_dir, file = Path(__file__).parent / "data" / "tiny-llama-5m", tmp_path / "w4", tmp_path / "text.txt"
+    file.write_text(" ".join(SENTENCES))
+    code, out, err = call(capsys, "quantize", model, "-o", out_dir, "--scheme", "w4a8")
+    assert (code, err) == (0, "") and re.search(r"w4a8, 11\.0 -> \d\.\d MB", out)
+    before, after = (call(capsys, "ppl", d, "--text", file, "--seq-len", "256")[1] for d in (model, out_dir))
+    ppl = [float(re.match(r"perplexity ([\d.]+)", line).group(1)) for line in (before, after)]
+    assert 20 < ppl[0] < ppl[1] < 1.3 * ppl[0]
+    code, out, err = call(capsys, "generate", out_dir, "The history of", "--max-new-tokens", "8", "--stream")
+    assert code == 0 and out.startswith("The history of") and len(out) > 20 and "8 tokens after" in err
+    code, out, _ = call(capsys, "info", out_dir)
+    assert code == 0 and "language model, 512 positions, vocabulary 4,096" in out and "int4, groups of 64" in out
+
+
+def test_an_encoder_is_no_language_model(capsys, minilm, tmp_path):
+    code, _, err = call(capsys, "generate", minilm, "a")
+    assert code == 1 and "BERT is not a language model" in err
 
 
 # --- the demo ----------------------------------------------------------------------------------------------------

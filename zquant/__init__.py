@@ -7,6 +7,10 @@
     zq.compare(enc, q, sentences)                     # per-layer error, fidelity, size, speed
     q.save("minilm-w8a8")
 
+    lm = zq.load("tiny-llama-5m")                     # GPT-2, OPT, GPT-NeoX, Llama, Mistral, Qwen
+    zq.quantize(lm, "w4a8").generate("Once upon a time")
+    zq.perplexity(lm, text)
+
 Importing needs NumPy alone; safetensors, tokenizers, tqdm and matplotlib are imported where they are used.
 """
 from __future__ import annotations
@@ -16,12 +20,16 @@ from ._blas import core_hint
 with core_hint():  # zquant._core loads OpenBLAS
     from . import _core as _core
 from . import cpu, evaluate, ops
+from .cache import KVCache
 from .encoder import SentenceEncoder
 from .errors import FormatError
 from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, sts
+from .generate import Generation
+from .language_report import LanguageReport
 from .linear import Linear
 from .methods import RTN, Method
 from .models import CausalLM, Model, load
+from .perplexity import PerplexityResult, perplexity
 from .qtensor import QTensor
 from .quantize import quantize
 from .report import Report, compare
@@ -31,7 +39,8 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "RTN", "CausalLM", "FormatError", "Linear", "Method", "Model", "QTensor", "QuantSpec", "Report", "STSResult",
-    "Scheme", "SentenceEncoder", "__version__", "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads",
-    "load", "ops", "pearson", "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
+    "RTN", "CausalLM", "FormatError", "Generation", "KVCache", "LanguageReport", "Linear", "Method", "Model",
+    "PerplexityResult", "QTensor", "QuantSpec", "Report", "STSResult", "Scheme", "SentenceEncoder", "__version__",
+    "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "load", "ops", "pearson", "perplexity",
+    "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
 ]

@@ -64,10 +64,26 @@ def _one_line(error: Exception) -> str:
 # --- arguments ---------------------------------------------------------------------------------------------------
 
 
-def _batch_size(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
+def _whole(least: int) -> Any:
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of {least} or more, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _fraction(high: float) -> Any:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0.0 <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from 0 to {high:g}, got {text!r}")
+        return value
+
+    return parse
 
 
 def _threads(text: str) -> int:
@@ -128,7 +144,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="zquant",
         description="Quantize Transformers on a CPU, measure what it costs, and run them.",
         epilog="examples:\n  zquant demo\n  zquant quantize all-MiniLM-L6-v2 -o minilm-w8a8 --scheme w8a8\n"
-        "  zquant compare all-MiniLM-L6-v2 minilm-w8a8 --plot report.png\n\n"
+        "  zquant compare all-MiniLM-L6-v2 minilm-w8a8 --plot report.png\n"
+        "  zquant ppl tiny-llama-5m --text wiki.test.raw\n"
+        "  zquant generate tiny-llama-5m \"Once upon a time\" --stream\n\n"
         "Each command has its own --help. DIR is a Hugging Face model directory. Exit codes: 0 done, 1 failed, 2 wrong "
         "usage,\n130 interrupted. ZQUANT_TRACEBACK=1 shows where an error came from.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -138,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_quantize(commands)
     _add_compare(commands)
     _add_eval(commands)
+    _add_ppl(commands)
+    _add_generate(commands)
     _add_info(commands)
     _add_demo(commands)
     return parser
@@ -151,6 +171,7 @@ def _add_quantize(commands: Any) -> None:
         "quantize a model directory and write a new one",
         "zquant quantize all-MiniLM-L6-v2 -o minilm-w8a8\n"
         "zquant quantize all-MiniLM-L6-v2 -o minilm-w4 --scheme w4/8a8-g32\n"
+        "zquant quantize Llama-3.2-1B -o llama-w4 --scheme w4a8\n"
         "zquant quantize bert-base -o mixed --scheme w4a8 --override '*.value=8' --override 'encoder.layer.0.*=float'",
     )
     parser.epilog = f"{_SCHEMES}\n{parser.epilog}"
@@ -176,7 +197,8 @@ def _add_compare(commands: Any) -> None:
         "compare a model with its quantized version: layers, fidelity, size, speed",
         "zquant compare all-MiniLM-L6-v2 minilm-w8a8\n"
         "zquant compare all-MiniLM-L6-v2 minilm-w8a8 --sentences mine.txt --json report.json --plot report.png\n"
-        "zquant compare all-MiniLM-L6-v2 minilm-w8a8 --sts stsb-test.csv",
+        "zquant compare all-MiniLM-L6-v2 minilm-w8a8 --sts stsb-test.csv\n"
+        "zquant compare tiny-llama-5m tiny-llama-w4 --text wiki.test.raw",
     )
     parser.add_argument("model", metavar="DIR", type=Path, help="the reference")
     parser.add_argument("quantized", metavar="QDIR", type=Path, help="its quantized version")
@@ -190,6 +212,7 @@ def _add_compare(commands: Any) -> None:
         type=Path,
         help="csv or tsv of sentence pairs with scores; also prints the correlations",
     )
+    source.add_argument("--text", metavar="FILE", type=Path, help="text that language models are compared on")
     parser.add_argument("--all", action="store_true", help="print every layer, not the ten worst")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report as JSON")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write the report's picture (.png, .svg, .pdf)")
@@ -212,10 +235,77 @@ def _add_eval(commands: Any) -> None:
     task.add_argument(
         "--batch-size",
         metavar="N",
-        type=_batch_size,
+        type=_whole(1),
         default=32,
         help="sentences per forward pass (default: %(default)s)",
     )
+
+
+def _add_ppl(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "ppl",
+        _ppl,
+        "perplexity of a language model on a text",
+        "zquant ppl tiny-llama-5m --text wiki.test.raw\n"
+        "zquant ppl tiny-llama-w8a8 --text wiki.test.raw --seq-len 512 --stride 256\n"
+        "zquant ppl tiny-llama-w8a8 --text wiki.test.raw --kv-cache int8",
+    )
+    parser.add_argument("model", metavar="DIR", type=Path, help="a language model, float or quantized")
+    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="UTF-8 text")
+    parser.add_argument(
+        "--seq-len", metavar="N", type=_whole(2), default=512, help="tokens of a window (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stride",
+        metavar="N",
+        type=_whole(1),
+        help="windows begin N tokens apart and score what is new (default: they do not overlap, and the first token "
+        "of each is not scored)",
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", type=_whole(1), default=8, help="windows per forward pass (default: %(default)s)"
+    )
+    _add_kv_cache(parser)
+
+
+def _add_kv_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-cache",
+        choices=("float32", "int8"),
+        default="float32",
+        help="what keys and values are held in (default: %(default)s)",
+    )
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "generate",
+        _generate,
+        "continue a prompt",
+        'zquant generate tiny-llama-5m "Once upon a time"\n'
+        'zquant generate tiny-llama-w4 "Once upon a time" --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 1\n'
+        "cat prompt.txt | zquant generate tiny-llama-w4 - --stream",
+    )
+    parser.add_argument("model", metavar="DIR", type=Path, help="a language model, float or quantized")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=_whole(0), default=128, help="at most so many (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=_fraction(1e6),
+        default=0.0,
+        help="0 takes the likeliest token; else tokens are drawn (default: %(default)g)",
+    )
+    parser.add_argument("--top-k", metavar="K", type=_whole(1), help="draw from the K likeliest tokens")
+    parser.add_argument("--top-p", metavar="P", type=_fraction(1.0), help="draw from the likeliest that hold P")
+    parser.add_argument("--seed", metavar="N", type=_whole(0), help="the same text each time")
+    parser.add_argument("--stop", metavar="TOKEN", action="append", help="stop there, not at the model's own; repeatable")
+    parser.add_argument("--stream", action="store_true", help="print the text as it is written")
+    _add_kv_cache(parser)
 
 
 def _add_info(commands: Any) -> None:
@@ -261,6 +351,17 @@ def _open(path: Path, encoder: bool = False) -> Any:
     return SentenceEncoder(path) if encoder or (path / "modules.json").is_file() else load(path)
 
 
+def _open_lm(path: Path) -> Any:
+    from .models import load
+
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path}: not a directory")
+    lm = load(path)
+    if not hasattr(lm, "new_cache"):
+        raise ValueError(f"{path}: {lm.family.name} is not a language model")
+    return lm
+
+
 def _check_output(source: Path, output: Path, force: bool) -> None:
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output}: exists and is not a directory")
@@ -301,21 +402,19 @@ def _sentences(path: Path) -> list[str]:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from . import demo_sentences
-    from .evaluate import read_pairs, sts
     from .report import compare
 
-    pairs = read_pairs(arguments.sts) if arguments.sts else None
-    if pairs:
-        sentences: Sequence[str] = [*pairs.first, *pairs.second]
-    else:
-        sentences = _sentences(arguments.sentences) if arguments.sentences else demo_sentences.SENTENCES
     if arguments.plot:
         from . import plot  # noqa: F401  says at once that matplotlib is missing
+    given, pairs = _compared(arguments)
     model, quantized = _open(arguments.model), _open(arguments.quantized)
-    report = compare(model, quantized, sentences)
+    if hasattr(_network(model), "new_cache") != isinstance(given, Path):
+        raise ValueError(f"{arguments.model}: language models are compared on --text FILE, encoders on sentences")
+    report = compare(model, quantized, given)
     print(report.table(None if arguments.all else 10))
     if pairs:
+        from .evaluate import sts
+
         print("\nSTS (Spearman, Pearson x100)")
         for name, encoder in (("float32", model), (report.scheme, quantized)):
             print(f"  {name:<10} {sts(encoder, pairs)}")
@@ -323,6 +422,20 @@ def _compare(arguments: argparse.Namespace) -> None:
         report.save_json(arguments.json)
     if arguments.plot:
         report.plot().savefig(arguments.plot, dpi=130)
+
+
+def _compared(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """What the two models are compared on, and sentence pairs where there are any."""
+    from . import demo_sentences
+    from .evaluate import read_pairs
+
+    if arguments.text:
+        arguments.text.stat()  # a missing file is said before the models are read
+        return arguments.text, None
+    if arguments.sts:
+        pairs = read_pairs(arguments.sts)
+        return [*pairs.first, *pairs.second], pairs
+    return _sentences(arguments.sentences) if arguments.sentences else demo_sentences.SENTENCES, None
 
 
 def _eval_sts(arguments: argparse.Namespace) -> None:
@@ -337,6 +450,42 @@ def _eval_sts(arguments: argparse.Namespace) -> None:
             show_progress_bar=sys.stderr.isatty(),
         )
     )
+
+
+def _ppl(arguments: argparse.Namespace) -> None:
+    from .perplexity import perplexity
+
+    arguments.text.stat()
+    options = dict(batch_size=arguments.batch_size, kv_cache=arguments.kv_cache)
+    print(perplexity(_open_lm(arguments.model), arguments.text, arguments.seq_len, arguments.stride, **options))
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    """The prompt and its continuation on stdout, what it took on stderr."""
+    from .generate import generate
+
+    lm = _open_lm(arguments.model)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "kv_cache")
+    options = {name: getattr(arguments, name) for name in names}
+    if arguments.stream:
+        result = _write_stream(prompt, generate(lm, prompt, stream=True, **options))
+    else:
+        result = generate(lm, prompt, **options)
+        print(f"{prompt}{result.text}")
+    rate = f", {result.tokens_per_second:.0f} tokens/s" if result.tokens_per_second else ""
+    print(f"zquant: {len(result.ids)} tokens after {result.prompt_length}, {result.finish_reason}{rate}", file=sys.stderr)
+
+
+def _write_stream(prompt: str, stream: Any) -> Any:
+    sys.stdout.write(prompt)
+    try:
+        for piece in stream:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:  # also when interrupted: what follows begins on a line of its own
+        print(flush=True)
+    return stream.result
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -373,6 +522,8 @@ def _model_rows(path: Path) -> list[tuple[str, str]]:
             "use",
             f"sentence encoder, {model.dimension} features"
             if model is not network
+            else f"language model, {network.max_positions:,} positions, vocabulary {network.vocabulary:,}"
+            if hasattr(network, "new_cache")
             else "logits"
             if network.has_head
             else "hidden states",

@@ -84,16 +84,15 @@ class Linear:
         weight = self._weight
         if len(weight.shape) != 2:
             raise ValueError(f"{self.name}: weight must be 2-D, got shape {weight.shape}")
-        fits = weight.dtype in HALVES if isinstance(weight, Stored) else isinstance(weight, QTensor) or weight.dtype == np.float32
-        if not fits:
-            raise ValueError(f"{self.name}: weight must be float32 or a QTensor, got {weight.dtype}")  # type: ignore[union-attr]
+        if not isinstance(weight, QTensor) and weight.dtype not in (HALVES if isinstance(weight, Stored) else (np.float32,)):
+            raise ValueError(f"{self.name}: weight must be float32 or a QTensor, got {weight.dtype}")
         if self.bias is not None and self.bias.shape != (self.out_features,):
             raise ValueError(f"{self.name}: bias must have shape ({self.out_features},), got {self.bias.shape}")
         if self.activations is not None:
             self._check_integer(weight)  # type: ignore[arg-type]
 
     def _check_integer(self, weight: QTensor) -> None:
-        act, spec = self.activations, weight.spec
+        act = self.activations
         if act.granularity != "token" or act.bits != 8:  # type: ignore[union-attr]
             raise ValueError(f"{self.name}: activations must be 8 bits per token, not {act}")
         reason = self._why_float(weight)
@@ -182,7 +181,7 @@ class Linear:
                       self.activations)
 
     def _pack(self) -> Any:
-        weight = self.weight
+        weight: Any = self.weight
         self._integer = (isinstance(weight, QTensor) and self._why_float(weight) is None
                          and not (weight.spec.bits == 8 and (weight.codes == -128).any()))
         self._quant_in = QUANT[self.quant] if self.quant else TOKEN_16 if self._integer else 0
@@ -192,7 +191,7 @@ class Linear:
             return handle
         if weight.spec.granularity == "group":
             bits = 4 if weight.spec.bits <= 4 else 8
-            group = min(weight.spec.group_size, self.in_features)  # type: ignore[type-var]
+            group = min(weight.spec.group_size, self.in_features)
             return _core.linear_pack_group(weight.codes, weight.scales, group, bits, self.bias)
         return _core.linear_pack_s8(weight.codes, weight.scales[:, 0], self.bias)
 
@@ -250,7 +249,7 @@ class Linear:
         Linear('a+b', 4x3, float32)
         """
         name, first = "+".join(layer.name for layer in layers), layers[0]
-        alike = {(layer.in_features, layer.activations, _alike(layer.spec)) for layer in layers}
+        alike = {(layer.in_features, layer.activations, layer.spec and _alike(layer.spec)) for layer in layers}
         if len(alike) != 1:
             raise ValueError(f"{name}: layers differ in inputs or format and cannot be fused")
         bias = None
@@ -262,7 +261,7 @@ class Linear:
         parts: list[QTensor] = [layer.weight for layer in layers]  # type: ignore[misc]
         zeros = None if parts[0].zeros is None else np.concatenate([p.zeros for p in parts])
         fused = QTensor(np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]), zeros,
-                        _alike(first.spec))
+                        _alike(parts[0].spec))
         return Linear(name, fused, bias, first.activations)
 
     def __repr__(self) -> str:
@@ -277,8 +276,8 @@ class Linear:
         self.__init__(**state)  # type: ignore[misc]
 
 
-def _alike(spec: QuantSpec | None) -> QuantSpec | None:
+def _alike(spec: QuantSpec) -> QuantSpec:
     """The format as the kernels see it: every grouping by whole rows is one scale per row."""
-    if spec is None or spec.granularity not in ("row_block", "tensor"):
+    if spec.granularity not in ("row_block", "tensor"):
         return spec
     return QuantSpec(spec.bits)

@@ -357,8 +357,9 @@ class _OutputNoise:
         r = r.astype(np.float64).ravel()
         noise = r - np.asarray(y).ravel()
         total = self.sums.setdefault(name, [0.0, 0.0])
-        total[0] += float(r @ r)
-        total[1] += float(noise @ noise)
+        # Not with @: BLAS would wake its threads for every layer.
+        total[0] += float(np.einsum("i,i->", r, r))
+        total[1] += float(np.einsum("i,i->", noise, noise))
 
     def decibels(self, name: str) -> float | None:
         return _decibels(*self.sums[name]) if name in self.sums else None

@@ -55,6 +55,10 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
     ``transformers.AutoModel.from_pretrained`` reads the directory where compressed-tensors (0.20) is installed;
     ``sentence_transformers.SentenceTransformer`` does with
     ``model_kwargs={"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}``.
+
+    Decoders: ``AutoModelForCausalLM`` reads them too, but where the head is tied to the embedding table only with a float
+    table (schemes with "+e32") or with ``dequantize=True``. GPT-2 is the exception: transformers builds it of ``Conv1D``
+    layers, which compressed-tensors does not know. Its codes are stored as everybody's, (out, in), and are read by zquant.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():

@@ -38,8 +38,9 @@ def load(path: str | os.PathLike[str], *, weights: str | None = None, embeddings
     Returns
     -------
     Model or CausalLM
-        A decoder (gpt2, opt, gpt_neox, llama, mistral, qwen2, qwen3) as CausalLM. An encoder as Model: with a classification head if config.json's ``architectures`` says ``...ForSequenceClassification`` (or says nothing
-        and the head's tensors are there). Heads for pre-training in the file are left out.
+        A decoder (gpt2, opt, gpt_neox, llama, mistral, qwen2, qwen3) as CausalLM. An encoder as Model: with a
+        classification head if config.json's ``architectures`` says ``...ForSequenceClassification`` (or says nothing and
+        the head's tensors are there). Heads for pre-training in the file are left out.
 
     Raises
     ------
@@ -80,7 +81,8 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def _family(path: Path, config: Mapping[str, Any]) -> Family | DecoderFamily:
-    kind, known = config.get("model_type"), {**FAMILIES, **DECODERS}
+    known: dict[str, Family | DecoderFamily] = {**FAMILIES, **DECODERS}
+    kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in known:
         raise FormatError(f"{path / 'config.json'}: model_type {kind!r} is not known; known: {', '.join(sorted(known))}")
     return known[kind]

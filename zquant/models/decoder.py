@@ -1,7 +1,6 @@
 """CausalLM: a decoder read from a Hugging Face directory, run on packed tokens over a key-value cache."""
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -89,8 +88,10 @@ class CausalLM(Network):
 
     @property
     def unlisted(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The head's name where it is the embedding table."""
-        return (self.family.head,) if self.dims.tied else ()
+        """The head, where it is the embedding table; and, where it is float, "lm_head": what some call it in every family."""
+        head = self.linears.get(self.family.head)
+        names = dict.fromkeys([self.family.head, "lm_head"] if head is None or head.spec is None else [])
+        return tuple(name for name in names if name not in self.linears)
 
     @property
     def max_positions(self) -> int:
@@ -174,21 +175,31 @@ class CausalLM(Network):
             raise ValueError(f"logits: expected 'all' or 'last', got {logits!r}")
         packed = self.pack(input_ids, attention_mask)
         if logits == "last":
-            out = np.empty((packed.shape[0], self.dims.vocabulary), np.float32)
-            wanted = packed.offsets[1:] - 1
-
-            def ends(start: int, stop: int, x: np.ndarray) -> None:
-                here = np.flatnonzero((wanted >= start) & (wanted < stop))
-                if len(here):
-                    out[here] = self._logits(x[wanted[here] - start], tap)
-
-            deque(self._forward(packed, cache, tap, chunk, ends), maxlen=0)
-            return out
+            return self._last(packed, cache, tap, chunk)
         slots, size = packed.slots, packed.shape[0] * packed.shape[1]
-        flat = (np.empty if slots is None else np.zeros)((size, self.dims.vocabulary), np.float32)
+        flat = np.zeros((size, self.dims.vocabulary), np.float32)  # pages of zeros cost nothing until they are written
         for start, stop, part in self.stream(packed, cache, tap, chunk):
-            flat[slice(start, stop) if slots is None else slots[start:stop]] = part
+            if slots is None and stop - start == size:
+                flat = part
+            else:
+                flat[slice(start, stop) if slots is None else slots[start:stop]] = part
         return flat.reshape(*packed.shape, self.dims.vocabulary)
+
+    def _last(self, packed: Packed, cache: KVCache | None, tap: Tap | None, chunk: int) -> np.ndarray:
+        """(B, V) logits after the last token of each sequence; the head sees no other tokens."""
+        wanted = packed.offsets[1:] - 1
+
+        def ends(start: int, stop: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+            here = np.flatnonzero((wanted >= start) & (wanted < stop))
+            return (here, self._logits(x[wanted[here] - start], tap)) if len(here) else None
+
+        found = [part for _, _, part in self._forward(packed, cache, tap, chunk, ends) if part is not None]
+        if len(found) == 1:
+            return found[0][1]
+        out = np.empty((packed.shape[0], self.dims.vocabulary), np.float32)
+        for here, part in found:
+            out[here] = part
+        return out
 
     def stream(self, packed: Packed, cache: KVCache | None = None, tap: Tap | None = None,
                chunk: int = CHUNK) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -211,6 +222,8 @@ class CausalLM(Network):
         lengths = np.diff(packed.offsets)
         if not lengths.all():
             raise ValueError(f"input_ids: sequence {int(np.argmin(lengths))} is empty; a prompt needs at least one token")
+        if attention_mask is None:
+            return packed
         first = np.repeat(packed.positions[packed.offsets[:-1]], lengths)
         index = np.arange(len(ids)) - np.repeat(packed.offsets[:-1], lengths)
         holes = np.flatnonzero(packed.positions != first + index)
@@ -236,7 +249,9 @@ class CausalLM(Network):
         positions = np.arange(len(ids)) + np.repeat(before - packed.offsets[:-1], np.diff(packed.offsets))
         try:
             for start, stop, length in self._pieces(packed.offsets, totals, chunk):
-                offsets = np.clip(packed.offsets, start, stop) - start
+                offsets = packed.offsets
+                if stop - start < len(ids):
+                    offsets = np.clip(offsets, start, stop) - start
                 x = self._run(ids[start:stop], positions[start:stop], offsets, cache, length, tap)
                 yield start, stop, finish(start, stop, x)
         except (Exception, KeyboardInterrupt):
@@ -247,8 +262,8 @@ class CausalLM(Network):
     def _fitting(self, cache: KVCache, batch: int) -> KVCache:
         a, b = cache.architecture, self.dims
         if (a.layers, a.kv_heads, a.head_dim) != (b.layers, b.kv_heads, b.head_dim):
-            raise ValueError(f"cache: of a model with {a.layers} layers, {a.kv_heads} key-value heads of {a.head_dim}; this one "
-                             f"has {b.layers}, {b.kv_heads} of {b.head_dim}")
+            raise ValueError(f"cache: of a model with {a.layers} layers, {a.kv_heads} key-value heads of {a.head_dim}; "
+                             f"this one has {b.layers}, {b.kv_heads} of {b.head_dim}")
         if cache.batch != batch:
             raise ValueError(f"cache: has {cache.batch} sequences, the batch {batch}")
         return cache
@@ -267,8 +282,7 @@ class CausalLM(Network):
         x = self._embed(ids, positions, tap)
         rope = self.dims.rope
         rotation = (None, None) if rope is None else rope.tables(int(positions.max()) + 1, length)
-        for i in range(self.dims.layers):
-            block = self._part(("block", i), self._make_block, i)
+        for block in self._part("blocks", self._make_blocks):
             try:
                 x = block(x, cache.handle, offsets, rotation, tap)
             except ValueError as error:
@@ -313,6 +327,9 @@ class CausalLM(Network):
                 if part is None:
                     part = self._parts[key] = make(*arguments)
         return part
+
+    def _make_blocks(self) -> list[DecoderBlock]:
+        return [self._make_block(i) for i in range(self.dims.layers)]
 
     def _make_block(self, index: int) -> DecoderBlock:
         prefix, a, names = self.prefix + self.family.layer.format(index), self.dims, self.family.block

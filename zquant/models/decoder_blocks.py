@@ -1,7 +1,7 @@
 """The pieces of a decoder on packed tokens. Between integer layers activations travel as token codes."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,10 @@ class Projection:
             if len(layers) == 1:
                 raise
             bound = [_bind(layer) for layer in layers]  # an override gave them different formats
-        self.parts = [part for part, _ in bound]
+        parts = [part for part, _ in bound]
+        self.run: Callable = parts[0]
+        if len(parts) > 1:
+            self.run = lambda x, *_: np.concatenate([part(x) for part in parts], axis=1)
         modes = {mode for _, mode in bound}
         self.mode = modes.pop() if len(modes) == 1 else 0
         for layer in layers:
@@ -52,13 +55,8 @@ class Projection:
         """act(x W^T + b) + residual as float32, or as codes; the tap sees what comes before the activation."""
         given = x[0] if x[1] is None else x[1]
         if tap is not None:
-            self._show(tap, x[0], self._product(given))
-        return self._product(given, act, residual, quant)
-
-    def _product(self, given: Any, *arguments: Any) -> Any:
-        if len(self.parts) == 1:
-            return self.parts[0](given, *arguments)
-        return np.concatenate([part(given) for part in self.parts], axis=1)
+            self._show(tap, x[0], self.run(given))
+        return self.run(given, act, residual, quant)
 
     def _show(self, tap: Tap, x: np.ndarray, y: np.ndarray) -> None:
         y = y if self.order is None else y[:, self.order]
@@ -115,29 +113,25 @@ class DecoderBlock:
                  tap: Tap | None = None) -> np.ndarray:
         """x (tokens, hidden) to the block's output; keys and values are appended to the cache."""
         order = self.a.order
-        inner = (x, None) if order == "post" else self.attention_norm(x, self._mode(self.qkv.mode, tap))
+        codes = tap is None  # taps want float32: the layers then quantize for themselves, to the same codes
+        inner = (x, None) if order == "post" else self.attention_norm(x, codes * self.qkv.mode)
         y = self._attend(inner, x, cache, offsets, rotation, tap)
         if order == "post":
-            inner = self.attention_norm(y, self._mode(self.mlp_mode, tap))
+            inner = self.attention_norm(y, codes * self.mlp_mode)
             return self.mlp_norm(self._feed_forward(inner, inner[0], tap), 0)[0]
-        inner = self.mlp_norm(y if order == "pre" else x, self._mode(self.mlp_mode, tap))
+        inner = self.mlp_norm(y if order == "pre" else x, codes * self.mlp_mode)
         return self._feed_forward(inner, y, tap)
-
-    @staticmethod
-    def _mode(mode: int, tap: Tap | None) -> int:
-        """Taps want float32: the layers then quantize for themselves, to the same codes."""
-        return mode if tap is None else 0
 
     def _attend(self, inner: Rows, residual: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any],
                 tap: Tap | None) -> np.ndarray:
         a, i = self.a, self.index
-        quant = self._mode(self.attention.mode, tap)
+        quant = (tap is None) * self.attention.mode
         context = _core.kv_attend(cache, i, self.qkv(inner, tap), offsets, a.heads, *rotation, False, self.q_norm,
                                   self.k_norm, a.eps, a.scales[i], a.windows[i], quant)
         return self.attention((context, None), tap, 0, residual)
 
     def _feed_forward(self, inner: Rows, residual: np.ndarray, tap: Tap | None) -> np.ndarray:
-        quant = self._mode(self.down.mode, tap)
+        quant = (tap is None) * self.down.mode
         if self.gate is None:
             wide = self.up(inner, tap, self.act, None, quant)
         else:
@@ -175,7 +169,7 @@ class Head:
         return logits
 
     def _streamed(self, x: np.ndarray) -> np.ndarray:
-        stored = self.layer._weight
+        stored: Any = self.layer._weight
         logits = np.empty((len(x), self.layer.out_features), np.float32)
         for start in range(0, self.layer.out_features, HEAD_ROWS):
             part = slice(start, start + HEAD_ROWS)

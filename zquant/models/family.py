@@ -113,7 +113,8 @@ class Family:
         values = {**self.defaults, **values}
         activation = values["activation"]
         if activation not in ACTIVATION_NAMES:
-            raise ValueError(f"config.json: {self.config['activation']} is {activation!r}; known: {', '.join(ACTIVATION_NAMES)}")
+            raise ValueError(f"config.json: {self.config['activation']} is {activation!r}; "
+                             f"known: {', '.join(ACTIVATION_NAMES)}")
         if values["hidden"] % values["heads"]:
             raise ValueError(f"config.json: {values['hidden']} hidden units do not divide into {values['heads']} heads")
         if config.get("position_embedding_type", "absolute") != "absolute":

@@ -30,10 +30,10 @@ NAMES: dict[str, Any] = dict(
 )
 
 
-def read_llama(s: Settings, **switches: Any) -> Architecture:
+def read_llama(s: Settings, default_head_dim: int | None = None, **switches: Any) -> Architecture:
     """What the Llama-like families have in common; ``switches`` are fields of Architecture."""
     hidden, layers, heads = s.integer("hidden_size"), s.integer("num_hidden_layers"), s.integer("num_attention_heads")
-    head_dim = s.integer("head_dim", None)
+    head_dim = s.integer("head_dim", default_head_dim)
     if head_dim is None:
         if hidden % heads:
             raise ValueError(f"config.json: {hidden} hidden units do not divide into {heads} heads")
@@ -57,7 +57,8 @@ def window_per_layer(s: Settings, window: int | None, first: int = 0) -> tuple[i
         return tuple(window if i >= first else 0 for i in range(layers))
     known = {"full_attention": 0, "sliding_attention": window}
     if len(types) != layers or not set(types) <= known.keys():
-        raise ValueError(f"config.json: layer_types must name one of {', '.join(known)} for each of {layers} layers; got {types}")
+        raise ValueError(f"config.json: layer_types must name one of {', '.join(known)} for each of {layers} layers; "
+                         f"got {types}")
     return tuple(known[kind] for kind in types)
 
 

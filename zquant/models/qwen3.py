@@ -8,8 +8,7 @@ from .qwen2 import windows
 
 def _read(s: Settings) -> Architecture:
     attention = ("query", "key", "value", "attention") if s.flag("attention_bias", False) else ()
-    return read_llama(s, qk_norm=True, biased=frozenset(attention), windows=windows(s),
-                      head_dim=s.integer("head_dim", 128), scales=(s.integer("head_dim", 128)**-0.5,) * s.integer("num_hidden_layers"))
+    return read_llama(s, default_head_dim=128, qk_norm=True, biased=frozenset(attention), windows=windows(s))
 
 
 QWEN3 = register_decoder(DecoderFamily(name="Qwen3", model_types=("qwen3",), read=_read, **NAMES))

@@ -177,7 +177,8 @@ def read_rope(config: Mapping[str, Any], head_dim: int, *, theta_key: str = "rop
     positions = config.get("max_position_embeddings", 2048)
     trained = positions
     if kind in ("llama3", "yarn"):
-        trained = settings.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or positions
+        key = "original_max_position_embeddings"
+        trained = settings.get(key) or config.get(key) or positions
         if kind == "yarn" and settings.get("factor") is None:
             settings["factor"] = positions / trained
     theta = settings.get("rope_theta", config.get(theta_key, 10000.0))
