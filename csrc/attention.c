@@ -100,7 +100,8 @@ write_rows(item *w, int any_keys, zq_trouble *trouble)
             memset(out, 0, (size_t)d * sizeof *out);
             continue;
         }
-        if (!zq_softmax_end(w->t->K, w->o + r * dp, w->sum[r], d, out)) {
+        w->t->K->scale_f32(w->o + r * dp, d, 1.0f / w->sum[r], out);
+        if (!(w->t->K->absmax_f32(w->o + r * dp, d) <= FLT_MAX && w->sum[r] <= FLT_MAX)) {
             zq_note_bad_row(trouble, w->row + r);
         }
     }

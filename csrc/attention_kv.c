@@ -31,15 +31,16 @@ new_tokens(const kv_pass *t, int64_t s)
     return t->a->offsets[s + 1] - t->a->offsets[s];
 }
 
-/* `heads` adjacent heads of one token: norm, then rotary. 0 where the result is not finite. */
-static int
+/* `heads` adjacent heads of one token: norm, then rotary. NaN and Inf show in y. */
+static void
 prepare_heads(const kv_pass *t, const float *x, int64_t heads, const float *norm, int64_t position, float *y)
 {
     const zq_rope *rope = &t->a->rope;
     const int64_t d = t->c->head_dim;
-    int good = 1;
     for (int64_t h = 0; norm && h < heads; h++) {
-        good &= t->K->rmsnorm_f32(x + h * d, NULL, norm, d, t->a->eps, y + h * d);
+        if (!t->K->rmsnorm_f32(x + h * d, NULL, norm, d, t->a->eps, y + h * d)) {
+            y[h * d] = NAN;
+        }
     }
     x = norm ? y : x;
     if (rope->cos) {
@@ -49,7 +50,23 @@ prepare_heads(const kv_pass *t, const float *x, int64_t heads, const float *norm
     else if (x != y) {
         memcpy(y, x, (size_t)(heads * d) * sizeof *y);
     }
-    return good && t->K->absmax_f32(y, heads * d) <= FLT_MAX;
+}
+
+static int
+is_finite(const kv_pass *t, const float *x, int64_t n)
+{
+    return t->K->absmax_f32(x, n) <= FLT_MAX;
+}
+
+/* Note which of the rows, numbered from `first`, hold NaN or Inf; nearly always one look at all of them says none. */
+static void
+look_at_rows(const kv_pass *t, const float *x, int64_t rows, int64_t n, int64_t first, zq_trouble *trouble)
+{
+    for (int64_t i = 0; i < rows && !is_finite(t, x + i * n, (rows - i) * n); i++) {
+        if (!is_finite(t, x + i * n, n)) {
+            zq_note_bad_row(trouble, first + i);
+        }
+    }
 }
 
 /* ---- append ------------------------------------------------------------------------------------------ */
@@ -98,11 +115,12 @@ append_head(const run *w, int64_t head, float *scratch, zq_trouble *trouble)
     const int64_t d = c->head_dim, ld = t->a->ld_qkv;
     const float *k = t->a->qkv + w->row * ld + (t->a->heads + head) * d, *v = k + c->kv_heads * d;
     for (int64_t i = 0; i < w->count; i++) {
-        if (!prepare_heads(t, k + i * ld, 1, t->a->k_norm, w->position + i, scratch + i * d) ||
-            !(t->K->absmax_f32(v + i * ld, d) <= FLT_MAX)) {
+        prepare_heads(t, k + i * ld, 1, t->a->k_norm, w->position + i, scratch + i * d);
+        if (!is_finite(t, v + i * ld, d)) {
             zq_note_bad_row(trouble, w->row + i);
         }
     }
+    look_at_rows(t, scratch, w->count, d, w->row, trouble);
     const kv_view page = kv_head(c, kv_pages(c, t->layer, w->sequence), w->position / ZQ_KV_PAGE, head);
     if (c->int8) {
         store_int8(w, &page, scratch, v, ld, (uint8_t *)(scratch + ZQ_PANEL * d));
@@ -156,12 +174,12 @@ typedef struct {
     int64_t row, queries;       /* in qkv */
     int64_t position;           /* of the first query */
     int64_t tile;               /* position of the current tile of keys */
-    const float *kt[TILE_PAGES], *v[TILE_PAGES];
+    kv_view page[TILE_PAGES];
     float *q;        /* (rows, head_dim), normalized and rotated */
     float *s;        /* (mr, ZQ_KEY_TILE) scores, then p */
     float *o;        /* (rows, dp) */
     float *max, *sum; /* (rows) */
-    float *kt8, *v8; /* int8: the tile's pages, dequantized */
+    float *kt8, *v8; /* int8: pages of the tile, dequantized */
 } block;
 
 /* First key that the query at `position` sees. */
@@ -171,35 +189,47 @@ first_key(const kv_pass *t, int64_t position)
     return t->a->window > 0 ? zq_max(0, position - t->a->window + 1) : 0;
 }
 
-static void
-dequantize_page(const block *w, const kv_view *page, int64_t i, int64_t keys)
+/* K of a page, float32, its first `keys` keys: as it lies there, or dequantized to `scratch`. */
+static const float *
+page_kt(const block *w, const kv_view *page, int64_t keys, float *scratch)
 {
-    const zq_kernels *K = w->t->K;
-    const int64_t d = w->t->c->head_dim, dp = w->t->dp;
-    float *kt = w->kt8 + i * ZQ_KV_PAGE * d, *v = w->v8 + i * ZQ_KV_PAGE * dp;
-    for (int64_t key = 0; key < keys; key += ZQ_PANEL) {
-        K->dequantize_cols_u8_f32(page->k_codes + key * d, d, ZQ_PANEL, page->k_scale + key, 128, kt + key * d);
+    const int64_t d = w->t->c->head_dim;
+    for (int64_t key = 0; page->k_codes && key < keys; key += ZQ_PANEL) {
+        w->t->K->dequantize_cols_u8_f32(page->k_codes + key * d, d, ZQ_PANEL, page->k_scale + key, 128, scratch + key * d);
     }
-    for (int64_t key = 0; key < keys; key++) {
-        K->dequantize_b8_f32(page->v_codes + key * d, d, 0, page->v_scale[key], 128, v + key * dp);
-        memset(v + key * dp + d, 0, (size_t)(dp - d) * sizeof *v);
-    }
+    return page->k_codes ? scratch : page->kt;
 }
 
-/* Point kt and v at the pages of the tile that hold keys [from, to), positions. */
+static const float *
+page_v(const block *w, const kv_view *page, int64_t keys, float *scratch)
+{
+    const int64_t d = w->t->c->head_dim, dp = w->t->dp;
+    for (int64_t key = 0; page->v_codes && key < keys; key++) {
+        w->t->K->dequantize_b8_f32(page->v_codes + key * d, d, 0, page->v_scale[key], 128, scratch + key * dp);
+        if (dp > d) {
+            memset(scratch + key * dp + d, 0, (size_t)(dp - d) * sizeof *scratch);
+        }
+    }
+    return page->v_codes ? scratch : page->v;
+}
+
+/* Bring in the pages of the tile that hold keys [from, to), positions. Where one tile of rows will read them, codes stay
+ * codes until then: that reader dequantizes a page at a time, into L1. */
 static void
 load_tile(block *w, int64_t from, int64_t to)
 {
     const zq_kv *c = w->t->c;
     const zq_kv_pages *pages = kv_pages(c, w->t->layer, w->sequence);
     for (int64_t page = from / ZQ_KV_PAGE; page * ZQ_KV_PAGE < to; page++) {
-        const int64_t i = page % TILE_PAGES;
-        const kv_view view = kv_head(c, pages, page, w->head);
-        if (c->int8) {
-            dequantize_page(w, &view, i, zq_min(ZQ_KV_PAGE, to - page * ZQ_KV_PAGE));
+        const int64_t i = page % TILE_PAGES, keys = zq_min(ZQ_KV_PAGE, to - page * ZQ_KV_PAGE);
+        kv_view *view = &w->page[i];
+        *view = kv_head(c, pages, page, w->head);
+        if (c->int8 && w->queries * w->t->group > w->t->K->mr_matmul) {
+            float *kt = w->kt8 + i * ZQ_KV_PAGE * c->head_dim, *v = w->v8 + i * ZQ_KV_PAGE * w->t->dp;
+            (void)page_kt(w, view, keys, kt);
+            (void)page_v(w, view, keys, v);
+            *view = (kv_view){.kt = kt, .v = v};
         }
-        w->kt[i] = c->int8 ? w->kt8 + i * ZQ_KV_PAGE * c->head_dim : view.kt;
-        w->v[i] = c->int8 ? w->v8 + i * ZQ_KV_PAGE * w->t->dp : view.v;
     }
 }
 
@@ -226,7 +256,8 @@ tile_rows(const block *w, int64_t r, int64_t mr)
     const int64_t to = zq_min(ZQ_KEY_TILE, last + 1 - w->tile);
     const int64_t from = zq_max(0, first_key(t, first) - w->tile) / ZQ_KV_PAGE * ZQ_KV_PAGE;
     for (int64_t key = from; key < to; key += ZQ_KV_PAGE) {
-        zq_score_panels(t->K, w->q + r * d, d, mr, d, w->kt[key / ZQ_KV_PAGE], zq_min(ZQ_KV_PAGE, to - key), w->s + key);
+        const int64_t keys = zq_min(ZQ_KV_PAGE, to - key);
+        zq_score_panels(t->K, w->q + r * d, d, mr, d, page_kt(w, &w->page[key / ZQ_KV_PAGE], keys, w->kt8), keys, w->s + key);
     }
     for (int64_t i = 0; i < mr; i++) {
         softmax_row(w, r + i, w->s + i * ZQ_KEY_TILE, from, to);
@@ -235,7 +266,7 @@ tile_rows(const block *w, int64_t r, int64_t mr)
     for (int64_t key = from; key < to; key += ZQ_KV_PAGE) {
         tile.k = zq_min(ZQ_KV_PAGE, to - key);
         tile.a = w->s + key;
-        tile.b = w->v[key / ZQ_KV_PAGE];
+        tile.b = page_v(w, &w->page[key / ZQ_KV_PAGE], tile.k, w->v8);
         t->K->matmul_f32(&tile, dp, 1);
     }
 }
@@ -266,10 +297,9 @@ begin_block(const block *w, zq_trouble *trouble)
     const int64_t d = t->c->head_dim, rows = w->queries * t->group;
     const float *q = t->a->qkv + w->row * t->a->ld_qkv + w->head * t->group * d;
     for (int64_t i = 0; i < w->queries; i++) {
-        if (!prepare_heads(t, q + i * t->a->ld_qkv, t->group, t->a->q_norm, w->position + i, w->q + i * t->group * d)) {
-            zq_note_bad_row(trouble, w->row + i);
-        }
+        prepare_heads(t, q + i * t->a->ld_qkv, t->group, t->a->q_norm, w->position + i, w->q + i * t->group * d);
     }
+    look_at_rows(t, w->q, w->queries, t->group * d, w->row, trouble);
     memset(w->o, 0, (size_t)(rows * t->dp) * sizeof *w->o);
     for (int64_t r = 0; r < rows; r++) {
         w->max[r] = -INFINITY;
@@ -283,13 +313,13 @@ end_block(const block *w, zq_trouble *trouble)
     const int64_t d = t->c->head_dim;
     for (int64_t r = 0; r < w->queries * t->group; r++) {
         float *out = t->a->out + (w->row + r / t->group) * t->a->ld_out + (w->head * t->group + r % t->group) * d;
-        if (!zq_softmax_end(t->K, w->o + r * t->dp, w->sum[r], d, out)) {
-            zq_note_bad_row(trouble, w->row + r / t->group);
-        }
+        t->K->scale_f32(w->o + r * t->dp, d, 1.0f / w->sum[r], out);
         for (int64_t i = 0; i < d; i++) {
             out[i] += 0.0f; /* -0 becomes 0 */
         }
     }
+    look_at_rows(t, w->o, w->queries, t->group * t->dp, w->row, trouble);
+    look_at_rows(t, w->sum, w->queries, t->group, w->row, trouble);
 }
 
 /* Memory of one job, out of this thread's scratch; 0 on failure. */
@@ -348,7 +378,8 @@ count_attend_jobs(kv_pass *t)
             jobs += zq_ceil_div(new_tokens(t, s), t->block_queries);
         }
         t->first_job[sequences] = jobs;
-        if (jobs * t->c->kv_heads >= 4 * zq_threads() || t->block_queries * t->group <= ZQ_ITEM_ROWS / 8) {
+        const int small = t->block_queries == 1 || t->block_queries * t->group <= ZQ_ITEM_ROWS / 8;
+        if (small || jobs * t->c->kv_heads >= 4 * zq_threads()) {
             return jobs;
         }
     }

@@ -1,5 +1,5 @@
-/* What both forms of attention do with a tile of keys (attention.c, attention_kv.c): scores, the running softmax of a
- * row, the division at the end. attention.c has the equations. */
+/* What both forms of attention do with a tile of keys (attention.c, attention_kv.c): scores and the running softmax of
+ * a row. attention.c has the equations. */
 #ifndef ZQ_ATTENTION_TILE_H
 #define ZQ_ATTENTION_TILE_H
 
@@ -44,14 +44,6 @@ zq_softmax_step(const zq_kernels *K, float scale, float *s, int64_t keys, float 
     }
     *m = max;
     *l = first ? sum : *l + sum;
-}
-
-/* out = o / l; 0 where something overflowed. */
-ZQ_INLINE int
-zq_softmax_end(const zq_kernels *K, const float *o, float l, int64_t head_dim, float *out)
-{
-    K->scale_f32(o, head_dim, 1.0f / l, out);
-    return K->absmax_f32(o, head_dim) <= FLT_MAX && l <= FLT_MAX;
 }
 
 /* The sequence whose jobs include `job`: first_job[s] <= job < first_job[s + 1]. */

@@ -20,6 +20,7 @@ from ._blas import core_hint
 with core_hint():  # zquant._core loads OpenBLAS
     from . import _core as _core
 from . import cpu, evaluate, ops
+from .cache import KVCache
 from .encoder import SentenceEncoder
 from .errors import FormatError
 from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, sts
@@ -38,8 +39,8 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "RTN", "CausalLM", "FormatError", "Generation", "LanguageReport", "Linear", "Method", "Model", "PerplexityResult",
-    "QTensor", "QuantSpec", "Report", "STSResult", "Scheme", "SentenceEncoder", "__version__", "compare",
-    "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "load", "ops", "pearson", "perplexity", "quantize",
-    "set_num_threads", "spearman", "sqnr_db", "sts",
+    "RTN", "CausalLM", "FormatError", "Generation", "KVCache", "LanguageReport", "Linear", "Method", "Model",
+    "PerplexityResult", "QTensor", "QuantSpec", "Report", "STSResult", "Scheme", "SentenceEncoder", "__version__",
+    "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "load", "ops", "pearson", "perplexity",
+    "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
 ]

@@ -114,13 +114,15 @@ def _in_pieces(weight: np.ndarray | Stored, spec: QuantSpec, method: Method) -> 
     """Some rows at a time, so that the float32 copy of a large float16 matrix never exists; the same codes."""
     n, k = weight.shape
     codes = np.empty((n, k), np.int8 if spec.symmetric else np.uint8)
-    scales, zeros = [], []
+    scales: list[np.ndarray] = []
+    zeros: list[np.ndarray] = []
     for start in range(0, n, step := max(1, PIECE // k)):
         part = slice(start, start + step)
         rows = Stored(weight.array[part], weight.dtype) if isinstance(weight, Stored) else weight[part]
         piece = method.quantize(_float32(rows), spec)
         codes[part] = piece.codes
         scales.append(piece.scales)
-        zeros.append(piece.zeros)
+        if piece.zeros is not None:
+            zeros.append(piece.zeros)
         release(rows.array if isinstance(rows, Stored) else rows)
-    return QTensor(codes, np.concatenate(scales), None if zeros[0] is None else np.concatenate(zeros), spec)
+    return QTensor(codes, np.concatenate(scales), np.concatenate(zeros) if zeros else None, spec)

@@ -1,8 +1,8 @@
 /* The rest of a tile's epilogue: y = act(v) + residual, where v is what the tile function stored, or for pairs of rows
  * the sum of two of these and the bias.
  *
- * Tiles with an activation, a residual or pairs of rows are stored to a buffer of their own first (it never leaves L1) and written
- * to y once: reading back rows of y that were just stored waits for their cache lines. */
+ * Tiles with an activation, a residual or pairs of rows are stored to a buffer of their own first (it never leaves L1)
+ * and written to y once: reading back rows of y that were just stored waits for their cache lines. */
 #define FINISH_ROWS 16
 
 typedef void (*tile_fn)(const zq_tile *t);

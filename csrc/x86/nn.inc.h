@@ -323,6 +323,9 @@ matmul_tile(const zq_tile *t, int64_t col, int64_t ldb, int accumulate, const in
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) {
             bk[j] = v16_load(b + k * ldb + 16 * j);
+            if (mr <= 8) { /* so few rows wait for memory: a decoding step reads every page of keys once */
+                _mm_prefetch((const char *)(b + (k + 12) * ldb + 16 * j), _MM_HINT_T0);
+            }
         }
 #pragma GCC unroll 16
         for (int i = 0; i < mr; i++) {

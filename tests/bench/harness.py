@@ -168,7 +168,10 @@ class Gate:
             if before and after and lost <= MAX_LOST * took:
                 kept.append(took / calls)
             before = after or self.wait()
-        middle = statistics.median(kept if len(kept) >= 3 else every)
+        if len(kept) >= few:
+            middle = statistics.median(kept)
+        else:  # of few long calls the fastest was disturbed least
+            middle = min(every) if few == 1 else statistics.median(every)
         return Sample(middle, len(kept), len(every), faults / (calls * len(every)))
 
 

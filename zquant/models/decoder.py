@@ -1,7 +1,6 @@
 """CausalLM: a decoder read from a Hugging Face directory, run on packed tokens over a key-value cache."""
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -176,21 +175,31 @@ class CausalLM(Network):
             raise ValueError(f"logits: expected 'all' or 'last', got {logits!r}")
         packed = self.pack(input_ids, attention_mask)
         if logits == "last":
-            out = np.empty((packed.shape[0], self.dims.vocabulary), np.float32)
-            wanted = packed.offsets[1:] - 1
-
-            def ends(start: int, stop: int, x: np.ndarray) -> None:
-                here = np.flatnonzero((wanted >= start) & (wanted < stop))
-                if len(here):
-                    out[here] = self._logits(x[wanted[here] - start], tap)
-
-            deque(self._forward(packed, cache, tap, chunk, ends), maxlen=0)
-            return out
+            return self._last(packed, cache, tap, chunk)
         slots, size = packed.slots, packed.shape[0] * packed.shape[1]
-        flat = (np.empty if slots is None else np.zeros)((size, self.dims.vocabulary), np.float32)
+        flat = np.zeros((size, self.dims.vocabulary), np.float32)  # pages of zeros cost nothing until they are written
         for start, stop, part in self.stream(packed, cache, tap, chunk):
-            flat[slice(start, stop) if slots is None else slots[start:stop]] = part
+            if slots is None and stop - start == size:
+                flat = part
+            else:
+                flat[slice(start, stop) if slots is None else slots[start:stop]] = part
         return flat.reshape(*packed.shape, self.dims.vocabulary)
+
+    def _last(self, packed: Packed, cache: KVCache | None, tap: Tap | None, chunk: int) -> np.ndarray:
+        """(B, V) logits after the last token of each sequence; the head sees no other tokens."""
+        wanted = packed.offsets[1:] - 1
+
+        def ends(start: int, stop: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+            here = np.flatnonzero((wanted >= start) & (wanted < stop))
+            return (here, self._logits(x[wanted[here] - start], tap)) if len(here) else None
+
+        found = [part for _, _, part in self._forward(packed, cache, tap, chunk, ends) if part is not None]
+        if len(found) == 1:
+            return found[0][1]
+        out = np.empty((packed.shape[0], self.dims.vocabulary), np.float32)
+        for here, part in found:
+            out[here] = part
+        return out
 
     def stream(self, packed: Packed, cache: KVCache | None = None, tap: Tap | None = None,
                chunk: int = CHUNK) -> Iterator[tuple[int, int, np.ndarray]]:

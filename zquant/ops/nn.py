@@ -1,4 +1,4 @@
-"""Transformer operators on float32 arrays: normalisation, activations, softmax, attention.
+"""Transformer operators on float32 arrays: normalisation, activations, softmax, attention, rotary embedding.
 
 The last axis is the features of a token. NaN or Inf in an input is a ValueError that names the array and its row. Where
 ``quantize`` is given, rows leave as 8-bit codes in the same pass, the same codes that
@@ -15,7 +15,7 @@ from .. import _core
 from .linear import _QUANT, _activation
 from .quantize import Array, _array, _rows, _same_shape
 
-__all__ = ["attention", "gated", "gelu", "layer_norm", "relu", "rms_norm", "silu", "softmax"]
+__all__ = ["attention", "causal_attention", "gated", "gelu", "layer_norm", "relu", "rms_norm", "rotary", "silu", "softmax"]
 
 Codes = tuple[Array, Array, "Array | None"]
 
@@ -219,14 +219,26 @@ def softmax(x: Array) -> Array:
     return _core.softmax(_rows(x, "x", "float32")).reshape(x.shape)
 
 
-def _valid_rows(lengths: Any, batch: int, tokens: int) -> tuple[Array, Array]:
-    """Which rows of (batch, tokens) belong to a sequence, and the offsets of the sequences once the others are left out."""
+def _valid_rows(lengths: Any, batch: int, tokens: int) -> tuple[Array | None, Array]:
+    """Which of batch * tokens rows belong to a sequence (None: all), and the offsets of the sequences once the others are
+    left out."""
+    if lengths is None:
+        return None, np.arange(batch + 1, dtype=np.int64) * tokens
     n = np.asarray(lengths)
     if n.shape != (batch,) or n.dtype.kind not in "iu":
         raise ValueError(f"lengths: expected {batch} integers, got {n.dtype} of shape {n.shape}")
     if n.size and (n.min() < 0 or n.max() > tokens):
         raise ValueError(f"lengths: expected 0 to {tokens}, got {n.min()} to {n.max()}")
-    return np.arange(tokens) < n[:, None], np.concatenate(([0], np.cumsum(n))).astype(np.int64)
+    return (np.arange(tokens) < n[:, None]).reshape(-1), np.concatenate(([0], np.cumsum(n))).astype(np.int64)
+
+
+def _with_padding(rows: Array, keep: Array | None) -> Array:
+    """The rows back in their places, zeros in the others."""
+    if keep is None:
+        return rows
+    whole = np.zeros((len(keep), rows.shape[1]), np.float32)
+    whole[keep] = rows
+    return whole
 
 
 def attention(q: Array, k: Array, v: Array, num_heads: int, key_mask: Array | None = None, lengths: Any = None,
@@ -279,11 +291,8 @@ def attention(q: Array, k: Array, v: Array, num_heads: int, key_mask: Array | No
     mask = None
     if key_mask is not None:
         mask = _same_shape(_array(key_mask, "key_mask", "bool", "uint8"), (batch, tokens), "key_mask").reshape(-1)
-    offsets = np.arange(batch + 1, dtype=np.int64) * tokens
-    keep = None
-    if lengths is not None:
-        keep, offsets = _valid_rows(lengths, batch, tokens)
-        keep = keep.reshape(-1)
+    keep, offsets = _valid_rows(lengths, batch, tokens)
+    if keep is not None:
         rows = [a[keep] for a in rows]
         mask = None if mask is None else mask[keep]
     for a, name in zip(rows, "qkv"):
@@ -291,8 +300,118 @@ def attention(q: Array, k: Array, v: Array, num_heads: int, key_mask: Array | No
     if scale is None:
         scale = (width / num_heads) ** -0.5 if width and num_heads else 1.0
     out = _core.attention(*rows, offsets, num_heads, scale, mask)
+    return _with_padding(out, keep).reshape(q.shape)
+
+
+def rotary(x: Array, positions: Array, cos: Array, sin: Array, num_heads: int, interleaved: bool = False) -> Array:
+    """Rotary position embedding (Su et al., arXiv 2104.09864, equation 34).
+
+    In every head the pairs ``(a, b)`` of the first ``2 * cos.shape[1]`` elements become
+    ``(a cos - b sin, b cos + a sin)``; the other elements stay (partial rotary, as in GPT-NeoX).
+
+    Parameters
+    ----------
+    x : float32, shape (..., num_heads * head_dim)
+    positions : integers, shape of x without its last axis
+        The row of ``cos`` and ``sin`` for each token.
+    cos, sin : float32, shape (positions, r / 2), r <= head_dim
+        Cosine and sine of position times frequency.
+    num_heads
+        Heads; each owns head_dim adjacent columns.
+    interleaved
+        False: a pair is elements i and i + r / 2 (Hugging Face's layout); True: 2i and 2i + 1 (GPT-J's).
+
+    Returns
+    -------
+    float32, shape of x
+
+    Raises
+    ------
+    TypeError
+        An array is not of its type.
+    ValueError
+        Shapes do not match, a position has no row in the tables, or there is NaN or Inf.
+
+    >>> import numpy as np
+    >>> from zquant import ops
+    >>> quarter_turns = np.arange(3)[:, None] * np.pi / 2
+    >>> cos, sin = np.cos(quarter_turns).astype(np.float32), np.sin(quarter_turns).astype(np.float32)
+    >>> ops.rotary(np.float32([[1, 2]]), np.array([1]), cos, sin, num_heads=1)
+    array([[-2.,  1.]], dtype=float32)
+    """
+    rows = _rows(x, "x", "float32")
+    where = np.asarray(positions)
+    if where.dtype.kind not in "iu":
+        raise TypeError(f"positions: expected integers, got {where.dtype}")
+    where = _same_shape(where, x.shape[:-1], "positions").reshape(-1).astype(np.int64)
+    return _core.rotary(rows, where, cos, sin, num_heads, bool(interleaved)).reshape(x.shape)
+
+
+def causal_attention(q: Array, k: Array, v: Array, num_heads: int, num_kv_heads: int | None = None, window: int = 0,
+                     lengths: Any = None, scale: float | None = None) -> Array:
+    """Causal multi-head attention in float32, with grouped-query heads and a sliding window.
+
+    Per head ``softmax(scale * q k^T) v`` where a query sees the keys up to its own position. Query head h uses key and value
+    head ``h // (num_heads / num_kv_heads)`` (Ainslie et al., arXiv 2305.13245). The same code as with a
+    :class:`zquant.KVCache`, and the same bits.
+
+    Parameters
+    ----------
+    q : float32, shape (B, T, num_heads * head_dim)
+    k, v : float32, shape (B, T, num_kv_heads * head_dim)
+    num_heads
+        Heads of q; each owns head_dim adjacent columns.
+    num_kv_heads
+        Heads of k and v, a divisor of num_heads; num_heads by default.
+    window
+        With window > 0 a query sees only the last ``window`` keys, its own among them (Mistral's sliding window).
+    lengths : integers, shape (B,), optional
+        Tokens of each sequence that exist; the rest is padding on the right, whose output is zero.
+    scale
+        1 / sqrt(head_dim) by default; positive.
+
+    Returns
+    -------
+    float32, shape of q
+
+    Raises
+    ------
+    TypeError
+        An array is not float32.
+    ValueError
+        Shapes do not match, the columns cannot be shared out to the heads, or there is NaN or Inf (the array and its row,
+        counted over B * T, are named).
+
+    >>> import numpy as np
+    >>> from zquant import ops
+    >>> q = np.zeros((1, 3, 4), np.float32)
+    >>> v = np.float32([[[1, 2], [3, 4], [5, 6]]])
+    >>> ops.causal_attention(q, v, v, num_heads=2, num_kv_heads=1)[0]
+    array([[1., 2., 1., 2.],
+           [2., 3., 2., 3.],
+           [3., 4., 3., 4.]], dtype=float32)
+    >>> ops.causal_attention(q, v, v, num_heads=2, num_kv_heads=1, window=2)[0, 2]
+    array([4., 5., 4., 5.], dtype=float32)
+    """
+    if _array(q, "q", "float32").ndim != 3:
+        raise ValueError(f"q: expected 3 dimensions (batch, tokens, features), got {q.ndim}")
+    batch, tokens, width = q.shape
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads < 1 or width == 0 or width % num_heads:
+        raise ValueError(f"num_heads: {width} columns of q cannot be shared out to {num_heads} heads")
+    if kv_heads < 1 or num_heads % kv_heads:
+        raise ValueError(f"num_kv_heads: expected a divisor of num_heads {num_heads}, got {kv_heads}")
+    head_dim = width // num_heads
+    rows = [_rows(q, "q", "float32")]
+    for name, a in (("k", k), ("v", v)):
+        a = _same_shape(_array(a, name, "float32"), (batch, tokens, kv_heads * head_dim), name)
+        rows.append(_rows(a, name, "float32"))
+    keep, offsets = _valid_rows(lengths, batch, tokens)
     if keep is not None:
-        whole = np.zeros((batch * tokens, width), np.float32)
-        whole[keep] = out
-        out = whole
-    return out.reshape(q.shape)
+        rows = [a[keep] for a in rows]
+    for a, name in zip(rows, "qkv"):
+        _core.check_finite(a, name)
+    cache = _core.kv_new(1, batch, kv_heads, head_dim, False)
+    out = _core.kv_attend(cache, 0, np.concatenate(rows, 1), offsets, num_heads, None, None, False, None, None, 0.0,
+                          head_dim**-0.5 if scale is None else scale, window, 0)
+    return _with_padding(out, keep).reshape(q.shape)

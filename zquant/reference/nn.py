@@ -8,7 +8,8 @@ import numpy as np
 
 from .gemm import activate
 
-__all__ = ["attention", "exp_f32", "gated", "gelu", "gelu_erf_f32", "layer_norm", "relu", "rms_norm", "silu", "softmax"]
+__all__ = ["attention", "causal_attention", "exp_f32", "gated", "gelu", "gelu_erf_f32", "layer_norm", "relu", "rms_norm", "rotary",
+           "silu", "softmax"]
 
 
 def layer_norm(x, weight, bias, eps=1e-12, residual=None):
@@ -65,6 +66,35 @@ def attention(q, k, v, num_heads, key_mask=None, lengths=None, scale=None):
     scores = split[0] @ split[1].transpose(0, 1, 3, 2) * scale
     scores = np.where((visible & exists)[:, None, None, :], scores, -np.inf)
     out = (softmax(scores) @ split[2]).transpose(0, 2, 1, 3).reshape(q.shape)
+    return np.where(exists[:, :, None], out, 0)
+
+
+def rotary(x, positions, cos, sin, num_heads, interleaved=False):
+    """(a cos - b sin, b cos + a sin) for the pairs (a, b) of the first 2 * cos.shape[1] elements of every head."""
+    x = np.asarray(x, np.float64)
+    heads = x.reshape(*x.shape[:-1], num_heads, -1)
+    c, s = (np.asarray(t, np.float64)[positions][..., None, :] for t in (cos, sin))
+    half = c.shape[-1]
+    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(0, half), slice(half, 2 * half))
+    a, b, y = heads[..., first], heads[..., second], heads.copy()
+    y[..., first], y[..., second] = a * c - b * s, b * c + a * s
+    return y.reshape(x.shape)
+
+
+def causal_attention(q, k, v, num_heads, num_kv_heads=None, window=0, lengths=None, scale=None, past=0):
+    """softmax(scale q k^T) v where query i, at position past + i, sees keys past + i - window + 1 .. past + i; with window
+    0 all keys up to its position. Query head h uses key head h // (num_heads / num_kv_heads)."""
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    batch, tokens, width = q.shape
+    split = [np.asarray(a, np.float64).reshape(batch, a.shape[1], n, -1).transpose(0, 2, 1, 3)
+             for a, n in ((q, num_heads), (k, kv_heads), (v, kv_heads))]
+    keys, values = (np.repeat(a, num_heads // kv_heads, axis=1) for a in split[1:])
+    scale = (width // num_heads) ** -0.5 if scale is None else scale
+    distance = past + np.arange(tokens)[:, None] - np.arange(k.shape[1])
+    visible = (distance >= 0) & ((distance < window) | (window == 0))
+    scores = np.where(visible, split[0] @ keys.transpose(0, 1, 3, 2) * scale, -np.inf)
+    out = (softmax(scores) @ values).transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+    exists = np.ones((batch, tokens), bool) if lengths is None else np.arange(tokens) < np.asarray(lengths)[:, None]
     return np.where(exists[:, :, None], out, 0)
 
 
