@@ -119,9 +119,11 @@ def test_tiny_llama_quantized(tiny):
 def test_batch_equals_single_prompts(tiny, scheme):
     lm = tiny if scheme is None else zq.quantize(tiny, scheme)
     prompts = ["The", "# Title: The Murders in the Rue Morgue", "", "In 1905, a long, long time ago,"]
-    for options in ({}, {"temperature": 0.9, "top_p": 0.95, "seed": 11}, {"kv_cache": "int8"}):
+    stops = {"stop": [",", ".", " the"], "kv_cache": "int8"}  # the texts end at different steps
+    for options in ({}, {"temperature": 0.9, "top_p": 0.95, "seed": 11}, stops):
         options = {"max_new_tokens": 24, **options}
         together = lm.generate(prompts, **options)
+        assert len({len(r.ids) for r in together}) > 1 or "stop" not in options
         assert together == [lm.generate(prompt, **options) for prompt in prompts]
         assert together[1].text == "".join(lm.generate(prompts[1], stream=True, **options))
 
@@ -144,12 +146,18 @@ def test_logits_do_not_depend_on_batch_or_threads(tiny, scheme):
 
 @pytest.mark.parametrize("scheme", [None, "w8a8", "w4a8"])
 def test_greedy_text_is_the_argmax_of_whole_forwards(tiny, scheme):
-    """What the cache gives is what a forward over everything gives."""
+    """What the cache gives, token by token, is what a forward over everything gives."""
     lm = tiny if scheme is None else zq.quantize(tiny, scheme)
     result = lm.generate("It was a dark night, and", max_new_tokens=20, stop=())
     ids = lm.tokenizer.encode("It was a dark night, and").ids
     logits = lm([ids + list(result.ids)])[0]
     assert logits[len(ids) - 1 : -1].argmax(axis=1).tolist() == list(result.ids)
+    cache = lm.new_cache(1)
+    steps = [lm([part], cache=cache, logits="last")[0] for part in (ids, *([i] for i in result.ids))]
+    if scheme is None:
+        np.testing.assert_allclose(steps, logits[len(ids) - 1 :], atol=1e-4)
+    else:
+        assert (np.stack(steps) == logits[len(ids) - 1 :]).all()
 
 
 def test_save_load_generate(tiny, tmp_path):
