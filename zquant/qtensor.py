@@ -142,7 +142,8 @@ class QTensor:
         x = np.asarray(x)
         if x.ndim == 0 or x.shape[-1] != self.shape[1]:
             raise ValueError(f"QTensor.matmul: x must have {self.shape[1]} columns, got shape {x.shape}")
-        return cached(x.reshape(-1, self.shape[1]), activation=activation).reshape(*x.shape[:-1], self.shape[0])
+        y: Any = cached(x.reshape(-1, self.shape[1]), activation=activation)
+        return y.reshape(*x.shape[:-1], self.shape[0])
 
     def __repr__(self) -> str:
         unit, name = (1 << 20, "MiB") if self.codes.size >= 1 << 18 else (1, "B")

@@ -80,7 +80,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-12, residua
     quant, rows = _quant(quantize), _rows(x, "x", "float32")
     y, codes = _core.layer_norm(rows, _residual(residual, x), weight, bias, eps, quant)
     y = y.reshape(x.shape)
-    return (y, _codes(codes, x.shape, quant)) if quant else y
+    return (y, _codes(codes, x.shape, quant)) if codes is not None else y
 
 
 def rms_norm(x: Array, weight: Array, eps: float = 1e-6, residual: Array | None = None,
@@ -98,7 +98,7 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-6, residual: Array | None 
     quant, rows = _quant(quantize), _rows(x, "x", "float32")
     y, codes = _core.rms_norm(rows, _residual(residual, x), weight, eps, quant)
     y = y.reshape(x.shape)
-    return (y, _codes(codes, x.shape, quant)) if quant else y
+    return (y, _codes(codes, x.shape, quant)) if codes is not None else y
 
 
 def _apply(x: Array, activation: str, quantize: str | None) -> Array | Codes:
@@ -299,7 +299,7 @@ def attention(q: Array, k: Array, v: Array, num_heads: int, key_mask: Array | No
         _core.check_finite(a, name)
     if scale is None:
         scale = (width / num_heads) ** -0.5 if width and num_heads else 1.0
-    out = _core.attention(*rows, offsets, num_heads, scale, mask)
+    out = _core.attention(rows[0], rows[1], rows[2], offsets, num_heads, scale, mask)
     return _with_padding(out, keep).reshape(q.shape)
 
 

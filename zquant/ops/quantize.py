@@ -186,7 +186,8 @@ class _Layout:
 
     def params(self, a: Array) -> Array:
         if self.block:
-            a = np.repeat(a, self.block, self.axis).take(np.arange(self.shape[self.axis]), self.axis)
+            length = self.shape[self.axis or 0]
+            a = np.repeat(a, self.block, self.axis).take(np.arange(length), self.axis)
         return a.reshape(-1)
 
     def back(self, y: Array) -> Array:
