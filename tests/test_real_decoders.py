@@ -24,7 +24,7 @@ DATA = Path(__file__).parent / "data"
 DEMO = "\n".join(SENTENCES)
 
 ROWS4 = zq.Scheme("w4a16, per row +e32", QuantSpec(4))
-SCHEMES = ("w8a8", "w8a8-sym", "w8a16", "w4a8-g64", "w4a16-g64", "w4a16-g32")
+SCHEMES = ("w8a8", "w8a8-sym", "w8a16", "w4a8-g64", "w4a16-g64")
 
 
 def load(folder):
@@ -80,10 +80,13 @@ def measured(name, lm, text, schemes=SCHEMES):
 
 
 def check_costs(ppl):
-    """What the project promises of 8 bits; 4 bits by rounding cost what they cost, but not everything."""
+    """What the project promises of 8 bits; 4 bits by rounding cost what they cost, but not everything.
+
+    GELU's outputs are nearly all above zero: symmetric activations leave half of their codes unused and cost GPT-2 more.
+    """
     base = ppl["float32"]
     assert ppl["w8a8"] == pytest.approx(base, rel=5e-3)
-    assert ppl["w8a8-sym"] == pytest.approx(base, rel=5e-3)
+    assert ppl["w8a8-sym"] == pytest.approx(base, rel=1e-2)
     assert ppl["w8a16"] == pytest.approx(base, rel=2e-3)
     assert ppl["float32, int8 cache"] == pytest.approx(base, rel=2e-3)
     for scheme in ("w4a8-g64", "w4a16-g64"):
@@ -116,9 +119,11 @@ def test_tiny_llama_quantized(tiny):
 def test_batch_equals_single_prompts(tiny, scheme):
     lm = tiny if scheme is None else zq.quantize(tiny, scheme)
     prompts = ["The", "# Title: The Murders in the Rue Morgue", "", "In 1905, a long, long time ago,"]
-    for options in ({}, {"temperature": 0.9, "top_p": 0.95, "seed": 11}, {"kv_cache": "int8"}):
+    stops = {"stop": [",", ".", " the"], "kv_cache": "int8"}  # the texts end at different steps
+    for options in ({}, {"temperature": 0.9, "top_p": 0.95, "seed": 11}, stops):
         options = {"max_new_tokens": 24, **options}
         together = lm.generate(prompts, **options)
+        assert len({len(r.ids) for r in together}) > 1 or "stop" not in options
         assert together == [lm.generate(prompt, **options) for prompt in prompts]
         assert together[1].text == "".join(lm.generate(prompts[1], stream=True, **options))
 
@@ -141,12 +146,18 @@ def test_logits_do_not_depend_on_batch_or_threads(tiny, scheme):
 
 @pytest.mark.parametrize("scheme", [None, "w8a8", "w4a8"])
 def test_greedy_text_is_the_argmax_of_whole_forwards(tiny, scheme):
-    """What the cache gives is what a forward over everything gives."""
+    """What the cache gives, token by token, is what a forward over everything gives."""
     lm = tiny if scheme is None else zq.quantize(tiny, scheme)
     result = lm.generate("It was a dark night, and", max_new_tokens=20, stop=())
     ids = lm.tokenizer.encode("It was a dark night, and").ids
     logits = lm([ids + list(result.ids)])[0]
     assert logits[len(ids) - 1 : -1].argmax(axis=1).tolist() == list(result.ids)
+    cache = lm.new_cache(1)
+    steps = [lm([part], cache=cache, logits="last")[0] for part in (ids, *([i] for i in result.ids))]
+    if scheme is None:
+        np.testing.assert_allclose(steps, logits[len(ids) - 1 :], atol=1e-4)
+    else:
+        assert (np.stack(steps) == logits[len(ids) - 1 :]).all()
 
 
 def test_save_load_generate(tiny, tmp_path):
@@ -205,8 +216,7 @@ def test_gpt2_as_transformers(gpt2, wiki):
 
 def test_gpt2_quantized(gpt2, wiki):
     ids = gpt2.tokenizer.encode(wiki.read_text(encoding="utf-8")).ids[: 8 * 512]
-    schemes = ("w8a8", "w8a8-sym", "w8a16", "w4a8-g64", "w4a16-g64")
-    check_costs(measured("gpt2-30m, 8 windows of wiki.test.raw", gpt2, ids, schemes))
+    check_costs(measured("gpt2-30m, 8 windows of wiki.test.raw", gpt2, ids))
 
 
 @pytest.mark.skipif(not os.environ.get("ZQUANT_FULL"), reason="some minutes; ZQUANT_FULL=1 runs it")
@@ -228,9 +238,8 @@ def test_stories_perplexity(stories):
     lm, _, ids = stories
     result = zq.perplexity(lm, ids)
     assert result.tokens == 79255 and result.ppl == pytest.approx(4.3838, rel=1e-4)
-    some = lm(ids[:20])
-    right = [(row[: len(story) - 1].argmax(axis=1) == story[1:]).mean() for row, story in zip(some, ids)]
-    assert np.mean(right) == pytest.approx(0.603, abs=0.03)
+    right = sum((lm([story])[0, :-1].argmax(axis=1) == story[1:]).sum() for story in ids)
+    assert right / result.tokens == pytest.approx(0.603, abs=5e-4)
 
 
 def test_stories_quantized(stories):
