@@ -198,6 +198,39 @@ def test_cached_decoding_is_the_full_forward(variant, scheme, tiny):
         assert cache.lengths.tolist() == [min(stop, len(row)) for row in ids]
 
 
+@pytest.mark.parametrize("scheme", [None, *INTEGER])
+@pytest.mark.parametrize("variant", [*FAMILIES, "opt, norm after, projections", "llama, dynamic"])
+def test_one_more_token_of_each_is_the_long_way(variant, scheme, tiny):
+    """One token each with logits="last" takes a shorter way through Python; all its spellings give the same bits."""
+    model = tiny(variant, scheme)
+    prompt, feed = [row[:n] for row, n in zip(prompts((20, 20, 20)), (3, 17, 9))], [[5], [2], [7]]
+    cache = model.new_cache(3)
+    model(prompt, cache=cache)
+    want = model(feed, cache=cache.select([0, 1, 2]))[:, 0]
+    for given in (feed, tuple(map(tuple, feed)), np.array(feed), np.array(feed, np.int32), [np.array(row) for row in feed]):
+        mine = cache.select([0, 1, 2])
+        assert np.array_equal(model(given, cache=mine, logits="last"), want)
+        assert mine.lengths.tolist() == [4, 18, 10]
+    for bad in ([[5], [2], [-1]], [[5], [2], [10**6]], [[5], [2]], [[5], [2], []], [[5], [2], [0.5]]):
+        with pytest.raises(ValueError, match="input_ids|cache"):
+            model(bad, cache=cache, logits="last")
+    assert cache.lengths.tolist() == [3, 17, 9]
+
+
+def test_a_failing_step_leaves_the_cache(tiny, monkeypatch):
+    model = tiny("llama")
+    cache = model.new_cache(1)
+    model([[1, 2, 3]], cache=cache)
+
+    def fail(*_):
+        raise ValueError("planted")
+
+    with monkeypatch.context() as change, pytest.raises(ValueError, match="planted"):
+        change.setattr(type(model), "_logits", fail)
+        model([[4]], cache=cache, logits="last")
+    assert cache.lengths.tolist() == [3]
+
+
 def test_dynamic_rotation_depends_on_the_sequence_alone(tiny):
     """Past the trained length the frequencies follow the sequence's own length, not the batch's longest."""
     model, ids = tiny("llama, dynamic"), prompts((33, 12, 20))

@@ -135,8 +135,8 @@ def print_goals(rows: list[dict[str, Any]]) -> None:
     if rows:
         harness.print_table("ratio to llama.cpp's best type of the goal; ~ a side had too few clean slices",
                             ["goal, model, engine, case", "ratio", "must", ""],
-                            [[r["name"], f"{r['value']:.2f}" + "~" * (not r["gated"]), f"{r['goal'] or 0:.2f}" * bool(r["goal"]),
-                              verdict(r)] for r in rows])
+                            [[r["name"], f"{r['value']:.2f}" + "~" * (not r["gated"]), str(r["goal"] or ""), verdict(r)]
+                             for r in rows])
 
 
 def check(turns: list[peers.Turn]) -> None:

@@ -19,6 +19,22 @@ __all__ = ["CHUNK", "CausalLM", "KVCache"]
 CHUNK = 512  # tokens that go through the model together, which bounds the memory of a long prompt
 
 
+def _one_each(input_ids: Any) -> list[int] | None:
+    """The ids of a batch of sequences of one token each, or None if it is something else.
+
+    >>> _one_each([[3], [5]]), _one_each(np.array([[7]])), _one_each([[3, 4]]), _one_each([[0.5]])
+    ([3, 5], [7], None, None)
+    """
+    if isinstance(input_ids, np.ndarray):
+        plain = input_ids.ndim == 2 and input_ids.shape[1] == 1 and input_ids.dtype.kind in "iu"
+        return input_ids[:, 0].tolist() if plain else None
+    lists = (list, tuple)
+    if not isinstance(input_ids, lists) or not all(isinstance(row, lists) and len(row) == 1 for row in input_ids):
+        return None
+    ids = [row[0] for row in input_ids]
+    return ids if all(type(token) is int for token in ids) else None
+
+
 class KVCache:
     """Keys and values of the sequences of one batch, made by :meth:`CausalLM.new_cache`. Grows without copying.
 
@@ -173,6 +189,10 @@ class CausalLM(Network):
         """
         if logits not in ("all", "last"):
             raise ValueError(f"logits: expected 'all' or 'last', got {logits!r}")
+        if logits == "last" and cache is not None and attention_mask is None and tap is None and chunk == CHUNK:
+            found = self._step(input_ids, cache)
+            if found is not None:
+                return found
         packed = self.pack(input_ids, attention_mask)
         if logits == "last":
             return self._last(packed, cache, tap, chunk)
@@ -184,6 +204,25 @@ class CausalLM(Network):
             else:
                 flat[slice(start, stop) if slots is None else slots[start:stop]] = part
         return flat.reshape(*packed.shape, self.dims.vocabulary)
+
+    def _step(self, input_ids: Any, cache: KVCache) -> np.ndarray | None:
+        """What _last gives for one more token of each sequence, with a fraction of its Python. None where anything is out
+        of the ordinary, errors included: the long way then decides."""
+        ids = _one_each(input_ids)
+        rope = self.dims.rope
+        if not ids or not 0 <= min(ids) <= max(ids) < self.dims.vocabulary or cache.batch != len(ids) or len(ids) > CHUNK:
+            return None
+        self._fitting(cache, len(ids))
+        before = cache.lengths
+        longest = max(before.tolist()) + 1
+        if longest > self.max_positions or (rope is not None and rope.depends_on_length(longest)):
+            return None
+        try:
+            return self._logits(self._run(np.array(ids), before, np.arange(len(ids) + 1), cache, longest, None), None)
+        except (Exception, KeyboardInterrupt):
+            for sequence, old in enumerate(before):
+                cache.truncate(sequence, int(old))
+            raise
 
     def _last(self, packed: Packed, cache: KVCache | None, tap: Tap | None, chunk: int) -> np.ndarray:
         """(B, V) logits after the last token of each sequence; the head sees no other tokens."""
@@ -292,13 +331,15 @@ class CausalLM(Network):
     def _embed(self, ids: np.ndarray, positions: np.ndarray, tap: Tap | None) -> np.ndarray:
         a, names = self.dims, self.family.embeddings
         x = rows(self.tensors[self.prefix + names["word"]], ids)
-        if not np.isfinite(x).all():
+        try:
+            _core.check_finite(x, "x")
+        except ValueError:
             row = ids[~np.isfinite(x).all(1)][0]
-            raise ValueError(f"{self.prefix}{names['word']}, row {row}: NaN or Inf")
+            raise ValueError(f"{self.prefix}{names['word']}, row {row}: NaN or Inf") from None
         if a.embedding != a.hidden:
             x = self._part("project_in", self._make_projection, "project_in")((x, None), tap)
         if a.position_rows:
-            x = x + rows(self.tensors[self.prefix + names["position"]], positions + a.position_offset)
+            x = x + rows(self.tensors[self.prefix + names["position"]], positions + a.position_offset if a.position_offset else positions)
         return x
 
     def _logits(self, x: np.ndarray, tap: Tap | None) -> np.ndarray:
