@@ -339,7 +339,8 @@ class CausalLM(Network):
         if a.embedding != a.hidden:
             x = self._part("project_in", self._make_projection, "project_in")((x, None), tap)
         if a.position_rows:
-            x = x + rows(self.tensors[self.prefix + names["position"]], positions + a.position_offset if a.position_offset else positions)
+            index = positions + a.position_offset if a.position_offset else positions
+            x = x + rows(self.tensors[self.prefix + names["position"]], index)
         return x
 
     def _logits(self, x: np.ndarray, tap: Tap | None) -> np.ndarray:
