@@ -76,6 +76,15 @@ class Norm:
             return _core.rms_norm(x, None, self.weight, self.eps, quant)
         return _core.layer_norm(x, None, self.weight, self.bias, self.eps, quant)
 
+    def bind(self, quant: int) -> Callable[[np.ndarray], Any]:
+        """A function from x to what a projection reads: the codes if ``quant`` asks for them, else the float32 rows."""
+        weight, bias, eps, which = self.weight, self.bias, self.eps, int(quant != 0)
+        if bias is None:
+            rms_norm = _core.rms_norm
+            return lambda x: rms_norm(x, None, weight, eps, quant)[which]
+        layer_norm = _core.layer_norm
+        return lambda x: layer_norm(x, None, weight, bias, eps, quant)[which]
+
 
 def per_head_rows(a: Architecture) -> np.ndarray:
     """Rows of a matrix that holds q, k, v of head 0, then of head 1..., in the order all q, all k, all v.
@@ -108,11 +117,38 @@ class DecoderBlock:
         same = self.gate is None or self.gate.mode == self.up.mode
         self.mlp_mode = self.up.mode if same else 0
         self.act = ACTIVATIONS[a.activation]
+        self.plain = self._bind_plain()
+
+    def _bind_plain(self) -> Callable[..., np.ndarray]:
+        """What __call__ does without a tap, as one closure over the kernels: the same calls with the same arguments. When
+        one token is decoded a kernel takes tens of microseconds, and every Python call around it shows."""
+        a, index, act = self.a, self.index, self.act
+        attend, gated, qkv, out, up, down = (_core.kv_attend, _core.gated, self.qkv.run, self.attention.run, self.up.run,
+                                             self.down.run)
+        gate = None if self.gate is None else self.gate.run
+        first, second = self.attention_norm.bind(self.qkv.mode), self.mlp_norm.bind(self.mlp_mode)
+        context, wide = self.attention.mode, self.down.mode
+        heads, q_norm, k_norm, eps, scale, window = (a.heads, self.q_norm, self.k_norm, a.eps, a.scales[index],
+                                                     a.windows[index])
+        parallel = a.order != "pre"
+
+        def run(x: np.ndarray, cache: Any, offsets: np.ndarray, cos: Any, sin: Any) -> np.ndarray:
+            attended = attend(cache, index, qkv(first(x), 0, None, 0), offsets, heads, cos, sin, False, q_norm, k_norm, eps,
+                              scale, window, context)
+            y = out(attended, 0, x, 0)
+            inner = second(x if parallel else y)
+            if gate is None:
+                return down(up(inner, act, None, wide), 0, y, 0)
+            return down(gated(gate(inner, 0, None, 0), up(inner, 0, None, 0), act, wide), 0, y, 0)
+
+        return run
 
     def __call__(self, x: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any],
                  tap: Tap | None = None) -> np.ndarray:
         """x (tokens, hidden) to the block's output; keys and values are appended to the cache."""
         order = self.a.order
+        if tap is None and order != "post":
+            return self.plain(x, cache, offsets, *rotation)
         codes = tap is None  # taps want float32: the layers then quantize for themselves, to the same codes
         inner = (x, None) if order == "post" else self.attention_norm(x, codes * self.qkv.mode)
         y = self._attend(inner, x, cache, offsets, rotation, tap)
