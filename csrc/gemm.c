@@ -384,6 +384,9 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     const int once = g.far && m * g.split <= FEW_ROWS;
     if (threads == 1 || (g.tiles >= (int64_t)threads * MIN_TILES && !once)) {
         g.chunks = count_chunks(&g, threads);
+        if (g.chunks == threads) { /* one chunk each: equal chunks, since nobody can take more later */
+            g.tiles = zq_round_up(g.tiles, threads);
+        }
         zq_parallel_for(g.chunks, chunk_job, &g);
     }
     else {
