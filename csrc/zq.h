@@ -21,11 +21,12 @@ typedef enum {
 } zq_status;
 
 /* ---- dispatch (zq_dispatch.c) ------------------------------------------------------------------- */
-typedef enum { ZQ_REF, ZQ_AVX2, ZQ_AVX512VNNI, ZQ_LEVELS } zq_level;
+typedef enum { ZQ_REF, ZQ_AVX2, ZQ_AVXVNNI, ZQ_AVX512VNNI, ZQ_LEVELS } zq_level;
 extern const char *const zq_level_names[ZQ_LEVELS];
-zq_level zq_level_supported(void); /* the best level of this CPU and OS */
+int zq_level_supported(zq_level level); /* by this CPU and OS. Not a range: Zen 4 has AVX512VNNI, not AVXVNNI */
+zq_level zq_level_best(zq_level cap); /* the highest supported level <= cap */
 zq_level zq_level_active(void);
-void zq_level_use(zq_level level); /* level <= zq_level_supported() */
+void zq_level_use(zq_level level); /* a supported one */
 
 /* ---- threads (parallel.c) ----------------------------------------------------------------------- */
 typedef void (*zq_job_fn)(void *ctx, int64_t job);

@@ -21,6 +21,7 @@
 #define ZQ_TARGET_END _Pragma("GCC pop_options")
 #endif
 #define ZQ_TARGET_AVX2 "avx2,fma,f16c"
+#define ZQ_TARGET_AVXVNNI "avxvnni,avx2,fma,f16c"
 #define ZQ_TARGET_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
 
 ZQ_INLINE int64_t

@@ -1,11 +1,17 @@
 /* Which kernels run. Tables are filled once, at import, and read-only afterwards; zq_level_use() swaps one
- * atomic pointer. Order: ref < avx2 < avx512vnni; each level starts as a copy of the one below. */
+ * atomic pointer. Order: ref < avx2 < avxvnni < avx512vnni; each level starts as a copy of the one that it builds on. */
 #include "zq_kernels.h"
 
 #include <stdatomic.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
-const char *const zq_level_names[ZQ_LEVELS] = {"ref", "avx2", "avx512vnni"};
+const char *const zq_level_names[ZQ_LEVELS] = {"ref", "avx2", "avxvnni", "avx512vnni"};
+
+/* Whose kernels a level inherits: those of the next lower level that every CPU with this one has. */
+static const zq_level base_level[ZQ_LEVELS] = {ZQ_REF, ZQ_REF, ZQ_AVX2, ZQ_AVX2};
 
 #define X(name, ret, args) #name,
 const char *const zq_kernel_names[] = {ZQ_KERNELS(X)};
@@ -25,37 +31,68 @@ fill_ref(zq_kernels *t)
     t->mr_u8s8 = t->mr_group = t->mr_f32 = t->mr_matmul = 4;
 }
 
-zq_level
-zq_level_supported(void)
-{
 #if defined(__x86_64__)
-    /* __builtin_cpu_supports reads cpuid and XCR0: it is true only where the OS saves the registers too. */
+/* __builtin_cpu_supports reads cpuid and XCR0: it is true only where the OS saves the registers too. */
+static int
+has_avx2(void)
+{
     __builtin_cpu_init();
-    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) {
-        return ZQ_REF;
-    }
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
-        return ZQ_AVX512VNNI;
-    }
-    return ZQ_AVX2;
-#else
-    return ZQ_REF;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+/* clang 14 does not know the name: cpuid leaf 7.1, EAX bit 4. The registers are those of AVX2. */
+static int
+has_avxvnni(void)
+{
+    unsigned a = 0, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+static int
+has_avx512vnni(void)
+{
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
 #endif
+
+int
+zq_level_supported(zq_level level)
+{
+    switch (level) {
+    case ZQ_REF: return 1;
+#if defined(__x86_64__)
+    case ZQ_AVX2: return has_avx2();
+    case ZQ_AVXVNNI: return has_avxvnni();
+    case ZQ_AVX512VNNI: return has_avx512vnni();
+#endif
+    default: return 0;
+    }
+}
+
+zq_level
+zq_level_best(zq_level cap)
+{
+    while (!zq_level_supported(cap)) {
+        cap--;
+    }
+    return cap;
 }
 
 static void
 fill_tables(void)
 {
     fill_ref(&tables[ZQ_REF]);
-    tables[ZQ_AVX2] = tables[ZQ_REF];
+    tables[ZQ_AVX2] = tables[base_level[ZQ_AVX2]];
 #if defined(__x86_64__)
     zq_fill_quantize__avx2(&tables[ZQ_AVX2]);
     zq_fill_nn__avx2(&tables[ZQ_AVX2]);
     zq_fill_gemm__avx2(&tables[ZQ_AVX2]);
 #endif
-    tables[ZQ_AVX512VNNI] = tables[ZQ_AVX2];
+    tables[ZQ_AVXVNNI] = tables[base_level[ZQ_AVXVNNI]];
+    tables[ZQ_AVX512VNNI] = tables[base_level[ZQ_AVX512VNNI]];
 #if defined(__x86_64__)
+    zq_fill_gemm__avxvnni(&tables[ZQ_AVXVNNI]);
     zq_fill_quantize__avx512vnni(&tables[ZQ_AVX512VNNI]);
     zq_fill_nn__avx512vnni(&tables[ZQ_AVX512VNNI]);
     zq_fill_gemm__avx512vnni(&tables[ZQ_AVX512VNNI]);
@@ -65,7 +102,7 @@ fill_tables(void)
 void
 zq_level_use(zq_level level)
 {
-    assert(level <= zq_level_supported());
+    assert(zq_level_supported(level));
     if (!tables[ZQ_REF].absmax_f32) {
         fill_tables();
     }
@@ -90,9 +127,9 @@ zq_kernel_origin(zq_level level, int i)
 {
     /* Function pointers are compared by their bytes in the table: the list is the front of the struct. */
     void *mine, *below;
-    for (; level > ZQ_REF; level--) {
+    for (; level > ZQ_REF; level = base_level[level]) {
         memcpy(&mine, (const char *)&tables[level] + (size_t)i * sizeof mine, sizeof mine);
-        memcpy(&below, (const char *)&tables[level - 1] + (size_t)i * sizeof below, sizeof below);
+        memcpy(&below, (const char *)&tables[base_level[level]] + (size_t)i * sizeof below, sizeof below);
         if (mine != below) {
             break;
         }

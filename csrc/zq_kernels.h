@@ -125,6 +125,7 @@ void zq_fill_quantize__avx512vnni(zq_kernels *t);
 void zq_fill_nn__avx2(zq_kernels *t);
 void zq_fill_nn__avx512vnni(zq_kernels *t);
 void zq_fill_gemm__avx2(zq_kernels *t);
+void zq_fill_gemm__avxvnni(zq_kernels *t);
 void zq_fill_gemm__avx512vnni(zq_kernels *t);
 #endif
 

@@ -46,7 +46,8 @@ def test_ceilings(tmp_path: Path) -> None:
     from zquant import _core
 
     names = " ".join(r["name"] for r in rows)
-    assert ("vpdpbusd" in names) == ("avx512vnni" in _core.levels())
+    assert ("vpdpbusd zmm" in names) == ("avx512vnni" in _core.levels())
+    assert ("vpdpbusd ymm" in names) == ("avxvnni" in _core.levels())
     assert ("vpmaddwd" in names) == ("avx2" in _core.levels())
 
 

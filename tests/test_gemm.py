@@ -94,6 +94,18 @@ def test_extreme_codes_do_not_saturate_or_overflow(a, w, zero, k):
     assert (got == (a - zero) * w * k).all()
 
 
+@pytest.mark.parametrize("k", [8, 100, 1023, 1024, 1025, 5000])
+def test_signs_and_extremes_in_every_combination(k):
+    """Neighbours from {0, 127, 128, 129, 255} x {-127, -1, 0, 1, 127}: sums of two products reach both ends of int16."""
+    rng = np.random.default_rng(k)
+    q = rng.choice(np.array([0, 0, 127, 128, 129, 255], np.uint8), (7, k))
+    codes = rng.choice(np.array([-127, -127, -1, 0, 1, 127, 127], np.int8), (35, k))
+    zero = rng.integers(0, 256, 7).astype(np.int32)
+    handle = _core.linear_pack_s8(codes, np.ones(35, np.float32), None)
+    got = everywhere(lambda: _core.gemm_s32(q, handle, zero))
+    assert np.array_equal(got, (q.astype(np.int64) - zero[:, None]) @ codes.astype(np.int64).T)
+
+
 def test_int8_activations_are_shifted_by_128():
     rng = np.random.default_rng(5)
     a = rng.integers(-128, 128, (9, 77)).astype(np.int8)

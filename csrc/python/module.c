@@ -24,7 +24,10 @@ py_levels(PyObject *self, PyObject *ignored)
 {
     (void)self, (void)ignored;
     PyObject *list = PyList_New(0);
-    for (int i = 0; list && i <= (int)zq_level_supported(); i++) {
+    for (int i = 0; list && i < ZQ_LEVELS; i++) {
+        if (!zq_level_supported((zq_level)i)) {
+            continue;
+        }
         PyObject *s = PyUnicode_FromString(zq_level_names[i]);
         if (!s || PyList_Append(list, s) < 0) {
             Py_CLEAR(list);
@@ -52,8 +55,12 @@ py_use_level(PyObject *self, PyObject *arg)
     }
     const int level = find_level(PyBytes_AsString(bytes));
     Py_DECREF(bytes);
-    if (level < 0 || level > (int)zq_level_supported()) {
-        PyErr_Format(PyExc_ValueError, "level: %R is not one of this CPU's levels", arg);
+    if (level < 0 || !zq_level_supported((zq_level)level)) {
+        PyObject *list = py_levels(self, NULL);
+        if (list) {
+            PyErr_Format(PyExc_ValueError, "level: %R is not one of this CPU's levels %R", arg, list);
+            Py_DECREF(list);
+        }
         return NULL;
     }
     zq_level_use((zq_level)level);
@@ -104,21 +111,21 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-/* ZQUANT_ISA caps the level; a name that does not exist is an ImportError that lists the names. */
+/* ZQUANT_ISA caps the level: the best one of this CPU that is not above it runs. A name that does not exist is an
+ * ImportError that lists the names. */
 static int
 choose_level(void)
 {
-    zq_level level = zq_level_supported();
     const char *cap = getenv("ZQUANT_ISA");
+    int level = ZQ_LEVELS - 1;
     if (cap && *cap) {
-        const int asked = find_level(cap);
-        if (asked < 0) {
-            PyErr_Format(PyExc_ImportError, "ZQUANT_ISA=%s: expected one of ref, avx2, avx512vnni", cap);
+        level = find_level(cap);
+        if (level < 0) {
+            PyErr_Format(PyExc_ImportError, "ZQUANT_ISA=%s: expected one of ref, avx2, avxvnni, avx512vnni", cap);
             return -1;
         }
-        level = asked < (int)level ? (zq_level)asked : level;
     }
-    zq_level_use(level);
+    zq_level_use(zq_level_best((zq_level)level));
     return 0;
 }
 

@@ -1,8 +1,7 @@
 """Matrix products of the linear layers as percent of the CPU's peak, measured in the same run.
 
-Integer kinds refer to the peak of the exact u8 x s8 instructions (vpdpbusd, or vpmaddwd + vpaddd without VNNI), float32
-to the peak of vfmadd231ps. Kinds: w8a8 (codes with zero points in, scales, bias, float32 out), w8a8+gelu, w8a8 f32-in
-(float32 rows quantized on the way in), w4a8 with groups of 128, 64 and 32, and float32. The small-batch Llama shapes
+Integer kinds refer to the peak of the level's exact u8 x s8 instructions (vpdpbusd, or vpmaddwd + vpaddd), float32 to
+the peak of vfmadd231ps. Kinds: w8a8 (codes with zero points in, scales, bias, float32 out), w8a8+gelu, w8a8 f32-in (float32 rows quantized on the way in), w4a8 with groups of 128, 64 and 32, and float32. The small-batch Llama shapes
 rotate over copies of the weights, so that these come from memory.
 
     python tests/bench/bench_gemm.py
@@ -127,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for threads in harness.thread_counts(args.threads):
         os.sched_setaffinity(0, allowed)
-        gate = harness.Gate(threads)
+        gate = harness.Gate(threads, level=args.isa)
         if not gate.reachable:
             print(f"# {threads}T n/a: the host does not give {threads} full cores now")
             continue

@@ -13,6 +13,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 enum { MAX_THREADS = 64, UNROLL = 48, FAR_BYTES = 16 << 20 };
 
@@ -43,6 +46,7 @@ now(void)
         __asm__ volatile(ZERO_ALL ".p2align 6\n1:\n" X4(body) "dec %0\n jnz 1b\n vzeroupper\n" : "+r"(n)::CLOBBERS); \
     }
 #define VNNI(i) "vpdpbusd %%zmm14,%%zmm15,%%zmm" #i "\n"
+#define VNNI256(i) "%{vex%} vpdpbusd %%ymm14,%%ymm15,%%ymm" #i "\n"
 #define FMA512(i) "vfmadd231ps %%zmm14,%%zmm15,%%zmm" #i "\n"
 #define FMA256(i) "vfmadd231ps %%ymm14,%%ymm15,%%ymm" #i "\n"
 /* The cheapest exact u8 x s8 sequence that AVX2 has: both sides widened to 16 bits beforehand. */
@@ -50,6 +54,7 @@ now(void)
 
 #if defined(__x86_64__)
 LOOP(loop_vnni, CHAINS(VNNI))
+LOOP(loop_vnni256, CHAINS(VNNI256))
 LOOP(loop_fma512, CHAINS(FMA512))
 LOOP(loop_fma256, CHAINS(FMA256))
 LOOP(loop_madd256, CHAINS(MADD256))
@@ -89,7 +94,19 @@ zqb_isa(void)
 #endif
 }
 
-enum { KIND_VNNI, KIND_FMA512, KIND_MADD256, KIND_FMA256, KINDS };
+/* the 256-bit, VEX-encoded vpdpbusd: cpuid leaf 7.1 */
+int
+zqb_avxvnni(void)
+{
+#if defined(__x86_64__)
+    unsigned a = 0, b, c, d;
+    return zqb_isa() >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#else
+    return 0;
+#endif
+}
+
+enum { KIND_VNNI, KIND_FMA512, KIND_MADD256, KIND_FMA256, KIND_VNNI256, KINDS };
 
 static void
 run_loop(int kind, long n)
@@ -97,6 +114,7 @@ run_loop(int kind, long n)
 #if defined(__x86_64__)
     switch (kind) {
     case KIND_VNNI: loop_vnni(n); break;
+    case KIND_VNNI256: loop_vnni256(n); break;
     case KIND_FMA512: loop_fma512(n); break;
     case KIND_MADD256: loop_madd256(n); break;
     default: loop_fma256(n); break;
@@ -110,11 +128,14 @@ static int
 kind_runs(int kind)
 {
     const int isa = zqb_isa();
+    if (kind == KIND_VNNI256) {
+        return zqb_avxvnni();
+    }
     return kind >= 0 && kind < KINDS && (kind <= KIND_FMA512 ? isa == 2 : isa >= 1);
 }
 
 /* Operations (a multiply and an add are two) of one instruction group. */
-static const double ops_of_kind[KINDS] = {128, 32, 32, 16};
+static const double ops_of_kind[KINDS] = {128, 32, 32, 16, 64};
 
 /* ---- a team of pinned threads -------------------------------------------------------------------- */
 typedef struct {

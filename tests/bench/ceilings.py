@@ -16,13 +16,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "ceilings.c"
 
-VNNI, FMA512, MADD256, FMA256 = range(4)
+VNNI, FMA512, MADD256, FMA256, VNNI256 = range(5)
 KIND_NAMES = {
     VNNI: "vpdpbusd zmm (u8 x s8)",
     FMA512: "vfmadd231ps zmm",
     MADD256: "vpmaddwd + vpaddd ymm (exact u8 x s8 on AVX2)",
     FMA256: "vfmadd231ps ymm",
+    VNNI256: "vpdpbusd ymm (u8 x s8)",
 }
+# What bounds the products of a dispatch level: integer, float.
+LEVEL_KINDS = {"avx512vnni": (VNNI, FMA512), "avxvnni": (VNNI256, FMA256), "avx2": (MADD256, FMA256), "ref": (-1, -1)}
 SLICE = 0.2e-3
 
 
@@ -59,9 +62,11 @@ class Ceilings:
     ----------
     cpus
         One CPU per thread, distinct; the calling thread belongs on the first. Default: the process's affinity mask.
+    level
+        Dispatch level whose instructions are the ceiling. Default: the best of this CPU.
     """
 
-    def __init__(self, cpus: list[int] | None = None) -> None:
+    def __init__(self, cpus: list[int] | None = None, level: str | None = None) -> None:
         lib = ctypes.CDLL(str(build()))
         lib.zqb_peak.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
         lib.zqb_peak.restype = ctypes.c_double
@@ -72,6 +77,9 @@ class Ceilings:
         self._lib = lib
         self.cpus = sorted(os.sched_getaffinity(0)) if cpus is None else list(cpus)
         self.isa = lib.zqb_isa()
+        self.avxvnni = bool(lib.zqb_avxvnni())
+        best = "avx512vnni" if self.isa == 2 else "avxvnni" if self.avxvnni else "avx2" if self.isa else "ref"
+        self.level = best if level is None else level
         array = (ctypes.c_int * len(self.cpus))(*self.cpus)
         if lib.zqb_team(array, len(self.cpus)) != 0:
             raise RuntimeError(f"cannot start {len(self.cpus)} threads")
@@ -79,14 +87,14 @@ class Ceilings:
     @property
     def int8_kind(self) -> int:
         """The instructions that bound exact integer products here; -1 without AVX2."""
-        return {2: VNNI, 1: MADD256}.get(self.isa, -1)
+        return LEVEL_KINDS[self.level][0]
 
     @property
     def float_kind(self) -> int:
-        return {2: FMA512, 1: FMA256}.get(self.isa, -1)
+        return LEVEL_KINDS[self.level][1]
 
     def kinds(self) -> list[int]:
-        return {2: [VNNI, FMA512, MADD256, FMA256], 1: [MADD256, FMA256]}.get(self.isa, [])
+        return ([VNNI, FMA512] * (self.isa == 2) + [VNNI256] * self.avxvnni + [MADD256, FMA256] * (self.isa >= 1))
 
     def peak(self, kind: int, threads: int = 1, seconds: float = SLICE) -> float:
         """One slice: 1e9 operations a second, summed over the threads."""

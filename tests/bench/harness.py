@@ -71,7 +71,8 @@ class Case:
 class Gate:
     """Peak slices on the first ``threads`` CPUs of this process, and the timing that they guard."""
 
-    def __init__(self, threads: int = 1, settle: float = SETTLE, spinning: bool = True) -> None:
+    def __init__(self, threads: int = 1, settle: float = SETTLE, spinning: bool = True,
+                 level: str | None = None) -> None:
         self.threads = threads
         self.spinning = spinning  # the pool's workers never sleep while work() is called: all must use their CPUs
         self.settle = settle if threads > 1 else 0.0
@@ -79,7 +80,7 @@ class Gate:
         if threads > len(self.cpus):
             raise ValueError(f"{threads} threads asked for, {len(self.cpus)} CPUs allowed")
         self.cpus = self.cpus[:threads]
-        self.ceilings = Ceilings(self.cpus)
+        self.ceilings = Ceilings(self.cpus, level)
         os.sched_setaffinity(0, {self.cpus[0]})
         self.kind = self.ceilings.int8_kind
         self.fastest = {"int8": [0.0] * 3, "float": [0.0] * 3}  # per thread, of all slices so far

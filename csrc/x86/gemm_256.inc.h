@@ -1,0 +1,77 @@
+/* What the tiles of the two 256-bit levels (avx2, avxvnni) share: 3 rows by a whole panel of 32 columns. The 12
+ * accumulators leave 4 registers. Half panels with 5 or 6 rows load less, but lose up to a tenth where the panel lies in
+ * L2, which they read twice, every other line each time. */
+enum { MR = 3, NV = 4 };
+#define ROWS3(X) X(1) X(2) X(3)
+
+ZQ_INLINE __m256i
+load256(const void *p)
+{
+    return _mm256_load_si256((const __m256i *)p);
+}
+
+ZQ_INLINE __m256i
+broadcast4(const uint8_t *a)
+{
+    int32_t v;
+    memcpy(&v, a, 4);
+    return _mm256_set1_epi32(v);
+}
+
+/* For a panel's 128 bytes at b: prefetch what t->ahead asks for (see zq_tile). */
+ZQ_INLINE void
+prefetch_ahead(const int far, const zq_tile *t, const void *b)
+{
+    if (far) {
+        const char *p = t->ahead + ((const char *)b - (const char *)t->b) / 128 * t->ahead_step;
+        _mm_prefetch(p, _MM_HINT_T0);
+        _mm_prefetch(p + t->ahead_second, _MM_HINT_T0);
+    }
+}
+
+/* Columns j .. j + 16 of row i to y. A masked store is microcode on AMD: only where the matrix ends. */
+ZQ_INLINE void
+store16(const zq_tile *t, int i, int j, v16 v)
+{
+    float *y = t->y + i * t->ldy + j;
+    if (t->nr - j < 16) {
+        if (t->nr > j) {
+            v16_storen(y, v, t->nr - j);
+        }
+    }
+    else if (t->stream) {
+        _mm256_stream_ps(y, v.lo);
+        _mm256_stream_ps(y + 8, v.hi);
+    }
+    else {
+        v16_store(y, v);
+    }
+}
+
+/* y of columns j .. j + 16 of row i out of the integer sums */
+ZQ_INLINE void
+store_scaled16(const zq_tile *t, int i, int j, v16i sum)
+{
+    const v16 y = v16_mul(v16_from_i(sum), v16_set1(t->sx[i]));
+    store16(t, i, j, v16_fma(y, v16_load(t->scale + j), v16_load(t->bias + j)));
+}
+
+/* Columns j .. j + 16 of a row of integer sums */
+ZQ_INLINE void
+store_s32(const zq_tile *t, int32_t *c, int j, v16i sum)
+{
+    if (t->nr - j >= 16) {
+        v16i_store(c + j, sum);
+    }
+    else if (t->nr > j) {
+        v16i_storen(c + j, sum, t->nr - j);
+    }
+}
+
+#define NEAR_OR_FAR(ROWS, X)             \
+    if (t->ahead) {                      \
+        switch (t->mr) { ROWS(X##_FAR) } \
+    }                                    \
+    else {                               \
+        switch (t->mr) { ROWS(X) }       \
+    }
