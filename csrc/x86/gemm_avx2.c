@@ -12,6 +12,8 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX2)
 #include "v16_math.h"
 
 #include "gemm_finish.inc.h"
+#define LEVEL(name) name##__avx2
+#include "group_operand.inc.h"
 
 enum { MR = 4, MR_GROUP = 3, NV = 2, HALF = 16 };
 
@@ -27,12 +29,17 @@ widen_s8(__m256i w)
 }
 
 ZQ_INLINE pairs
-widen_u8(const uint8_t *a)
+widen_b8(__m256i w)
+{
+    return (pairs){_mm256_srli_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srli_epi16(w, 8)};
+}
+
+ZQ_INLINE __m256i
+broadcast4(const uint8_t *a)
 {
     int32_t v;
     memcpy(&v, a, 4);
-    const __m256i x = _mm256_set1_epi32(v);
-    return (pairs){_mm256_srli_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srli_epi16(x, 8)};
+    return _mm256_set1_epi32(v);
 }
 
 ZQ_INLINE __m256i
@@ -53,7 +60,7 @@ step(const int mr, const zq_tile *t, int64_t k, pairs w0, pairs w1, __m256i acc[
 {
 #pragma GCC unroll 4
     for (int i = 0; i < mr; i++) {
-        const pairs x = widen_u8((const uint8_t *)t->a + i * t->lda + k);
+        const pairs x = widen_b8(broadcast4((const uint8_t *)t->a + i * t->lda + k));
         acc[i][0] = dot4(acc[i][0], x, w0);
         acc[i][1] = dot4(acc[i][1], x, w1);
     }
@@ -113,56 +120,84 @@ tile_s8_s32(const int mr, const zq_tile *t, int half, int32_t *c, int64_t ldc)
     }
 }
 
-/* Integer sums of one group, started at -128 * (code sums). The int4 codes of a step are read twice: keeping both
- * nibbles of both vectors at once needs more than sixteen registers. */
+/* Four deep: signed activations times the unsigned codes w of both vectors, which are widened. */
 ZQ_INLINE void
-group_sums(const int mr, const int four_bits, const zq_tile *t, int half, int64_t g, v16i *sums)
+step_u8(const int mr, const zq_tile *t, int64_t k, const uint8_t *b, v16i *sums)
 {
-    const __m256i high = _mm256_set1_epi8((char)0xf0);
-    const int64_t end = zq_min(t->k, (g + 1) * t->group);
-    const v16i start = v16i_load(t->colsum + g * ZQ_NR + half * HALF);
-    __m256i acc[MR][NV];
+    const pairs w0 = widen_b8(load256(b)), w1 = widen_b8(load256(b + 32));
 #pragma GCC unroll 4
     for (int i = 0; i < mr; i++) {
-        acc[i][0] = start.lo;
-        acc[i][1] = start.hi;
+        const pairs x = widen_s8(broadcast4((const uint8_t *)t->a + i * t->lda + k));
+        sums[i].lo = dot4(sums[i].lo, x, w0);
+        sums[i].hi = dot4(sums[i].hi, x, w1);
     }
-    for (int64_t k = g * t->group; k < end; k += four_bits ? ZQ_KSTEP : 4) {
+}
+
+/* vpmaddubsw is exact here: 15 * 128 * 2 = 3840, and eight of these fit into int16. So: up to 32 k into int16, then vpmaddwd by
+ * ones into int32. The codes of a step are read twice: keeping both nibbles of both vectors needs too many registers. */
+ZQ_INLINE void
+chunk_u4(const int mr, const zq_tile *t, int64_t k, int64_t end, const uint8_t *b, v16i *sums)
+{
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256i acc[MR_GROUP][NV];
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i++) {
+        acc[i][0] = acc[i][1] = _mm256_setzero_si256();
+    }
+    for (; k < end; k += ZQ_KSTEP, b += ZQ_NR * 4) {
+        for (int high = 0; high < 2; high++) {
+            const __m256i w0 = _mm256_and_si256(_mm256_srli_epi16(load256(b), 4 * high), low);
+            const __m256i w1 = _mm256_and_si256(_mm256_srli_epi16(load256(b + 32), 4 * high), low);
+#pragma GCC unroll 4
+            for (int i = 0; i < mr; i++) {
+                const __m256i x = broadcast4((const uint8_t *)t->a + i * t->lda + k + 4 * high);
+                acc[i][0] = _mm256_add_epi16(acc[i][0], _mm256_maddubs_epi16(w0, x));
+                acc[i][1] = _mm256_add_epi16(acc[i][1], _mm256_maddubs_epi16(w1, x));
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i++) {
+        sums[i].lo = _mm256_add_epi32(sums[i].lo, _mm256_madd_epi16(acc[i][0], ones));
+        sums[i].hi = _mm256_add_epi32(sums[i].hi, _mm256_madd_epi16(acc[i][1], ones));
+    }
+}
+
+/* Integer sums of one group; b are its codes, of the left or right half. */
+ZQ_INLINE void
+group_sums(const int mr, const int four_bits, const zq_tile *t, int64_t g, const uint8_t *b, v16i *sums)
+{
+    const int64_t end = zq_min(t->k, (g + 1) * t->group), deep = four_bits ? 32 : 4;
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i++) {
+        sums[i] = v16i_set1(t->start[i * t->ld_start + g]);
+    }
+    for (int64_t k = g * t->group; k < end; k += deep, b += four_bits ? 16 * ZQ_NR : 4 * ZQ_NR) {
         if (four_bits) {
-            const uint8_t *b = (const uint8_t *)t->b + (k / 8 * ZQ_NR + half * HALF) * 4;
-            step(mr, t, k, widen_s8(_mm256_and_si256(_mm256_slli_epi16(load256(b), 4), high)),
-                 widen_s8(_mm256_and_si256(_mm256_slli_epi16(load256(b + 32), 4), high)), acc);
-            __asm__ volatile("" ::: "memory");
-            step(mr, t, k + 4, widen_s8(_mm256_and_si256(load256(b), high)),
-                 widen_s8(_mm256_and_si256(load256(b + 32), high)), acc);
+            chunk_u4(mr, t, k, zq_min(k + deep, end), b, sums);
         }
         else {
-            const int8_t *b = (const int8_t *)t->b + (k / 4 * ZQ_NR + half * HALF) * 4;
-            step(mr, t, k, widen_s8(load256(b)), widen_s8(load256(b + 32)), acc);
+            step_u8(mr, t, k, b, sums);
         }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < mr; i++) {
-        sums[i] = (v16i){acc[i][0], acc[i][1]};
     }
 }
 
 #define ROWS4(X) X(1) X(2) X(3) X(4)
 #define ROWS3(X) X(1) X(2) X(3)
 #define SUMS8(n) \
-    case n: group_sums(n, 0, t, half, g, sums); break;
+    case n: group_sums(n, 0, t, g, b, sums); break;
 #define SUMS4(n) \
-    case n: group_sums(n, 1, t, half, g, sums); break;
+    case n: group_sums(n, 1, t, g, b, sums); break;
 
 /* A function of its own: with the float sums of the groups beside them, the accumulators would be spilled. */
 static __attribute__((noinline)) void
-zq_gemm_u8s8_sums_3x16__avx2(const zq_tile *t, int half, int64_t g, v16i *sums)
+zq_gemm_s8u8_sums_3x16__avx2(const zq_tile *t, int64_t g, const uint8_t *b, v16i *sums)
 {
     switch (t->mr) { ROWS3(SUMS8) }
 }
 
 static __attribute__((noinline)) void
-zq_gemm_u8s4_sums_3x16__avx2(const zq_tile *t, int half, int64_t g, v16i *sums)
+zq_gemm_s8u4_sums_3x16__avx2(const zq_tile *t, int64_t g, const uint8_t *b, v16i *sums)
 {
     switch (t->mr) { ROWS3(SUMS4) }
 }
@@ -175,15 +210,17 @@ tile_group(const int four_bits, const zq_tile *t, int half)
     for (int i = 0; i < t->mr; i++) {
         f[i] = v16_zero();
     }
-    const int64_t groups = zq_ceil_div(t->k, t->group);
+    const int64_t groups = zq_ceil_div(t->k, t->group), bytes = ZQ_NR * (4 + (four_bits ? t->group / 2 : t->group));
     for (int64_t g = 0; g < groups; g++) {
+        const uint8_t *b = (const uint8_t *)t->b + g * bytes;
+        const v16 scale = v16_load((const float *)b + half * HALF);
+        b += 4 * ZQ_NR + half * HALF * 4;
         if (four_bits) {
-            zq_gemm_u8s4_sums_3x16__avx2(t, half, g, sums);
+            zq_gemm_s8u4_sums_3x16__avx2(t, g, b, sums);
         }
         else {
-            zq_gemm_u8s8_sums_3x16__avx2(t, half, g, sums);
+            zq_gemm_s8u8_sums_3x16__avx2(t, g, b, sums);
         }
-        const v16 scale = v16_load(t->scale + g * ZQ_NR + half * HALF);
         for (int i = 0; i < t->mr; i++) {
             f[i] = v16_fma(v16_from_i(sums[i]), scale, f[i]);
         }
@@ -248,7 +285,7 @@ zq_gemm_u8s8_s32_4x16__avx2(const zq_tile *t, int32_t *c, int64_t ldc)
 }
 
 static void
-zq_gemm_u8s8_group_3x16_tile__avx2(const zq_tile *t)
+zq_gemm_s8u8_group_3x16_tile__avx2(const zq_tile *t)
 {
     for (int half = 0; half * HALF < t->nr; half++) {
         tile_group(0, t, half);
@@ -256,13 +293,13 @@ zq_gemm_u8s8_group_3x16_tile__avx2(const zq_tile *t)
 }
 
 static void
-zq_gemm_u8s8_group_3x16__avx2(const zq_tile *t)
+zq_gemm_s8u8_group_3x16__avx2(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_u8s8_group_3x16_tile__avx2);
+    run_tile(t, zq_gemm_s8u8_group_3x16_tile__avx2);
 }
 
 static void
-zq_gemm_u8s4_group_3x16_tile__avx2(const zq_tile *t)
+zq_gemm_s8u4_group_3x16_tile__avx2(const zq_tile *t)
 {
     for (int half = 0; half * HALF < t->nr; half++) {
         tile_group(1, t, half);
@@ -270,9 +307,9 @@ zq_gemm_u8s4_group_3x16_tile__avx2(const zq_tile *t)
 }
 
 static void
-zq_gemm_u8s4_group_3x16__avx2(const zq_tile *t)
+zq_gemm_s8u4_group_3x16__avx2(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_u8s4_group_3x16_tile__avx2);
+    run_tile(t, zq_gemm_s8u4_group_3x16_tile__avx2);
 }
 
 static void
@@ -296,8 +333,9 @@ zq_fill_gemm__avx2(zq_kernels *t)
 {
     t->gemm_u8s8 = zq_gemm_u8s8_4x16__avx2;
     t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_4x16__avx2;
-    t->gemm_u8s8_group = zq_gemm_u8s8_group_3x16__avx2;
-    t->gemm_u8s4_group = zq_gemm_u8s4_group_3x16__avx2;
+    t->gemm_s8u8_group = zq_gemm_s8u8_group_3x16__avx2;
+    t->gemm_s8u4_group = zq_gemm_s8u4_group_3x16__avx2;
+    t->center_groups_b8 = center_groups_b8__avx2;
     t->gemm_f32 = zq_gemm_f32_4x16__avx2;
     t->mr_u8s8 = t->mr_f32 = MR;
     t->mr_group = MR_GROUP;
