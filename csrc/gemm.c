@@ -24,6 +24,22 @@ enum {
     SHARED_ITEMS = 32768,  /* of rows: quantizing so many takes longer than a barrier */
 };
 
+/* Quantized (or given) activations of rows r0..r1: pointers such that index i * split is row r0 + i. */
+typedef struct {
+    const void *a;
+    int64_t lda;
+    const float *sx;
+    const int32_t *zx;
+    const int32_t *start; /* groups: (rows, groups) */
+} operand;
+
+/* Where the prepared form of some rows lies: one buffer, arrays one behind the other. */
+typedef struct {
+    uint8_t *q;
+    float *sx;
+    int32_t *zx, *start;
+} prepared;
+
 typedef struct {
     const zq_linear *w;
     const zq_rows *x;
@@ -40,14 +56,14 @@ typedef struct {
     int threads;
     int far;            /* the weights are read from beyond L2 */
     void (*kernel)(const zq_tile *);
-    int quantize_in;
+    int64_t groups;     /* scales per channel, with groups; else 0 */
+    int32_t offset;     /* what makes the groups' codes unsigned: 8 or 128 */
+    int prepare_in;     /* the rows that the kernels see are made from x first */
     int stream_out;
     int copy_in; /* float32 rows whose pitch aliases: move them */
     int quantize_out;
     /* by columns: shared scratch */
-    uint8_t *a;
-    float *sx;
-    int32_t *zx;
+    prepared shared;
     float *y;
     _Atomic(int64_t) bad_row; /* lowest bad row seen, or m */
     atomic_int no_memory;
@@ -69,14 +85,6 @@ note_bad_row(gemm_job *g, int64_t row)
     }
 }
 
-/* Quantized (or given) activations of rows r0..r1: pointers such that index i * split is row r0 + i. */
-typedef struct {
-    const void *a;
-    int64_t lda;
-    const float *sx;
-    const int32_t *zx;
-} operand;
-
 /* One row of x into its `split` rows of codes. Returns 0 where x is not finite. */
 static int
 quantize_row(const gemm_job *g, int64_t r, uint8_t *q, float *sx, int32_t *zx)
@@ -86,19 +94,56 @@ quantize_row(const gemm_job *g, int64_t r, uint8_t *q, float *sx, int32_t *zx)
                          : zq_quantize_token(g->K, x, g->w->k, g->x->quant, q, sx, zx);
 }
 
-/* Rows [r0, r1) of x into codes; q, sx, zx are indexed from r0. The slack up to kpad must be readable and is
- * multiplied by zero weights: any value will do, zero keeps memory checkers quiet. */
+static size_t
+prepared_bytes(const gemm_job *g, int64_t rows)
+{
+    return (size_t)(rows * g->split * (g->lda + (2 + g->groups) * 4));
+}
+
+static prepared
+prepared_at(const gemm_job *g, int64_t rows, void *buffer)
+{
+    const int64_t n = rows * g->split;
+    uint8_t *q = buffer;
+    float *sx = (float *)(q + n * g->lda);
+    return (prepared){q, sx, (int32_t *)(sx + n), (int32_t *)(sx + 2 * n)};
+}
+
+static operand
+prepared_operand(const gemm_job *g, const prepared *p)
+{
+    return (operand){p->q, g->lda, p->sx, p->zx, p->start};
+}
+
+/* Row r of x into codes and scales at row `at` of p, and what groups need: signed codes and where the sums start. The slack
+ * up to kpad is multiplied too, by codes that may not be 0: it must be. */
 static void
-quantize_rows(gemm_job *g, int64_t r0, int64_t r1, uint8_t *q, float *sx, int32_t *zx)
+prepare_row(gemm_job *g, int64_t r, const prepared *p, int64_t at)
+{
+    const zq_rows *x = g->x;
+    const int64_t k = g->w->k;
+    uint8_t *q = p->q + at * g->lda;
+    if (!x->f32) {
+        memcpy(q, x->u8 + r * x->ld_u8, (size_t)k);
+        p->sx[at] = x->scale[r];
+        p->zx[at] = x->zero[r];
+    }
+    else if (!quantize_row(g, r, q, p->sx + at, p->zx + at)) {
+        note_bad_row(g, r);
+    }
+    for (int64_t i = 0; i < g->split; i++, q += g->lda) {
+        if (g->groups) {
+            g->K->center_groups_b8(q, k, g->w->group, g->offset, q, p->start + (at + i) * g->groups);
+        }
+        memset(q + k, 0, (size_t)(g->lda - k));
+    }
+}
+
+static void
+prepare_rows(gemm_job *g, int64_t r0, int64_t r1, const prepared *p)
 {
     for (int64_t r = r0; r < r1; r++) {
-        const int64_t at = (r - r0) * g->split;
-        if (!quantize_row(g, r, q + at * g->lda, sx + at, zx + at)) {
-            note_bad_row(g, r);
-        }
-        for (int64_t i = at; i < at + g->split; i++) {
-            memset(q + i * g->lda + g->w->k, 0, (size_t)(g->lda - g->w->k));
-        }
+        prepare_row(g, r, p, (r - r0) * g->split);
     }
 }
 
@@ -107,9 +152,9 @@ given_operand(const gemm_job *g, int64_t r0)
 {
     const zq_rows *x = g->x;
     if (g->w->kind == ZQ_W_F32) {
-        return (operand){x->f32 + r0 * x->ld_f32, x->ld_f32, NULL, NULL};
+        return (operand){x->f32 + r0 * x->ld_f32, x->ld_f32, NULL, NULL, NULL};
     }
-    return (operand){x->u8 + r0 * x->ld_u8, x->ld_u8, x->scale + r0, x->zero + r0};
+    return (operand){x->u8 + r0 * x->ld_u8, x->ld_u8, x->scale + r0, x->zero + r0, NULL};
 }
 
 /* Memory is to be busy all the time. One tile per panel: prefetch a little ahead of where it reads, which runs on into the
@@ -120,7 +165,6 @@ look_ahead(zq_tile *t, int64_t tile, int64_t tiles, int64_t next)
 {
     t->ahead = (const char *)t->b + (tiles == 1 ? AHEAD_BYTES : next + next / tiles * tile);
     t->ahead_step = 128 / tiles;
-    t->ahead_second = tiles == 1 ? 64 : 0;
 }
 
 /* Panel p times the row tiles [t0, t1); the caller goes on to panel `end`. `op` and `y` are indexed from row `base`. */
@@ -129,25 +173,31 @@ run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int
           int64_t ldy)
 {
     const zq_linear *w = g->w;
-    const int64_t col = p * ZQ_NR, per_panel = ZQ_NR * (w->scale ? zq_ceil_div(w->k, w->group) : 1);
+    const int64_t col = p * ZQ_NR;
     const int64_t item = w->kind == ZQ_W_F32 ? (int64_t)sizeof(float) : 1;
     zq_tile t = {.nr = (int)zq_min(ZQ_NR, w->n - col), .k = g->kpad, .group = w->group, .lda = op->lda,
                  .b = (const char *)w->panels + p * w->panel_bytes, .bias = w->bias + col, .pairs = g->split == 2,
                  .act = g->out->act, .ldy = ldy, .ldr = g->out->ld_residual, .stream = g->stream_out};
-    if (w->scale) {
-        t.scale = w->scale + p * per_panel;
-        t.colsum = w->colsum + p * per_panel;
-        t.zcorr = w->zcorr + col;
+    if (w->kind == ZQ_W_S8) {
+        t.scale = w->scale + col;
+        t.colsum = w->colsum + col;
     }
-    for (int64_t tile = t0; tile < t1; tile++) {
-        const int64_t row = tile_start(g, tile), at = (row - base) * g->split;
-        t.mr = (int)((tile_start(g, tile + 1) - row) * g->split);
+    else if (g->groups) {
+        t.zcorr = w->zcorr + col;
+        t.ld_start = g->groups;
+    }
+    const int64_t rows = g->m / g->tiles, longer = g->m % g->tiles;
+    for (int64_t tile = t0, row = tile_start(g, t0), next; tile < t1; tile++, row = next) {
+        const int64_t at = (row - base) * g->split;
+        next = row + rows + (tile < longer);
+        t.mr = (int)((next - row) * g->split);
         if (g->far && t1 - t0 <= MAX_AHEAD_TILES) {
             look_ahead(&t, tile - t0, t1 - t0, p + 1 < end ? w->panel_bytes : 0);
         }
         t.a = (const char *)op->a + at * op->lda * item;
         t.sx = op->sx ? op->sx + at : NULL;
         t.zx = op->zx ? op->zx + at : NULL;
+        t.start = op->start ? op->start + at * g->groups : NULL;
         t.residual = g->out->residual ? g->out->residual + row * g->out->ld_residual + col : NULL;
         t.y = y + (row - base) * ldy + col;
         g->kernel(&t);
@@ -186,18 +236,15 @@ chunk_job(void *ctx, int64_t c)
     const int64_t t0 = g->tiles * c / g->chunks, t1 = g->tiles * (c + 1) / g->chunks;
     const int64_t r0 = tile_start(g, t0), rows = tile_start(g, t1) - r0;
     operand op;
-    if (g->quantize_in) {
-        const int64_t scales = zq_round_up(rows * g->split, 16);
-        char *scratch = zq_scratch(ZQ_SCRATCH_A, (size_t)(rows * g->split * g->lda + scales * 8));
+    if (g->prepare_in) {
+        char *scratch = zq_scratch(ZQ_SCRATCH_A, prepared_bytes(g, rows));
         if (!scratch) {
             atomic_store(&g->no_memory, 1);
             return;
         }
-        float *sx = (float *)scratch;
-        int32_t *zx = (int32_t *)(sx + scales);
-        uint8_t *q = (uint8_t *)(zx + scales);
-        quantize_rows(g, r0, r0 + rows, q, sx, zx);
-        op = (operand){q, g->lda, sx, zx};
+        const prepared p = prepared_at(g, rows, scratch);
+        prepare_rows(g, r0, r0 + rows, &p);
+        op = prepared_operand(g, &p);
     }
     else if (g->copy_in) {
         float *rows_in = zq_scratch(ZQ_SCRATCH_A, (size_t)(rows * g->lda));
@@ -208,7 +255,7 @@ chunk_job(void *ctx, int64_t c)
         for (int64_t r = 0; r < rows; r++) {
             memcpy((char *)rows_in + r * g->lda, g->x->f32 + (r0 + r) * g->x->ld_f32, (size_t)g->w->k * sizeof *rows_in);
         }
-        op = (operand){rows_in, g->lda / 4, NULL, NULL};
+        op = (operand){rows_in, g->lda / 4, NULL, NULL, NULL};
     }
     else {
         op = given_operand(g, r0);
@@ -248,11 +295,10 @@ count_chunks(const gemm_job *g, int threads)
 
 /* ---- by columns ------------------------------------------------------------------------------------ */
 static void
-quantize_job(void *ctx, int64_t r)
+prepare_job(void *ctx, int64_t r)
 {
     gemm_job *g = ctx;
-    const int64_t at = r * g->split;
-    quantize_rows(g, r, r + 1, g->a + at * g->lda, g->sx + at, g->zx + at);
+    prepare_row(g, r, &g->shared, r * g->split);
 }
 
 /* First panel of a job. Long runs keep the memory busy, as fetching goes on from one panel to the next; short ones end
@@ -271,7 +317,7 @@ static void
 panel_job(void *ctx, int64_t job)
 {
     gemm_job *g = ctx;
-    const operand op = g->quantize_in ? (operand){g->a, g->lda, g->sx, g->zx} : given_operand(g, 0);
+    const operand op = g->prepare_in ? prepared_operand(g, &g->shared) : given_operand(g, 0);
     const int64_t ldy = g->out->y ? g->out->ld_y : zq_round_up(g->w->n, 16);
     const int64_t end = job_start(g, job + 1);
     for (int64_t p = job_start(g, job); p < end; p++) {
@@ -303,17 +349,14 @@ for_rows(gemm_job *g, int64_t row_items, zq_job_fn fn)
 static void
 run_by_columns(gemm_job *g)
 {
-    const int64_t rows = g->m * g->split, scales = zq_round_up(rows, 16);
-    if (g->quantize_in) {
-        char *scratch = zq_scratch(ZQ_SCRATCH_A, (size_t)(rows * g->lda + scales * 8));
+    if (g->prepare_in) {
+        char *scratch = zq_scratch(ZQ_SCRATCH_A, prepared_bytes(g, g->m));
         if (!scratch) {
             g->no_memory = 1;
             return;
         }
-        g->sx = (float *)scratch;
-        g->zx = (int32_t *)(g->sx + scales);
-        g->a = (uint8_t *)(g->zx + scales);
-        for_rows(g, g->w->k, quantize_job);
+        g->shared = prepared_at(g, g->m, scratch);
+        for_rows(g, g->w->k, prepare_job);
     }
     if (!g->out->y) {
         g->y = zq_scratch(ZQ_SCRATCH_Y, (size_t)(g->m * zq_round_up(g->w->n, 16)) * sizeof *g->y);
@@ -347,7 +390,9 @@ choose_kernel(gemm_job *g, int *mr)
         break;
     case ZQ_W_S8_GROUP:
     case ZQ_W_S4_GROUP:
-        g->kernel = g->w->kind == ZQ_W_S4_GROUP ? K->gemm_u8s4_group : K->gemm_u8s8_group;
+        g->kernel = g->w->kind == ZQ_W_S4_GROUP ? K->gemm_s8u4_group : K->gemm_s8u8_group;
+        g->offset = g->w->kind == ZQ_W_S4_GROUP ? 8 : 128;
+        g->groups = zq_ceil_div(g->w->k, g->w->group);
         g->kpad = zq_round_up(g->w->k, ZQ_KSTEP);
         *mr = K->mr_group;
         break;
@@ -373,8 +418,8 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.lda = zq_row_pitch(w->k * (w->kind == ZQ_W_F32 ? 4 : 1));
     g.copy_in = w->kind == ZQ_W_F32 && x->ld_f32 % (ALIAS_BYTES / 4) == 0 && w->n > ZQ_NR;
     g.panels = zq_ceil_div(w->n, ZQ_NR);
-    g.quantize_in = w->kind != ZQ_W_F32 && x->f32 != NULL;
-    g.split = g.quantize_in && x->quant == ZQ_QUANT_TOKEN_16 ? 2 : 1;
+    g.prepare_in = w->kind != ZQ_W_F32 && (x->f32 || g.groups);
+    g.split = x->f32 && x->quant == ZQ_QUANT_TOKEN_16 ? 2 : 1;
     g.tiles = zq_ceil_div(m, mr / g.split);
     g.far = g.panels * w->panel_bytes >= FAR_BYTES;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;

@@ -2,10 +2,13 @@
  *
  *   F32        [k][32] float32
  *   S8         [k/4][32][4] int8: the four codes that one vpdpbusd lane multiplies lie together
- *   S8_GROUP   the same, k padded to 8; scales and compensations per (group, 32)
- *   S4_GROUP   [k/8][32][4] bytes: low nibble is code k+b, high nibble code k+4+b, two's complement
+ *   S8_GROUP   per group [32] float32 scales, then [group/4][32][4] unsigned bytes, code + 128; k padded to 8
+ *   S4_GROUP   per group [32] float32 scales, then [group/8][32][4] bytes: low nibble is code k+b, high nibble code
+ *              k+4+b, each + 8
  *
- * Missing channels and the padding of k are zero codes, so kernels need no edges inside a panel. */
+ * Missing channels and the padding of k are zero codes, so kernels need no edges inside a panel. With groups it is the
+ * weights that are unsigned and the activations a that are signed: sum (code + 8) a - 8 sum a asks for one number per row
+ * and group; the other way round it would be one per channel and group, to be read from memory beside the codes. */
 #include "zq_kernels.h"
 
 #include <math.h>
@@ -21,6 +24,13 @@ static int64_t
 group_count(const zq_linear *w)
 {
     return zq_ceil_div(w->k, w->group);
+}
+
+/* Bytes of a panel's group: its scales and its codes. */
+static int64_t
+group_bytes(const zq_linear *w)
+{
+    return ZQ_NR * ((int64_t)sizeof(float) + w->group / (w->kind == ZQ_W_S4_GROUP ? 2 : 1));
 }
 
 /* items elements of 4 bytes, zeroed */
@@ -50,29 +60,31 @@ zq_linear_bytes(const zq_linear *w)
 {
     const int64_t panels = panel_count(w->n);
     const int64_t grouped = w->kind == ZQ_W_S8_GROUP || w->kind == ZQ_W_S4_GROUP;
-    const int64_t words = w->kind == ZQ_W_F32 ? 1 : grouped ? 2 * group_count(w) + 2 : 3;
+    const int64_t words = w->kind == ZQ_W_F32 ? 1 : grouped ? 2 : 3;
     return panels * (w->panel_bytes + words * ZQ_NR * 4);
 }
 
-/* Everything but the panels' contents; scale_words per panel and channel. */
+/* Everything but the panels' contents, which are filled with the byte of zero codes. */
 static zq_status
-start(zq_linear *w, zq_weight_kind kind, int64_t n, int64_t k, int64_t group, int64_t panel_bytes, int64_t scale_words,
-      const float *bias)
+start(zq_linear *w, zq_weight_kind kind, int64_t n, int64_t k, int64_t group, int64_t panel_bytes, const float *bias)
 {
+    const int grouped = kind == ZQ_W_S8_GROUP || kind == ZQ_W_S4_GROUP, zero = !grouped ? 0 : kind == ZQ_W_S4_GROUP ? 0x88 : 0x80;
     const int64_t panels = panel_count(n), columns = panels * ZQ_NR;
     *w = (zq_linear){.kind = kind, .n = n, .k = k, .group = group, .panel_bytes = panel_bytes};
     w->panels = zq_alloc((size_t)(panels * panel_bytes));
     w->bias = alloc_words(columns);
-    if (scale_words) {
-        w->scale = alloc_words(columns * scale_words);
-        w->colsum = alloc_words(columns * scale_words);
+    if (kind == ZQ_W_S8) {
+        w->scale = alloc_words(columns);
+        w->colsum = alloc_words(columns);
+    }
+    if (grouped) {
         w->zcorr = alloc_words(columns);
     }
-    if (!w->panels || !w->bias || (scale_words && (!w->scale || !w->colsum || !w->zcorr))) {
+    if (!w->panels || !w->bias || (kind == ZQ_W_S8 && (!w->scale || !w->colsum)) || (grouped && !w->zcorr)) {
         zq_linear_free(w);
         return ZQ_ENOMEM;
     }
-    memset(w->panels, 0, (size_t)(panels * panel_bytes));
+    memset(w->panels, zero, (size_t)(panels * panel_bytes));
     if (bias) {
         memcpy(w->bias, bias, (size_t)n * sizeof *bias);
     }
@@ -103,7 +115,7 @@ pack_f32_panel(void *ctx, int64_t p)
 zq_status
 zq_linear_pack_f32(zq_linear *w, const float *weight, int64_t n, int64_t k, const float *bias)
 {
-    const zq_status s = start(w, ZQ_W_F32, n, k, k, k * ZQ_NR * 4, 0, bias);
+    const zq_status s = start(w, ZQ_W_F32, n, k, k, k * ZQ_NR * 4, bias);
     if (s == ZQ_OK) {
         zq_parallel_for(panel_count(n), pack_f32_panel, &(pack_job){.w = w, .weight = weight});
     }
@@ -146,10 +158,8 @@ pack_s8_panel(void *ctx, int64_t p)
             out[(k / 4 * ZQ_NR + j) * 4 + k % 4] = row[k];
             sum += row[k];
         }
-        if (w->kind == ZQ_W_S8) {
-            w->colsum[channel] = sum;
-            w->scale[channel] = job->scales[channel];
-        }
+        w->colsum[channel] = sum;
+        w->scale[channel] = job->scales[channel];
     }
 }
 
@@ -159,51 +169,52 @@ zq_linear_pack_s8(zq_linear *w, const int8_t *codes, const float *scale, int64_t
     if (k > ZQ_MAX_K || has_code_below(codes, n * k, -127)) {
         return ZQ_ERANGE;
     }
-    const zq_status s = start(w, ZQ_W_S8, n, k, k, zq_round_up(k, 4) * ZQ_NR, 1, bias);
+    const zq_status s = start(w, ZQ_W_S8, n, k, k, zq_round_up(k, 4) * ZQ_NR, bias);
     if (s == ZQ_OK) {
         zq_parallel_for(panel_count(n), pack_s8_panel, &(pack_job){.w = w, .codes = codes, .scales = scale});
     }
     return s;
 }
 
+/* Channel j's codes of one group, each plus the offset that makes it unsigned, into the group's place in the panel. */
 static void
-pack_s4_panel(void *ctx, int64_t p)
+pack_group_codes(const zq_linear *w, const int8_t *codes, int64_t count, int64_t j, uint8_t *out)
 {
-    const pack_job *job = ctx;
-    const zq_linear *w = job->w;
-    uint8_t *out = (uint8_t *)w->panels + p * w->panel_bytes;
-    const int64_t columns = zq_min(ZQ_NR, w->n - p * ZQ_NR);
-    for (int64_t j = 0; j < columns; j++) {
-        const int8_t *row = job->codes + (p * ZQ_NR + j) * w->k;
-        for (int64_t k = 0; k < w->k; k++) {
+    for (int64_t k = 0; k < count; k++) {
+        if (w->kind == ZQ_W_S8_GROUP) {
+            out[(k / 4 * ZQ_NR + j) * 4 + k % 4] = (uint8_t)(codes[k] + 128);
+        }
+        else {
             uint8_t *byte = out + (k / 8 * ZQ_NR + j) * 4 + k % 4;
-            const uint8_t nibble = (uint8_t)row[k] & 15u;
-            *byte = (uint8_t)(*byte | (k % 8 < 4 ? nibble : nibble << 4));
+            const int high = k % 8 >= 4, nibble = codes[k] + 8;
+            *byte = (uint8_t)(high ? (*byte & 0x0f) | nibble << 4 : (*byte & 0xf0) | nibble);
         }
     }
 }
 
-/* Per group: scale, and -128 * (sum of codes), which turns the u8 activations a into a - 128 inside the
- * accumulator. The kernel's int4 operand is 16 * code, so there the sum is 16 times and the scale 1/16. */
 static void
-pack_group_scales(zq_linear *w, const int8_t *codes, const float *scales, int64_t channel)
+pack_group_panel(void *ctx, int64_t p)
 {
-    const int64_t groups = group_count(w), p = channel / ZQ_NR, j = channel % ZQ_NR;
-    const int unit = w->kind == ZQ_W_S4_GROUP ? 16 : 1;
-    float zcorr = 0;
+    const pack_job *job = ctx;
+    const zq_linear *w = job->w;
+    const int64_t columns = zq_min(ZQ_NR, w->n - p * ZQ_NR), groups = group_count(w);
     for (int64_t g = 0; g < groups; g++) {
-        const int8_t *c = codes + channel * w->k + g * w->group;
+        uint8_t *at = (uint8_t *)w->panels + p * w->panel_bytes + g * group_bytes(w);
         const int64_t count = zq_min(w->group, w->k - g * w->group);
-        int32_t sum = 0;
-        for (int64_t k = 0; k < count; k++) {
-            sum += c[k];
+        float scales[ZQ_NR] = {0};
+        for (int64_t j = 0; j < columns; j++) {
+            const int64_t channel = p * ZQ_NR + j;
+            const int8_t *codes = job->codes + channel * w->k + g * w->group;
+            int32_t sum = 0;
+            for (int64_t k = 0; k < count; k++) {
+                sum += codes[k];
+            }
+            scales[j] = job->scales[channel * groups + g];
+            w->zcorr[channel] = fmaf((float)sum, scales[j], w->zcorr[channel]);
+            pack_group_codes(w, codes, count, j, at + sizeof scales);
         }
-        const int64_t at = (p * groups + g) * ZQ_NR + j;
-        w->colsum[at] = -128 * unit * sum;
-        w->scale[at] = scales[channel * groups + g] / (float)unit;
-        zcorr = fmaf((float)sum, scales[channel * groups + g], zcorr);
+        memcpy(at, scales, sizeof scales);
     }
-    w->zcorr[channel] = zcorr;
 }
 
 zq_status
@@ -217,13 +228,10 @@ zq_linear_pack_group(zq_linear *w, const int8_t *codes, const float *scales, int
     if (k > ZQ_MAX_K || has_code_below(codes, n * k, four ? -8 : -127) || has_code_above(codes, n * k, four ? 7 : 127)) {
         return ZQ_ERANGE;
     }
-    const int64_t bytes = zq_round_up(k, ZQ_KSTEP) * ZQ_NR / (four ? 2 : 1);
-    const zq_status s = start(w, four ? ZQ_W_S4_GROUP : ZQ_W_S8_GROUP, n, k, group, bytes, zq_ceil_div(k, group), bias);
+    const int64_t bytes = zq_ceil_div(k, group) * ZQ_NR * (int64_t)sizeof(float) + zq_round_up(k, ZQ_KSTEP) * ZQ_NR / (four ? 2 : 1);
+    const zq_status s = start(w, four ? ZQ_W_S4_GROUP : ZQ_W_S8_GROUP, n, k, group, bytes, bias);
     if (s == ZQ_OK) {
-        zq_parallel_for(panel_count(n), four ? pack_s4_panel : pack_s8_panel, &(pack_job){.w = w, .codes = codes});
-        for (int64_t channel = 0; channel < n; channel++) {
-            pack_group_scales(w, codes, scales, channel);
-        }
+        zq_parallel_for(panel_count(n), pack_group_panel, &(pack_job){.w = w, .codes = codes, .scales = scales});
     }
     return s;
 }

@@ -64,8 +64,8 @@ typedef struct {
     int64_t group;       /* input features per scale; at least k for one scale per channel */
     int64_t panel_bytes; /* distance from one panel to the next */
     void *panels;
-    int32_t *colsum; /* (n) sum of codes per channel; (panels, groups, NR) with groups: -128 * code sums */
-    float *scale;    /* (n) or (panels, groups, NR) */
+    int32_t *colsum; /* (n) sum of codes per channel; NULL with groups */
+    float *scale;    /* (n); NULL with groups: their scales lie in the panels */
     float *zcorr;    /* (n) sum over groups of scale * code sum: what a zero point multiplies; groups only */
     float *bias;     /* (n), zeros without bias */
 } zq_linear;

@@ -19,20 +19,22 @@ typedef struct {
     int mr, nr;
     int64_t k;     /* input features, padded: to 4 (S8), to 8 (groups), any (F32) */
     int64_t group; /* groups only: input features per scale, a multiple of 8; the last may be short */
-    const void *a; /* u8 or f32 rows */
+    const void *a; /* u8 (S8), s8 (groups) or f32 rows */
     int64_t lda;   /* in elements */
     const void *b; /* panel */
     const float *sx;
     const int32_t *zx;
-    const int32_t *colsum; /* S8: (NR). groups: (ceil(k/group), NR), -128 * sum of the group's codes (* 16 for S4) */
-    const float *scale;    /* S8: (NR). groups: (ceil(k/group), NR)  (/ 16 for S4) */
+    const int32_t *colsum; /* S8: (NR) */
+    const float *scale;    /* S8: (NR). groups: they lie in the panel, before the codes of their group */
+    const int32_t *start;  /* groups: (mr, ceil(k/group)): where a group's sums start (center_groups), rows ld_start apart */
+    int64_t ld_start;
     const float *zcorr;    /* groups: (NR) */
     const float *bias;     /* (NR) */
     int pairs; /* rows 2i and 2i + 1 of a add up to row i of y: y = act((y_2i + y_2i+1) + bias) + residual; mr is even */
-    /* Panels from beyond L2: for every 128 bytes of the panel, ahead and ahead + ahead_second are to be prefetched, and
-     * ahead moves on by ahead_step. NULL: nothing is. Never read from. */
+    /* Panels from beyond L2: for every 128 bytes of the panel the line at ahead is to be prefetched, and the next one too
+     * where ahead_step is 128; ahead moves on by ahead_step. NULL: nothing is. Never read from. */
     const char *ahead;
-    int64_t ahead_step, ahead_second;
+    int64_t ahead_step;
     zq_activation act;
     const float *residual;
     int64_t ldr;
@@ -91,8 +93,10 @@ typedef struct {
     /* ---- tiles of matrix products (gemm) ---- */ \
     X(gemm_u8s8, void, (const zq_tile *t)) \
     X(gemm_u8s8_s32, void, (const zq_tile *t, int32_t *c, int64_t ldc)) \
-    X(gemm_u8s8_group, void, (const zq_tile *t)) \
-    X(gemm_u8s4_group, void, (const zq_tile *t)) \
+    X(gemm_s8u8_group, void, (const zq_tile *t)) \
+    X(gemm_s8u4_group, void, (const zq_tile *t)) \
+    /* s = q - 128 as signed bytes; start[g] = -offset * (sum of s over group g). s may be q */ \
+    X(center_groups_b8, void, (const uint8_t *q, int64_t n, int64_t group, int32_t offset, uint8_t *s, int32_t *start)) \
     X(gemm_f32, void, (const zq_tile *t)) \
     /* t->y (mr, nr) = a (mr, k) b (k, nr) [+ y when accumulate]: t->b is row-major with ldb; each element is one chain of \
      * fma in the order of k; no epilogue. mr <= mr_matmul; nr a multiple of 16 */ \

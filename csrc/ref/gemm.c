@@ -7,6 +7,7 @@
 #include "../zq_kernels.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "math.h"
 
@@ -39,19 +40,19 @@ dot_s8(const zq_tile *t, int i, int j, int64_t k0, int64_t k1)
     return (int32_t)acc;
 }
 
-/* the same with 16 * code out of nibbles */
+/* code + offset of column j at k, b the codes of a group, which start at k = 0 */
+typedef int32_t (*code_fn)(const uint8_t *b, int64_t k, int j);
+
 static int32_t
-dot_s4(const zq_tile *t, int i, int j, int64_t k0, int64_t k1)
+code_u8(const uint8_t *b, int64_t k, int j)
 {
-    const uint8_t *a = (const uint8_t *)t->a + i * t->lda;
-    const uint8_t *b = t->b;
-    uint32_t acc = 0;
-    for (int64_t k = k0; k < k1; k++) {
-        const uint8_t byte = b[(k / 8 * ZQ_NR + j) * 4 + k % 4];
-        const int8_t code16 = (int8_t)(k % 8 < 4 ? (uint8_t)(byte << 4) : byte & 0xf0);
-        acc += (uint32_t)((int32_t)a[k] * (int32_t)code16);
-    }
-    return (int32_t)acc;
+    return b[(k / 4 * ZQ_NR + j) * 4 + k % 4];
+}
+
+static int32_t
+code_u4(const uint8_t *b, int64_t k, int j)
+{
+    return b[(k / 8 * ZQ_NR + j) * 4 + k % 4] >> (k % 8 < 4 ? 0 : 4) & 15;
 }
 
 static int32_t
@@ -84,40 +85,62 @@ zq_gemm_u8s8_s32__ref(const zq_tile *t, int32_t *c, int64_t ldc)
 }
 
 ZQ_INLINE float
-value_group(const zq_tile *t, int i, int j, float bias, int32_t (*dot)(const zq_tile *, int, int, int64_t, int64_t))
+value_group(const zq_tile *t, int i, int j, float bias, int bits, code_fn code)
 {
+    const int8_t *a = (const int8_t *)t->a + i * t->lda;
+    const uint8_t *b = t->b;
     float f = 0;
     for (int64_t g = 0; g * t->group < t->k; g++) {
-        const int64_t k0 = g * t->group, k1 = zq_min(t->k, k0 + t->group);
-        const uint32_t acc = (uint32_t)dot(t, i, j, k0, k1) + (uint32_t)t->colsum[g * ZQ_NR + j];
-        f = fmaf((float)(int32_t)acc, t->scale[g * ZQ_NR + j], f);
+        const int64_t count = zq_min(t->group, t->k - g * t->group);
+        uint32_t acc = (uint32_t)t->start[i * t->ld_start + g];
+        float scale;
+        memcpy(&scale, b + j * 4, sizeof scale);
+        b += ZQ_NR * 4;
+        for (int64_t k = 0; k < count; k++) {
+            acc += (uint32_t)(a[g * t->group + k] * code(b, k, j));
+        }
+        f = fmaf((float)(int32_t)acc, scale, f);
+        b += t->group * ZQ_NR * bits / 8;
     }
     f = fmaf(-(float)(t->zx[i] - 128), t->zcorr[j], f);
     return fmaf(f, t->sx[i], bias);
 }
 
 static float
-value_s8_group(const zq_tile *t, int i, int j, float bias)
+value_u8_group(const zq_tile *t, int i, int j, float bias)
 {
-    return value_group(t, i, j, bias, dot_s8);
+    return value_group(t, i, j, bias, 8, code_u8);
 }
 
 static float
-value_s4_group(const zq_tile *t, int i, int j, float bias)
+value_u4_group(const zq_tile *t, int i, int j, float bias)
 {
-    return value_group(t, i, j, bias, dot_s4);
+    return value_group(t, i, j, bias, 4, code_u4);
 }
 
 void
-zq_gemm_u8s8_group__ref(const zq_tile *t)
+zq_gemm_s8u8_group__ref(const zq_tile *t)
 {
-    every_output(t, value_s8_group);
+    every_output(t, value_u8_group);
 }
 
 void
-zq_gemm_u8s4_group__ref(const zq_tile *t)
+zq_gemm_s8u4_group__ref(const zq_tile *t)
 {
-    every_output(t, value_s4_group);
+    every_output(t, value_u4_group);
+}
+
+void
+zq_center_groups_b8__ref(const uint8_t *q, int64_t n, int64_t group, int32_t offset, uint8_t *s, int32_t *start)
+{
+    for (int64_t g = 0; g * group < n; g++) {
+        int32_t sum = 0;
+        for (int64_t k = g * group; k < zq_min(n, (g + 1) * group); k++) {
+            sum += q[k] - 128;
+            s[k] = (uint8_t)(q[k] ^ 0x80);
+        }
+        start[g] = -offset * sum;
+    }
 }
 
 static float

@@ -2,7 +2,7 @@
  * accumulators leave 4 registers. Half panels with 5 or 6 rows load less, but lose up to a tenth where the panel lies in
  * L2, which they read twice, every other line each time. */
 enum { MR = 3, NV = 4 };
-#define ROWS3(X) X(1) X(2) X(3)
+#define ROWS3(X, far) X(1, far) X(2, far) X(3, far)
 
 ZQ_INLINE __m256i
 load256(const void *p)
@@ -18,14 +18,23 @@ broadcast4(const uint8_t *a)
     return _mm256_set1_epi32(v);
 }
 
-/* For a panel's 128 bytes at b: prefetch what t->ahead asks for (see zq_tile). */
+/* From here on what p points to lies in memory, and nothing read before is still in a register. */
+ZQ_INLINE void
+leave_registers(const void *p)
+{
+    __asm__ volatile("" ::"r"(p) : "memory");
+}
+
+/* For a panel's 128 bytes at b: prefetch what t->ahead asks for (see zq_tile), one line or two. */
 ZQ_INLINE void
 prefetch_ahead(const int far, const zq_tile *t, const void *b)
 {
     if (far) {
         const char *p = t->ahead + ((const char *)b - (const char *)t->b) / 128 * t->ahead_step;
         _mm_prefetch(p, _MM_HINT_T0);
-        _mm_prefetch(p + t->ahead_second, _MM_HINT_T0);
+        if (far == 2) {
+            _mm_prefetch(p + 64, _MM_HINT_T0);
+        }
     }
 }
 
@@ -68,10 +77,21 @@ store_s32(const zq_tile *t, int32_t *c, int j, v16i sum)
     }
 }
 
-#define NEAR_OR_FAR(ROWS, X)             \
-    if (t->ahead) {                      \
-        switch (t->mr) { ROWS(X##_FAR) } \
-    }                                    \
-    else {                               \
-        switch (t->mr) { ROWS(X) }       \
+/* y of columns j .. j + 16 of row i out of f, the groups' sums times their scales */
+ZQ_INLINE void
+store_group16(const zq_tile *t, int i, int j, v16 f)
+{
+    const v16 y = v16_fnma(v16_set1((float)(t->zx[i] - 128)), v16_load(t->zcorr + j), f);
+    store16(t, i, j, v16_fma(y, v16_set1(t->sx[i]), v16_load(t->bias + j)));
+}
+
+#define NEAR_OR_FAR(ROWS, X)              \
+    if (!t->ahead) {                      \
+        switch (t->mr) { ROWS(X, 0) }     \
+    }                                     \
+    else if (t->ahead_step < 128) {       \
+        switch (t->mr) { ROWS(X, 1) }     \
+    }                                     \
+    else {                                \
+        switch (t->mr) { ROWS(X, 2) }     \
     }

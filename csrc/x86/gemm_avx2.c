@@ -22,10 +22,12 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX2)
 #include "v16_math.h"
 
 #include "gemm_finish.inc.h"
+#define LEVEL(name) name##__avx2
+#include "group_operand.inc.h"
 
 #include "gemm_256.inc.h"
 
-enum { MR_GROUP = 3, NV_GROUP = 2, HALF = 16, KB = 1024 };
+enum { MR_GROUP = 4, KB = 1024 };
 
 /* ---- W8A8 ------------------------------------------------------------------------------------------- */
 
@@ -71,7 +73,7 @@ accumulate_s8(const int mr, const int far, const zq_tile *t, const planes *p, co
     __m256i acc[MR][NV];
 #pragma GCC unroll 3
     for (int i = 0; i < mr; i++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < NV; v++) {
             acc[i][v] = load256(c + i * ZQ_NR + 8 * v);
         }
@@ -81,7 +83,7 @@ accumulate_s8(const int mr, const int far, const zq_tile *t, const planes *p, co
 #pragma GCC unroll 3
         for (int i = 0; i < mr; i++) {
             const __m256i s = broadcast4(p->s[i] + k), u = broadcast4(p->u[i] + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int v = 0; v < NV; v++) {
                 acc[i][v] = dot4_signs(acc[i][v], s, u, load256(b + 32 * v));
             }
@@ -89,17 +91,15 @@ accumulate_s8(const int mr, const int far, const zq_tile *t, const planes *p, co
     }
 #pragma GCC unroll 3
     for (int i = 0; i < mr; i++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < NV; v++) {
             _mm256_store_si256((__m256i *)(c + i * ZQ_NR + 8 * v), acc[i][v]);
         }
     }
 }
 
-#define SUMS(n) \
-    case n: accumulate_s8(n, 0, t, p, b, count, c); break;
-#define SUMS_FAR(n) \
-    case n: accumulate_s8(n, 1, t, p, b, count, c); break;
+#define SUMS(n, far) \
+    case n: accumulate_s8(n, far, t, p, b, count, c); break;
 
 /* A function of its own: what is live around the loop would push accumulators out of their registers. */
 static __attribute__((noinline)) void
@@ -153,121 +153,125 @@ zq_gemm_u8s8_s32_3x32__avx2(const zq_tile *t, int32_t *y, int64_t ldy)
 
 /* ---- groups ------------------------------------------------------------------------------------------ */
 
-/* Codes of one vector: (w0, w2) and (w1, w3) of each column as int16 pairs. */
-typedef struct {
-    __m256i even, odd;
-} pairs;
-
-ZQ_INLINE pairs
-widen_s8(__m256i w)
-{
-    return (pairs){_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
-}
-
-ZQ_INLINE pairs
-widen_u8(const uint8_t *a)
-{
-    int32_t v;
-    memcpy(&v, a, 4);
-    const __m256i x = _mm256_set1_epi32(v);
-    return (pairs){_mm256_srli_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srli_epi16(x, 8)};
-}
-
-ZQ_INLINE __m256i
-dot4(__m256i acc, pairs x, pairs w)
-{
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(x.even, w.even));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(x.odd, w.odd));
-}
-
+/* 16 products deep in int16: vpmaddubsw is exact for codes of four bits, 15 * 128 * 2 = 3840, and eight of these fit. So: up
+ * to 32 k (`steps` of 8) into int16, then vpmaddwd by ones and an addition to the sums. Both nibbles of a byte come out of
+ * one load each: keeping them needs too many registers. */
 ZQ_INLINE void
-step(const int mr, const zq_tile *t, int64_t k, pairs w0, pairs w1, __m256i acc[MR_GROUP][NV_GROUP])
+chunk_u4(const int mr, int64_t lda, const uint8_t *a, int64_t steps, const uint8_t *b, v16i *sums)
 {
-#pragma GCC unroll 4
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256i acc[MR_GROUP][2];
+#pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
-        const pairs x = widen_u8((const uint8_t *)t->a + i * t->lda + k);
-        acc[i][0] = dot4(acc[i][0], x, w0);
-        acc[i][1] = dot4(acc[i][1], x, w1);
+        acc[i][0] = acc[i][1] = _mm256_setzero_si256();
     }
-}
-
-/* Integer sums of one group, started at -128 * (code sums). The int4 codes of a step are read twice: keeping both
- * nibbles of both vectors at once needs more than sixteen registers. */
-ZQ_INLINE void
-group_sums(const int mr, const int four_bits, const zq_tile *t, int half, int64_t g, v16i *sums)
-{
-    const __m256i high = _mm256_set1_epi8((char)0xf0);
-    const int64_t end = zq_min(t->k, (g + 1) * t->group);
-    const v16i start = v16i_load(t->colsum + g * ZQ_NR + half * HALF);
-    __m256i acc[MR_GROUP][NV_GROUP];
-#pragma GCC unroll 4
-    for (int i = 0; i < mr; i++) {
-        acc[i][0] = start.lo;
-        acc[i][1] = start.hi;
-    }
-    for (int64_t k = g * t->group; k < end; k += four_bits ? ZQ_KSTEP : 4) {
-        if (four_bits) {
-            const uint8_t *b = (const uint8_t *)t->b + (k / 8 * ZQ_NR + half * HALF) * 4;
-            step(mr, t, k, widen_s8(_mm256_and_si256(_mm256_slli_epi16(load256(b), 4), high)),
-                 widen_s8(_mm256_and_si256(_mm256_slli_epi16(load256(b + 32), 4), high)), acc);
-            __asm__ volatile("" ::: "memory");
-            step(mr, t, k + 4, widen_s8(_mm256_and_si256(load256(b), high)),
-                 widen_s8(_mm256_and_si256(load256(b + 32), high)), acc);
-        }
-        else {
-            const int8_t *b = (const int8_t *)t->b + (k / 4 * ZQ_NR + half * HALF) * 4;
-            step(mr, t, k, widen_s8(load256(b)), widen_s8(load256(b + 32)), acc);
+    for (; steps > 0; steps--, a += ZQ_KSTEP, b += ZQ_NR * 4) {
+#pragma GCC unroll 2
+        for (int high = 0; high < 2; high++) {
+            const __m256i w0 = _mm256_and_si256(_mm256_srli_epi16(load256(b), 4 * high), low);
+            const __m256i w1 = _mm256_and_si256(_mm256_srli_epi16(load256(b + 32), 4 * high), low);
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++) {
+                const __m256i x = broadcast4(a + i * lda + 4 * high);
+                acc[i][0] = _mm256_add_epi16(acc[i][0], _mm256_maddubs_epi16(w0, x));
+                acc[i][1] = _mm256_add_epi16(acc[i][1], _mm256_maddubs_epi16(w1, x));
+                /* gcc would add the products of both nibbles first, and keep all of the first nibbles' meanwhile */
+                __asm__("" : "+x"(acc[i][0]), "+x"(acc[i][1]));
+            }
+            leave_registers(sums);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
-        sums[i] = (v16i){acc[i][0], acc[i][1]};
+        sums[i].lo = _mm256_add_epi32(sums[i].lo, _mm256_madd_epi16(acc[i][0], ones));
+        sums[i].hi = _mm256_add_epi32(sums[i].hi, _mm256_madd_epi16(acc[i][1], ones));
     }
 }
 
-#define SUMS8(n) \
-    case n: group_sums(n, 0, t, half, g, sums); break;
+/* Codes of eight bits, by signs as above; they are made signed again, so that the sums start at 0. */
+ZQ_INLINE void
+group_u8(const int mr, int64_t lda, const uint8_t *a, int64_t n, const uint8_t *b, v16i *out)
+{
+    const __m256i top = _mm256_set1_epi8((char)0x80);
+    v16i sums[MR];
+#pragma GCC unroll 3
+    for (int i = 0; i < mr; i++) {
+        sums[i] = out[i];
+    }
+    for (; n > 0; n -= 4, a += 4, b += ZQ_NR * 4) {
+        const __m256i w0 = _mm256_xor_si256(load256(b), top), w1 = _mm256_xor_si256(load256(b + 32), top);
+#pragma GCC unroll 3
+        for (int i = 0; i < mr; i++) {
+            const __m256i s = broadcast4(a + i * lda), u = _mm256_abs_epi8(s);
+            sums[i].lo = dot4_signs(sums[i].lo, s, u, w0);
+            sums[i].hi = dot4_signs(sums[i].hi, s, u, w1);
+        }
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < mr; i++) {
+        out[i] = sums[i];
+    }
+}
+
+/* The n codes of one group: sums += activations times codes. */
+ZQ_INLINE void
+group_u4(const int mr, int64_t lda, const uint8_t *a, int64_t n, const uint8_t *b, v16i *sums)
+{
+    for (; n > 0; n -= 32, a += 32, b += 16 * ZQ_NR) {
+        chunk_u4(mr, lda, a, zq_min(n, 32) / ZQ_KSTEP, b, sums);
+    }
+}
+
+#define ROWS4(X) X(1) X(2) X(3) X(4)
 #define SUMS4(n) \
-    case n: group_sums(n, 1, t, half, g, sums); break;
+    case n: group_u4(n, lda, a, count, b, sums); break;
+#define SUMS8(n, far) \
+    case n: group_u8(n, lda, a, count, b, sums); break;
 
-/* A function of its own: with the float sums of the groups beside them, the accumulators would be spilled. */
+/* Functions of their own: with the float sums of the groups beside them, the accumulators would be spilled. */
 static __attribute__((noinline)) void
-zq_gemm_u8s8_sums_3x16__avx2(const zq_tile *t, int half, int64_t g, v16i *sums)
+zq_gemm_s8u4_sums_4x16__avx2(int mr, int64_t lda, const uint8_t *a, int64_t count, const uint8_t *b, v16i *sums)
 {
-    switch (t->mr) { ROWS3(SUMS8) }
+    switch (mr) { ROWS4(SUMS4) }
 }
 
 static __attribute__((noinline)) void
-zq_gemm_u8s4_sums_3x16__avx2(const zq_tile *t, int half, int64_t g, v16i *sums)
+zq_gemm_s8u8_sums_3x16__avx2(int mr, int64_t lda, const uint8_t *a, int64_t count, const uint8_t *b, v16i *sums)
 {
-    switch (t->mr) { ROWS3(SUMS4) }
+    switch (mr) { ROWS3(SUMS8, 0) }
 }
 
+/* f = fma(sum of a group, its scale, f) over the groups, for columns j .. j + 16 */
 ZQ_INLINE void
-tile_group(const int four_bits, const zq_tile *t, int half)
+tile_group(const int four_bits, const zq_tile *t, int j)
 {
+    const int64_t bytes = ZQ_NR * (4 + (four_bits ? t->group / 2 : t->group));
+    const uint8_t *panel = t->b, *a = t->a;
+    const int32_t *start = t->start;
     v16 f[MR_GROUP];
     v16i sums[MR_GROUP];
     for (int i = 0; i < t->mr; i++) {
         f[i] = v16_zero();
     }
-    const int64_t groups = zq_ceil_div(t->k, t->group);
-    for (int64_t g = 0; g < groups; g++) {
+    for (int64_t k = 0; k < t->k; k += t->group, a += t->group, panel += bytes, start++) {
+        const int64_t n = zq_min(t->group, t->k - k);
+        const uint8_t *b = panel + 4 * ZQ_NR + j * 4;
+        for (int i = 0; i < t->mr; i++) {
+            sums[i] = four_bits ? v16i_set1(start[i * t->ld_start]) : v16i_zero();
+        }
         if (four_bits) {
-            zq_gemm_u8s4_sums_3x16__avx2(t, half, g, sums);
+            zq_gemm_s8u4_sums_4x16__avx2(t->mr, t->lda, a, n, b, sums);
         }
-        else {
-            zq_gemm_u8s8_sums_3x16__avx2(t, half, g, sums);
+        for (int i = 0; i < t->mr && !four_bits; i += MR) {
+            zq_gemm_s8u8_sums_3x16__avx2((int)zq_min(MR, t->mr - i), t->lda, a + i * t->lda, n, b, sums + i);
         }
-        const v16 scale = v16_load(t->scale + g * ZQ_NR + half * HALF);
+        const v16 scale = v16_load((const float *)panel + j);
         for (int i = 0; i < t->mr; i++) {
             f[i] = v16_fma(v16_from_i(sums[i]), scale, f[i]);
         }
     }
-    const v16 zcorr = v16_load(t->zcorr + half * HALF), bias = v16_load(t->bias + half * HALF);
     for (int i = 0; i < t->mr; i++) {
-        const v16 y = v16_fnma(v16_set1((float)(t->zx[i] - 128)), zcorr, f[i]);
-        store16(t, i, half * HALF, v16_fma(y, v16_set1(t->sx[i]), bias));
+        store_group16(t, i, j, f[i]);
     }
 }
 
@@ -300,10 +304,8 @@ tile_f32(const int mr, const int far, const zq_tile *t)
     }
 }
 
-#define F32(n) \
-    case n: tile_f32(n, 0, t); break;
-#define F32_FAR(n) \
-    case n: tile_f32(n, 1, t); break;
+#define F32(n, far) \
+    case n: tile_f32(n, far, t); break;
 
 static void
 zq_gemm_u8s8_3x32__avx2(const zq_tile *t)
@@ -312,31 +314,31 @@ zq_gemm_u8s8_3x32__avx2(const zq_tile *t)
 }
 
 static void
-zq_gemm_u8s8_group_3x16_tile__avx2(const zq_tile *t)
+zq_gemm_s8u8_group_4x16_tile__avx2(const zq_tile *t)
 {
-    for (int half = 0; half * HALF < t->nr; half++) {
-        tile_group(0, t, half);
+    for (int j = 0; j < t->nr; j += 16) {
+        tile_group(0, t, j);
     }
 }
 
 static void
-zq_gemm_u8s8_group_3x16__avx2(const zq_tile *t)
+zq_gemm_s8u8_group_4x16__avx2(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_u8s8_group_3x16_tile__avx2);
+    run_tile(t, zq_gemm_s8u8_group_4x16_tile__avx2);
 }
 
 static void
-zq_gemm_u8s4_group_3x16_tile__avx2(const zq_tile *t)
+zq_gemm_s8u4_group_4x16_tile__avx2(const zq_tile *t)
 {
-    for (int half = 0; half * HALF < t->nr; half++) {
-        tile_group(1, t, half);
+    for (int j = 0; j < t->nr; j += 16) {
+        tile_group(1, t, j);
     }
 }
 
 static void
-zq_gemm_u8s4_group_3x16__avx2(const zq_tile *t)
+zq_gemm_s8u4_group_4x16__avx2(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_u8s4_group_3x16_tile__avx2);
+    run_tile(t, zq_gemm_s8u4_group_4x16_tile__avx2);
 }
 
 static void
@@ -358,8 +360,9 @@ zq_fill_gemm__avx2(zq_kernels *t)
 {
     t->gemm_u8s8 = zq_gemm_u8s8_3x32__avx2;
     t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_3x32__avx2;
-    t->gemm_u8s8_group = zq_gemm_u8s8_group_3x16__avx2;
-    t->gemm_u8s4_group = zq_gemm_u8s4_group_3x16__avx2;
+    t->gemm_s8u8_group = zq_gemm_s8u8_group_4x16__avx2;
+    t->gemm_s8u4_group = zq_gemm_s8u4_group_4x16__avx2;
+    t->center_groups_b8 = center_groups_b8__avx2;
     t->gemm_f32 = zq_gemm_f32_3x32__avx2;
     t->mr_u8s8 = t->mr_f32 = MR;
     t->mr_group = MR_GROUP;

@@ -12,27 +12,21 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 #include "v16_math.h"
 
 #include "gemm_finish.inc.h"
+#define LEVEL(name) name##__avx512vnni
+#include "group_operand.inc.h"
 
 enum { MR = 12, MR_GROUP = 6, NV = 2 };
 
-/* For a panel's 128 bytes at b: prefetch what t->ahead asks for (see zq_tile). */
+/* For a panel's 128 bytes at b: prefetch what t->ahead asks for (see zq_tile), one line or two. */
 ZQ_INLINE void
 prefetch_ahead(const int far, const zq_tile *t, const void *b)
 {
     if (far) {
         const char *p = t->ahead + ((const char *)b - (const char *)t->b) / 128 * t->ahead_step;
         _mm_prefetch(p, _MM_HINT_T0);
-        _mm_prefetch(p + t->ahead_second, _MM_HINT_T0);
-    }
-}
-
-/* Scales and sums are streams of their own: 1 KiB is 8 groups ahead. */
-ZQ_INLINE void
-prefetch_scales(const int far, const void *p)
-{
-    if (far) {
-        _mm_prefetch((const char *)p + 1024, _MM_HINT_T0);
-        _mm_prefetch((const char *)p + 1024 + 64, _MM_HINT_T0);
+        if (far == 2) {
+            _mm_prefetch(p + 64, _MM_HINT_T0);
+        }
     }
 }
 
@@ -122,66 +116,62 @@ tile_s8_s32(const int mr, const zq_tile *t, int32_t *c, int64_t ldc)
     }
 }
 
-/* The eight-deep step of a group: two dot products per row and vector. */
+/* Four deep: one dot product per row and vector, unsigned codes times signed activations. */
 ZQ_INLINE void
-step_group(const int mr, const zq_tile *t, int64_t k, const __m512i lo[NV], const __m512i hi[NV], __m512i acc[MR_GROUP][NV])
+step_group(const int mr, const zq_tile *t, int64_t k, const __m512i b[NV], __m512i acc[MR_GROUP][NV])
 {
     const uint8_t *a = (const uint8_t *)t->a + k;
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
         const __m512i x = broadcast4(a + i * t->lda);
-        acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, lo[0]);
-        acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, lo[1]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < mr; i++) {
-        const __m512i x = broadcast4(a + i * t->lda + 4);
-        acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, hi[0]);
-        acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, hi[1]);
+        acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], b[0], x);
+        acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], b[1], x);
     }
 }
 
-/* One group's integer sums, started at -128 * (code sums). Returns the panel pointer behind the group. */
+/* One group's integer sums. Up to four rows take two accumulators each, one per nibble: a chain of dot products alone is
+ * too slow. Returns the panel pointer behind the group. */
 ZQ_INLINE const uint8_t *
 accumulate_group(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t g, const uint8_t *b,
                  __m512i acc[MR_GROUP][NV])
 {
-    const __m512i high = _mm512_set1_epi8((char)0xf0);
+    const int two = mr <= 4;
+    const __m512i low = _mm512_set1_epi8(15);
     const int64_t end = zq_min(t->k, (g + 1) * t->group);
-    const int32_t *start = t->colsum + g * ZQ_NR;
-    prefetch_scales(far, start);
-    prefetch_scales(far, t->scale + g * ZQ_NR);
+    __m512i second[MR_GROUP][NV];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
-        acc[i][0] = _mm512_loadu_si512(start);
-        acc[i][1] = _mm512_loadu_si512(start + 16);
+        acc[i][0] = acc[i][1] = _mm512_set1_epi32(t->start[i * t->ld_start + g]);
+        second[i][0] = second[i][1] = _mm512_setzero_si512();
     }
     for (int64_t k = g * t->group; k < end; k += ZQ_KSTEP) {
-        __m512i lo[NV], hi[NV];
-        const uint8_t *at = b;
-        if (!four_bits) {
-            prefetch_ahead(far, t, at);
-            prefetch_ahead(far, t, at + 128);
-        }
+        __m512i w[NV] = {_mm512_load_si512(b), _mm512_load_si512(b + 64)}, next[NV];
         if (four_bits) {
-            const __m512i v0 = _mm512_load_si512(b), v1 = _mm512_load_si512(b + 64);
-            lo[0] = _mm512_and_si512(_mm512_slli_epi16(v0, 4), high);
-            lo[1] = _mm512_and_si512(_mm512_slli_epi16(v1, 4), high);
-            hi[0] = _mm512_and_si512(v0, high);
-            hi[1] = _mm512_and_si512(v1, high);
+            next[0] = _mm512_and_si512(_mm512_srli_epi16(w[0], 4), low);
+            next[1] = _mm512_and_si512(_mm512_srli_epi16(w[1], 4), low);
+            w[0] = _mm512_and_si512(w[0], low);
+            w[1] = _mm512_and_si512(w[1], low);
+        }
+        step_group(mr, t, k, w, acc);
+        if (four_bits && !two) { /* six rows: too few registers to keep them */
+            __asm__ volatile("" ::: "memory");
+            next[0] = _mm512_and_si512(_mm512_srli_epi16(_mm512_load_si512(b), 4), low);
+            next[1] = _mm512_and_si512(_mm512_srli_epi16(_mm512_load_si512(b + 64), 4), low);
+        }
+        prefetch_ahead(far, t, b);
+        b += 128;
+        if (!four_bits) {
+            next[0] = _mm512_load_si512(b);
+            next[1] = _mm512_load_si512(b + 64);
+            prefetch_ahead(far, t, b);
             b += 128;
         }
-        else {
-            lo[0] = _mm512_load_si512(b);
-            lo[1] = _mm512_load_si512(b + 64);
-            hi[0] = _mm512_load_si512(b + 128);
-            hi[1] = _mm512_load_si512(b + 192);
-            b += 256;
-        }
-        step_group(mr, t, k, lo, hi, acc);
-        if (four_bits) { /* here, and for eight bits there: gcc 12 spills a register the other way round */
-            prefetch_ahead(far, t, at);
-        }
+        step_group(mr, t, k + 4, next, two ? second : acc);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; two && i < mr; i++) {
+        acc[i][0] = _mm512_add_epi32(acc[i][0], second[i][0]);
+        acc[i][1] = _mm512_add_epi32(acc[i][1], second[i][1]);
     }
     return b;
 }
@@ -198,8 +188,10 @@ tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
     const int64_t groups = zq_ceil_div(t->k, t->group);
     for (int64_t g = 0; g < groups; g++) {
         __m512i acc[MR_GROUP][NV];
-        b = accumulate_group(mr, four_bits, far, t, g, b, acc);
-        const __m512 s0 = _mm512_loadu_ps(t->scale + g * ZQ_NR), s1 = _mm512_loadu_ps(t->scale + g * ZQ_NR + 16);
+        const float *scale = (const float *)b;
+        prefetch_ahead(far, t, b);
+        b = accumulate_group(mr, four_bits, far, t, g, b + 4 * ZQ_NR, acc);
+        const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);
 #pragma GCC unroll 8
         for (int i = 0; i < mr; i++) {
             f[i][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][0]), s0, f[i][0]);
@@ -243,33 +235,28 @@ tile_f32(const int mr, const int far, const zq_tile *t)
 }
 
 /* One function per tile height: the compiler keeps the accumulators in registers only when mr is a constant. */
-#define ROWS12(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
-#define ROWS6(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#define ROWS6(X, far) X(1, far) X(2, far) X(3, far) X(4, far) X(5, far) X(6, far)
+#define ROWS12(X, far) ROWS6(X, far) X(7, far) X(8, far) X(9, far) X(10, far) X(11, far) X(12, far)
 
-#define S8(n) \
-    case n: tile_s8(n, 0, t); break;
-#define S8_FAR(n) \
-    case n: tile_s8(n, 1, t); break;
-#define S32(n) \
+#define S8(n, far) \
+    case n: tile_s8(n, far, t); break;
+#define S32(n, far) \
     case n: tile_s8_s32(n, t, c, ldc); break;
-#define F32(n) \
-    case n: tile_f32(n, 0, t); break;
-#define F32_FAR(n) \
-    case n: tile_f32(n, 1, t); break;
-#define G8(n) \
-    case n: tile_group(n, 0, 0, t); break;
-#define G8_FAR(n) \
-    case n: tile_group(n, 0, 1, t); break;
-#define G4(n) \
-    case n: tile_group(n, 1, 0, t); break;
-#define G4_FAR(n) \
-    case n: tile_group(n, 1, 1, t); break;
-#define NEAR_OR_FAR(ROWS, X)             \
-    if (t->ahead) {                        \
-        switch (t->mr) { ROWS(X##_FAR) } \
-    }                                    \
-    else {                               \
-        switch (t->mr) { ROWS(X) }       \
+#define F32(n, far) \
+    case n: tile_f32(n, far, t); break;
+#define G8(n, far) \
+    case n: tile_group(n, 0, far, t); break;
+#define G4(n, far) \
+    case n: tile_group(n, 1, far, t); break;
+#define NEAR_OR_FAR(ROWS, X)              \
+    if (!t->ahead) {                      \
+        switch (t->mr) { ROWS(X, 0) }     \
+    }                                     \
+    else if (t->ahead_step < 128) {       \
+        switch (t->mr) { ROWS(X, 1) }     \
+    }                                     \
+    else {                                \
+        switch (t->mr) { ROWS(X, 2) }     \
     }
 
 static void
@@ -287,7 +274,7 @@ zq_gemm_u8s8_12x32__avx512vnni(const zq_tile *t)
 static void
 zq_gemm_u8s8_s32_12x32__avx512vnni(const zq_tile *t, int32_t *c, int64_t ldc)
 {
-    switch (t->mr) { ROWS12(S32) }
+    switch (t->mr) { ROWS12(S32, 0) }
 }
 
 static void
@@ -303,27 +290,27 @@ zq_gemm_f32_12x32__avx512vnni(const zq_tile *t)
 }
 
 static void
-zq_gemm_u8s8_group_6x32_tile__avx512vnni(const zq_tile *t)
+zq_gemm_s8u8_group_6x32_tile__avx512vnni(const zq_tile *t)
 {
     NEAR_OR_FAR(ROWS6, G8)
 }
 
 static void
-zq_gemm_u8s8_group_6x32__avx512vnni(const zq_tile *t)
+zq_gemm_s8u8_group_6x32__avx512vnni(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_u8s8_group_6x32_tile__avx512vnni);
+    run_tile(t, zq_gemm_s8u8_group_6x32_tile__avx512vnni);
 }
 
 static void
-zq_gemm_u8s4_group_6x32_tile__avx512vnni(const zq_tile *t)
+zq_gemm_s8u4_group_6x32_tile__avx512vnni(const zq_tile *t)
 {
     NEAR_OR_FAR(ROWS6, G4)
 }
 
 static void
-zq_gemm_u8s4_group_6x32__avx512vnni(const zq_tile *t)
+zq_gemm_s8u4_group_6x32__avx512vnni(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_u8s4_group_6x32_tile__avx512vnni);
+    run_tile(t, zq_gemm_s8u4_group_6x32_tile__avx512vnni);
 }
 
 ZQ_TARGET_END
@@ -334,8 +321,9 @@ zq_fill_gemm__avx512vnni(zq_kernels *t)
     t->gemm_u8s8 = zq_gemm_u8s8_12x32__avx512vnni;
     t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_12x32__avx512vnni;
     t->gemm_f32 = zq_gemm_f32_12x32__avx512vnni;
-    t->gemm_u8s8_group = zq_gemm_u8s8_group_6x32__avx512vnni;
-    t->gemm_u8s4_group = zq_gemm_u8s4_group_6x32__avx512vnni;
+    t->gemm_s8u8_group = zq_gemm_s8u8_group_6x32__avx512vnni;
+    t->gemm_s8u4_group = zq_gemm_s8u4_group_6x32__avx512vnni;
+    t->center_groups_b8 = center_groups_b8__avx512vnni;
     t->mr_u8s8 = t->mr_f32 = MR;
     t->mr_group = MR_GROUP;
 }

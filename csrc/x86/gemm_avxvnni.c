@@ -17,6 +17,17 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVXVNNI)
 
 #include "gemm_256.inc.h"
 
+/* A constant that stays in memory, as an operand: in loops that need all registers for something else. */
+ZQ_INLINE __m256i
+constant16(const int16_t *p)
+{
+    __asm__("" : "+r"(p));
+    return load256(p);
+}
+
+#define X16(v) {v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}
+static const _Alignas(32) int16_t low_nibbles[16] = X16(0x0f0f);
+
 /* acc[i][v] = sum over k of (a[i][k] - zero[i]) * b[k][8 v + lane] */
 ZQ_INLINE void
 accumulate_s8(const int mr, const int far, const zq_tile *t, __m256i acc[MR][NV])
@@ -68,12 +79,139 @@ tile_s8_s32(const int mr, const zq_tile *t, int32_t *c, int64_t ldc)
     }
 }
 
-#define S8(n) \
-    case n: tile_s8(n, 0, t); break;
-#define S8_FAR(n) \
-    case n: tile_s8(n, 1, t); break;
-#define S32(n) \
+/* Four deep: unsigned codes, of four bits in the low or the high nibbles or of eight, times signed activations. */
+ZQ_INLINE void
+step_group(const int mr, const int four_bits, const int shift, const uint8_t *a, int64_t lda, const uint8_t *b,
+           __m256i acc[MR][NV])
+{
+    __m256i x[MR];
+#pragma GCC unroll 3
+    for (int i = 0; i < mr; i++) {
+        x[i] = broadcast4(a + i * lda);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) {
+        __m256i w = load256(b + 32 * v);
+        w = shift ? _mm256_srli_epi16(w, 4) : w;
+        w = four_bits ? _mm256_and_si256(w, constant16(low_nibbles)) : w;
+#pragma GCC unroll 3
+        for (int i = 0; i < mr; i++) {
+            acc[i][v] = _mm256_dpbusd_avx_epi32(acc[i][v], w, x[i]);
+        }
+    }
+}
+
+/* Integer sums of the n codes of one group; b: its codes. Nibbles are read twice: there are no registers to keep them in. */
+ZQ_INLINE void
+group_sums(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t k, int64_t n, const int32_t *start,
+           const uint8_t *b, v16i (*sums)[2])
+{
+    const int64_t lda = t->lda;
+    const uint8_t *a = (const uint8_t *)t->a + k;
+    __m256i acc[MR][NV];
+#pragma GCC unroll 3
+    for (int i = 0; i < mr; i++) {
+        acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = _mm256_set1_epi32(start[i * t->ld_start]);
+    }
+    for (; n > 0; n -= ZQ_KSTEP, a += ZQ_KSTEP, b += ZQ_NR * 4) {
+        prefetch_ahead(far, t, b);
+        step_group(mr, four_bits, 0, a, lda, b, acc);
+        if (!four_bits) {
+            b += ZQ_NR * 4;
+            prefetch_ahead(far, t, b);
+        }
+        leave_registers(b);
+        step_group(mr, four_bits, four_bits, a + 4, lda, b, acc);
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < mr; i++) {
+        sums[i][0] = (v16i){acc[i][0], acc[i][1]};
+        sums[i][1] = (v16i){acc[i][2], acc[i][3]};
+    }
+}
+
+#define SUMS8(n, far) \
+    case n: group_sums(n, 0, far, t, k, count, start, b, sums); break;
+#define SUMS4(n, far) \
+    case n: group_sums(n, 1, far, t, k, count, start, b, sums); break;
+
+/* Functions of their own: with the float sums of the groups beside them, the accumulators would be spilled. */
+static __attribute__((noinline)) void
+zq_gemm_s8u8_sums_3x32__avxvnni(const zq_tile *t, int64_t k, int64_t count, const int32_t *start, const uint8_t *b,
+                                v16i (*sums)[2])
+{
+    NEAR_OR_FAR(ROWS3, SUMS8)
+}
+
+static __attribute__((noinline)) void
+zq_gemm_s8u4_sums_3x32__avxvnni(const zq_tile *t, int64_t k, int64_t count, const int32_t *start, const uint8_t *b,
+                                v16i (*sums)[2])
+{
+    NEAR_OR_FAR(ROWS3, SUMS4)
+}
+
+ZQ_INLINE void
+tile_group(const int four_bits, const zq_tile *t)
+{
+    v16 f[MR][2];
+    v16i sums[MR][2];
+    const int64_t bytes = ZQ_NR * (4 + (four_bits ? t->group / 2 : t->group));
+    const uint8_t *panel = t->b;
+    const int32_t *start = t->start;
+    for (int i = 0; i < t->mr; i++) {
+        f[i][0] = f[i][1] = v16_zero();
+    }
+    for (int64_t k = 0; k < t->k; k += t->group, panel += bytes, start++) {
+        const int64_t n = zq_min(t->group, t->k - k);
+        if (t->ahead) {
+            prefetch_ahead(1, t, panel);
+        }
+        if (four_bits) {
+            zq_gemm_s8u4_sums_3x32__avxvnni(t, k, n, start, panel + 4 * ZQ_NR, sums);
+        }
+        else {
+            zq_gemm_s8u8_sums_3x32__avxvnni(t, k, n, start, panel + 4 * ZQ_NR, sums);
+        }
+        const v16 s0 = v16_load((const float *)panel), s1 = v16_load((const float *)panel + 16);
+        for (int i = 0; i < t->mr; i++) {
+            f[i][0] = v16_fma(v16_from_i(sums[i][0]), s0, f[i][0]);
+            f[i][1] = v16_fma(v16_from_i(sums[i][1]), s1, f[i][1]);
+        }
+    }
+    for (int i = 0; i < t->mr; i++) {
+        store_group16(t, i, 0, f[i][0]);
+        store_group16(t, i, 16, f[i][1]);
+    }
+}
+
+#define S8(n, far) \
+    case n: tile_s8(n, far, t); break;
+#define S32(n, far) \
     case n: tile_s8_s32(n, t, c, ldc); break;
+
+static void
+zq_gemm_s8u8_group_3x32_tile__avxvnni(const zq_tile *t)
+{
+    tile_group(0, t);
+}
+
+static void
+zq_gemm_s8u8_group_3x32__avxvnni(const zq_tile *t)
+{
+    run_tile(t, zq_gemm_s8u8_group_3x32_tile__avxvnni);
+}
+
+static void
+zq_gemm_s8u4_group_3x32_tile__avxvnni(const zq_tile *t)
+{
+    tile_group(1, t);
+}
+
+static void
+zq_gemm_s8u4_group_3x32__avxvnni(const zq_tile *t)
+{
+    run_tile(t, zq_gemm_s8u4_group_3x32_tile__avxvnni);
+}
 
 static void
 zq_gemm_u8s8_3x32_tile__avxvnni(const zq_tile *t)
@@ -90,7 +228,7 @@ zq_gemm_u8s8_3x32__avxvnni(const zq_tile *t)
 static void
 zq_gemm_u8s8_s32_3x32__avxvnni(const zq_tile *t, int32_t *c, int64_t ldc)
 {
-    switch (t->mr) { ROWS3(S32) }
+    switch (t->mr) { ROWS3(S32, 0) }
 }
 
 ZQ_TARGET_END
@@ -100,7 +238,9 @@ zq_fill_gemm__avxvnni(zq_kernels *t)
 {
     t->gemm_u8s8 = zq_gemm_u8s8_3x32__avxvnni;
     t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_3x32__avxvnni;
-    t->mr_u8s8 = MR;
+    t->gemm_s8u8_group = zq_gemm_s8u8_group_3x32__avxvnni;
+    t->gemm_s8u4_group = zq_gemm_s8u4_group_3x32__avxvnni;
+    t->mr_u8s8 = t->mr_group = MR;
 }
 #else
 typedef int zq_no_x86;
