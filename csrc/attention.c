@@ -2,10 +2,10 @@
  * softmax carried along (Milakov and Gimelshein, arXiv:1805.02867; tiles as in FlashAttention, arXiv:2205.14135), so
  * that no (T, T) matrix exists.
  *
- * A query row goes over tiles of ZQ_KEY_TILE visible keys in order. With s the scores of a tile, m the running maximum
- * of scale * s, l the running sum and o the running sum of p v:
- *     m' = max(m, max scale s)   c = exp(m - m')   p = exp(scale s - m')   l = l c + sum p   o = o c + p V
- * and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result depends on its own
+ * A query row goes over tiles of ZQ_KEY_TILE visible keys in order. With s the scores q k of a tile, m the running
+ * maximum of s, l the running sum and o the running sum of p v:
+ *     m' = max(m, max s)   c = 2^((m - m') f)   p = 2^((s - m') f)   l = l c + sum p   o = o c + p V
+ * with f = scale / ln 2, and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result depends on its own
  * query and the visible keys of its sequence only: which rows share a job, a tile of registers or a thread never
  * shows in the bits. */
 #include "attention_tile.h"
@@ -31,7 +31,29 @@ typedef struct {
     float *s;                /* (mr, ZQ_KEY_TILE) scores, then p */
     float *o;                /* (rows, dp) */
     float *max, *sum;        /* (rows): m and l */
+    float *factor;           /* (rows): scale / ln 2 */
 } item;
+
+/* Fetch ahead what lies beside: the next head of a row is the next job's, and what it needs is not in one stream. */
+ZQ_INLINE void
+prefetch_next_head(const float *row, int64_t head_dim)
+{
+    for (int64_t i = 0; i < head_dim; i += 16) {
+        __builtin_prefetch(row + head_dim + i, 0, 3);
+    }
+}
+
+/* The rows that this job writes at its end. */
+static void
+prefetch_out(const item *w)
+{
+    const zq_attention_args *a = w->t->a;
+    for (int64_t r = 0; r < w->rows; r++) {
+        for (int64_t i = 0; i < a->head_dim; i += 16) {
+            __builtin_prefetch(a->out + (w->row + r) * a->ld_out + w->head * a->head_dim + i, 1, 3);
+        }
+    }
+}
 
 /* Visible keys [from, to) become columns keys.. of K^T and rows keys.. of V. They do not cross a panel. */
 static void
@@ -45,6 +67,8 @@ gather_run(item *w, int64_t from, int64_t to)
         float *row = w->v + (w->keys + i) * dp;
         memcpy(row, a->v + at + i * a->ld_kv, (size_t)d * sizeof *row);
         memset(row + d, 0, (size_t)(dp - d) * sizeof *row);
+        prefetch_next_head(a->k + at + i * a->ld_kv, d);
+        prefetch_next_head(a->v + at + i * a->ld_kv, d);
     }
     w->keys += to - from;
 }
@@ -81,12 +105,31 @@ tile_rows(const item *w, int64_t r, int64_t mr, int first)
     const int64_t dp = w->t->dp;
     const float *q = a->q + (w->row + r) * a->ld_q + w->head * a->head_dim;
     zq_score_panels(w->t->K, q, a->ld_q, mr, a->head_dim, w->kt, w->keys, w->s);
-    for (int64_t i = r; i < r + mr; i++) {
-        zq_softmax_step(w->t->K, a->scale, w->s + (i - r) * ZQ_KEY_TILE, w->keys, &w->max[i], &w->sum[i], w->o + i * dp, dp);
-    }
+    const zq_softmax_tile softmax = {.s = w->s, .rows = mr, .keys = w->keys, .lds = ZQ_KEY_TILE, .factor = w->factor + r,
+                                     .max = w->max + r, .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp};
+    w->t->K->softmax_tile_f32(&softmax);
     const zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .k = w->keys, .a = w->s, .lda = ZQ_KEY_TILE, .b = w->v,
                           .y = w->o + r * dp, .ldy = dp};
-    w->t->K->matmul_f32(&tile, dp, !first);
+    w->t->K->matmul_f32(&tile, dp, ZQ_NR, !first);
+    for (int64_t i = 0; first && i < mr; i++) {
+        prefetch_next_head(q + i * a->ld_q, a->head_dim);
+    }
+}
+
+/* Note the rows whose result is not finite; nearly always one look at all of them says none. */
+static void
+look_at_rows(const item *w, zq_trouble *trouble)
+{
+    const zq_kernels *K = w->t->K;
+    const int64_t dp = w->t->dp;
+    if (K->absmax_f32(w->o, w->rows * dp) <= FLT_MAX && K->absmax_f32(w->sum, w->rows) <= FLT_MAX) {
+        return;
+    }
+    for (int64_t r = 0; r < w->rows; r++) {
+        if (!(K->absmax_f32(w->o + r * dp, dp) <= FLT_MAX && w->sum[r] <= FLT_MAX)) {
+            zq_note_bad_row(trouble, w->row + r);
+        }
+    }
 }
 
 static void
@@ -94,6 +137,9 @@ write_rows(item *w, int any_keys, zq_trouble *trouble)
 {
     const zq_attention_args *a = w->t->a;
     const int64_t d = a->head_dim, dp = w->t->dp;
+    if (any_keys) {
+        look_at_rows(w, trouble);
+    }
     for (int64_t r = 0; r < w->rows; r++) {
         float *out = a->out + (w->row + r) * a->ld_out + w->head * d;
         if (!any_keys) {
@@ -101,9 +147,6 @@ write_rows(item *w, int any_keys, zq_trouble *trouble)
             continue;
         }
         w->t->K->scale_f32(w->o + r * dp, d, 1.0f / w->sum[r], out);
-        if (!(w->t->K->absmax_f32(w->o + r * dp, d) <= FLT_MAX && w->sum[r] <= FLT_MAX)) {
-            zq_note_bad_row(trouble, w->row + r);
-        }
     }
 }
 
@@ -112,7 +155,7 @@ static int
 carve(item *w)
 {
     const int64_t dp = w->t->dp, d = w->t->a->head_dim, mr = w->t->K->mr_matmul, rows = w->t->item_rows;
-    const int64_t floats = ZQ_KEY_TILE * (zq_round_up(d, 16) + dp + mr) + rows * (dp + 2);
+    const int64_t floats = ZQ_KEY_TILE * (zq_round_up(d, 16) + dp + mr) + rows * (dp + 3);
     float *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)floats * sizeof *p);
     if (!p) {
         return 0;
@@ -123,6 +166,7 @@ carve(item *w)
     w->o = w->s + ZQ_KEY_TILE * mr;
     w->max = w->o + rows * dp;
     w->sum = w->max + rows;
+    w->factor = w->sum + rows;
     return 1;
 }
 
@@ -139,11 +183,10 @@ attention_job(void *ctx, int64_t job)
         atomic_store(&t->trouble.no_memory, 1);
         return;
     }
-    for (int64_t r = 0; r < w.rows; r++) {
-        w.max[r] = -INFINITY;
-    }
+    zq_begin_softmax(w.rows, a->scale * ZQ_LOG2E, w.max, w.sum, w.factor);
     /* row tiles differ by at most one row: a short one at the end would waste the kernel */
     const int64_t tiles = zq_ceil_div(w.rows, t->K->mr_matmul);
+    prefetch_out(&w);
     int any_keys = 0;
     while (gather_tile(&w) > 0) {
         for (int64_t i = 0; i < tiles; i++) {

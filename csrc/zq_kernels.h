@@ -41,6 +41,16 @@ typedef struct {
     int stream; /* y is not read soon: stores may bypass the caches. Only where rows of y are 64-byte aligned */
 } zq_tile;
 
+/* Attention: the softmax of some query rows, carried over tiles of keys (attention.c has the equations). */
+typedef struct {
+    float *s; /* (rows, keys), lds apart */
+    int64_t rows, keys, lds; /* rows <= mr_matmul */
+    const float *factor; /* (rows), > 0: p = 2^((s - m) factor) */
+    float *max, *sum;    /* (rows): m and l; -Inf and 0 before the first tile */
+    float *o;            /* (rows, n), ldo apart; not touched in the first tile */
+    int64_t n, ldo;
+} zq_softmax_tile;
+
 /* clang-format off */
 #define ZQ_KERNELS(X) \
     /* ---- rows of float32 to codes and back (quantize) ---- */ \
@@ -94,9 +104,13 @@ typedef struct {
     X(gemm_u8s8_group, void, (const zq_tile *t)) \
     X(gemm_u8s4_group, void, (const zq_tile *t)) \
     X(gemm_f32, void, (const zq_tile *t)) \
-    /* t->y (mr, nr) = a (mr, k) b (k, nr) [+ y when accumulate]: t->b is row-major with ldb; each element is one chain of \
-     * fma in the order of k; no epilogue. mr <= mr_matmul; nr a multiple of 16 */ \
-    X(matmul_f32, void, (const zq_tile *t, int64_t ldb, int accumulate))
+    /* ---- tiles of attention ---- */ \
+    /* t->y (mr, nr) = a (mr, k) b (k, nr) [+ y when accumulate]: element (k, j) of b is t->b[j / 32 * panel + k * ldb + j % 32]; \
+     * each element is one chain of fma in the order of k; no epilogue. mr <= mr_matmul; nr a multiple of 16 */ \
+    X(matmul_f32, void, (const zq_tile *t, int64_t ldb, int64_t panel, int accumulate)) \
+    /* m' = max(m, max s), where it rose l and o *= 2^((m - m') factor); s = p = 2^((s - m') factor), l += sum p in the fixed \
+     * order. NaN and Inf in s show in l */ \
+    X(softmax_tile_f32, void, (const zq_softmax_tile *t))
 /* clang-format on */
 
 typedef struct zq_kernels {

@@ -12,11 +12,14 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX2)
 #include "v16_math.h"
 
 #include "nn.inc.h"
+
+#include "attention.inc.h"
 ZQ_TARGET_END
 
 void
 zq_fill_nn__avx2(zq_kernels *t)
 {
     fill(t);
+    fill_attention(t);
 }
 #endif
