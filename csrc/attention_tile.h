@@ -3,7 +3,7 @@
 #define ZQ_ATTENTION_TILE_H
 
 #include "bad_row.h"
-#include "ref/exp2.h"
+#include "ref/attention.h"
 #include "zq_kernels.h"
 
 #include <float.h>

@@ -49,6 +49,8 @@ typedef struct {
     float *max, *sum;    /* (rows): m and l; -Inf and 0 before the first tile */
     float *o;            /* (rows, n), ldo apart; not touched in the first tile */
     int64_t n, ldo;
+    uint8_t *p; /* u8: (rows, keys) codes, ldp apart */
+    int64_t ldp;
 } zq_softmax_tile;
 
 /* clang-format off */
@@ -110,7 +112,17 @@ typedef struct {
     X(matmul_f32, void, (const zq_tile *t, int64_t ldb, int64_t panel, int accumulate)) \
     /* m' = max(m, max s), where it rose l and o *= 2^((m - m') factor); s = p = 2^((s - m') factor), l += sum p in the fixed \
      * order. NaN and Inf in s show in l */ \
-    X(softmax_tile_f32, void, (const zq_softmax_tile *t))
+    X(softmax_tile_f32, void, (const zq_softmax_tile *t)) \
+    /* the same, but p = rint(255 * 2^(...)), zeros up to a multiple of 4 keys, and l sums these codes; s stays */ \
+    X(softmax_tile_u8, void, (const zq_softmax_tile *t)) \
+    /* t->y (mr, nr) = (float)(colsum[j] + sum a b) * scale[j] [+ y when accumulate]: a u8, b s8 in panels of 32 columns, `panel` \
+     * bytes apart, each (k / 4, 32, 4). k a multiple of 4, mr <= mr_matmul, nr a multiple of 16; colsum and scale (nr) */ \
+    X(matmul_u8s8, void, (const zq_tile *t, int64_t panel, int accumulate)) \
+    /* rows of n floats, ldx apart: q = rint(x / scale) + bias, scale = max|x| / 127 per row; bias up to a multiple of 4; sum of \
+     * the codes without it. NaN and Inf show in the scale */ \
+    X(quantize_heads_f32_b8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale, int32_t *sum)) \
+    /* x (rows, n), n a multiple of 32, as the b of matmul_u8s8 with k = rows filled up with zeros; scale = max|x| / 127 per column */ \
+    X(pack_columns_f32_s8, void, (const float *x, int64_t rows, int64_t n, uint8_t *q, float *scale))
 /* clang-format on */
 
 typedef struct zq_kernels {

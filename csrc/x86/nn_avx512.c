@@ -13,6 +13,12 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 
 #include "nn.inc.h"
 
+ZQ_INLINE v16i
+v16i_dot4(v16i acc, v16i a, v16i b)
+{
+    return _mm512_dpbusd_epi32(acc, a, b);
+}
+
 #include "attention.inc.h"
 ZQ_TARGET_END
 

@@ -1,9 +1,11 @@
-/* 2^t for attention's softmax, t <= 0 (NaN stays NaN): the scalar truth, and the coefficients that x86/attention.inc.h
+/* Scalars of attention.
+ *
+ * 2^t for its softmax, t <= 0 (NaN stays NaN): the scalar truth, and the coefficients that x86/attention.inc.h
  * shares. n = rint(t), r = t - n in [-1/2, 1/2] is exact, and a polynomial has 2^r, its constant term pinned so that
  * t = 0 gives exactly 1 (or the code 255). Adding the magic number rounds t to n and leaves n + 126 (or n + 127), the
  * exponent field of 2^(n-1) (2^n), in the low bits of the sum. */
-#ifndef ZQ_REF_EXP2_H
-#define ZQ_REF_EXP2_H
+#ifndef ZQ_REF_ATTENTION_H
+#define ZQ_REF_ATTENTION_H
 
 #include "math.h"
 
@@ -63,6 +65,23 @@ zq_exp2_code(float t)
         p = fmaf(p, r, zq_code_poly[i]);
     }
     return fmaf(p, zq_power_of_field(k), ZQ_CODE_ROUND);
+}
+
+/* Symmetric codes: x = scale * code, |code| <= 127. What is smaller than a normal number times 127 has codes 0. Returns
+ * the factor of x; NaN or Inf show in the scale. */
+ZQ_INLINE float
+zq_code_scale(float absmax, float *scale)
+{
+    const int none = absmax < 127.0f * FLT_MIN;
+    *scale = none ? 1.0f : absmax / 127.0f;
+    return none ? 0.0f : 127.0f / absmax;
+}
+
+/* rint(x), |x| < 2^21; anything else gives some number. */
+ZQ_INLINE int32_t
+zq_small_rint(float x)
+{
+    return (int32_t)(zq_bits(x + ZQ_CODE_ROUND) - zq_bits(ZQ_CODE_ROUND));
 }
 
 #endif
