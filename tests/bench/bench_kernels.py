@@ -419,7 +419,7 @@ def parse(argv: list[str] | None) -> Any:
     parser = harness.arguments(__doc__.splitlines()[0])
     parser.set_defaults(rounds=None, seconds=None)
     parser.add_argument("--only", help=f"sections, comma-separated: {', '.join(SECTIONS)}")
-    parser.add_argument("--quick", action="store_true", help="one short round over fewer shapes")
+    parser.add_argument("--quick", action="store_true", help="two short rounds over fewer shapes")
     parser.add_argument("--tiny", action="store_true", help="one tiny shape of each kind (the smoke test)")
     parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="two files of --json instead of measuring")
     args = parser.parse_args(argv)
@@ -427,8 +427,8 @@ def parse(argv: list[str] | None) -> Any:
     unknown = set(args.only) - SECTIONS.keys()
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
-    args.rounds = args.rounds or (1 if args.quick or args.tiny else 3)
-    args.seconds = args.seconds or (0.15 if args.quick else 0.6)
+    args.rounds = args.rounds or (1 if args.tiny else 2 if args.quick else 3)
+    args.seconds = args.seconds or (0.1 if args.quick else 0.6)
     args.rotate = 0 if args.tiny else linears.OUT_OF_CACHE
     return args
 

@@ -163,9 +163,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"# {name}: {why}")
     rows: list[dict[str, Any]] = []
     script = str(Path(kernel_peers.__file__))
+    # Huge pages for everybody; NumPy only checks results, and its BLAS threads must not be mistaken for an engine's.
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OPENBLAS_NUM_THREADS": "1"}
     for threads in harness.thread_counts(args.threads):
         turns = peers.started((peers.Turn(name, peers.ENGINES[name].idle, threads, script, name, str(threads),
-                                          GLIBC_TUNABLES="glibc.malloc.hugetlb=1") for name in names), threads)
+                                          **environment) for name in names), threads)
         for turn in turns:
             print(f"# {turn.name}: {turn.hello['version']}")
         these = measure(turns, cases_of(args.shapes), args, threads)

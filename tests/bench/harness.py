@@ -120,16 +120,17 @@ class Gate:
             for name, kind in self.kinds.items():
                 if kind >= 0:
                     rates[name].append(self.ceilings.peak(kind))
-                    self._saw(name, rates[name][-1])
+                    self._saw(name, rates[name][-1], 1)
         best = {name: heapq.nlargest(3, seen)[-1] for name, seen in rates.items()}
         for name, seen in self.ratios.items():
             if best["int8"] > 0:
                 seen.append(best[name] / best["int8"])
 
-    def _saw(self, name: str, rate: float) -> None:
+    def _saw(self, name: str, rate: float, threads: int) -> None:
+        """A slice's rate per thread. One thread alone may run at a higher clock than all of them: that is not their peak."""
         if rate > self.fastest[name][0]:
             self.fastest[name] = sorted([*self.fastest[name][1:], rate])
-        if name == "int8":
+        if name == "int8" and threads == self.threads:
             self.recent.append((now(), rate))
 
     def speed(self) -> float:
@@ -149,9 +150,9 @@ class Gate:
         self.fastest_read = max(self.fastest_read, self.ceilings.read(DRAM_BYTES, self.threads, repeats=15))
         return self.fastest_read
 
-    def pin(self, work: Callable[[], Any]) -> None:
+    def pin(self, work: Callable[[], Any], seconds: float = 0.3) -> None:
         """Pin the threads that ``work()`` uses to our CPUs, and watch them from now on."""
-        self.tids = pin_busy_threads(self.cpus, work)
+        self.tids = pin_busy_threads(self.cpus, work, seconds)
 
     def good(self) -> bool:
         """Run one peak slice: is the machine ours now?"""
@@ -162,7 +163,7 @@ class Gate:
         if self.kind < 0:
             return True
         rate = self.ceilings.peak(self.kind, self.threads)
-        self._saw("int8", rate / self.threads)
+        self._saw("int8", rate / self.threads, self.threads)
         return rate >= GATE * self.threads * self.speed()
 
     def lost_time(self) -> Callable[[], float]:
@@ -190,7 +191,7 @@ class Gate:
         kept: list[float] = []
         every: list[float] = []
         faults = 0
-        for _ in range(REFRESH if seconds > 0.1 else 0):
+        for _ in range(REFRESH if seconds >= 0.1 else 0):
             self.good()
         end = now() + seconds
         before = self.wait()

@@ -50,6 +50,7 @@ class Kernels(peers.Engine):
 
     kind = "kernel"
     jobs: ClassVar[tuple[str, ...]]
+    pool_per_model: ClassVar[bool] = False  # else one pool that lasts, pinned at the start
     distribution: ClassVar[str] = ""  # where it is not the first module's name
 
     def __init__(self, threads: int) -> None:
@@ -147,6 +148,7 @@ class OrtKernels(Kernels):
     """MatMul, MatMulInteger, DynamicQuantizeMatMul, and MatMulNBits that may compute in int8 (accuracy level 4)."""
 
     name = "onnxruntime op"
+    pool_per_model = True
     modules = ("onnxruntime", "onnx")
     jobs = ("int8", "int8 dynamic", "f32", "w4 g128", "w4 g64", "w4 g32")
     idle = 0.01
@@ -194,6 +196,7 @@ class OpenVinoKernels(Kernels):
     """MatMul; with FakeQuantize before it and int8 weights (oneDNN's int8); with compressed weights and dynamic activations."""
 
     name = "openvino op"
+    pool_per_model = True
     modules = ("openvino",)
     jobs = ("int8 dynamic", "f32", "w4 g128", "w4 g64", "w4 g32")
     idle = 0.01
@@ -346,10 +349,13 @@ class KernelServer:
 
     def __init__(self, name: str, threads: int) -> None:
         self.gate = harness.Gate(threads, spinning=name.startswith("zquant"))
-        os.sched_setaffinity(0, set(self.gate.cpus))  # pools made now inherit all our CPUs
+        os.sched_setaffinity(0, set(self.gate.cpus))  # pools inherit it, and OpenMP counts it: it spins only with a CPU each
         self.engine: Kernels = peers.ENGINES[name](threads)
         if threads > 1:
             self.gate.settle = max(self.gate.settle, self.engine.idle)
+            x, w = linears.random_floats((512, 768), 1), linears.random_floats((768, 768), 2)
+            self.gate.pin(self.engine.prepare(self.engine.jobs[0], x, w))
+            self.engine.made.clear()
         self.last: tuple[Any, ...] = ()
 
     def do_hello(self) -> dict[str, Any]:
@@ -368,13 +374,17 @@ class KernelServer:
     def prepare(self, job: str, m: int, n: int, k: int, rotate: int) -> tuple[Callable[[], Any], float]:
         """The call (over copies of the weights) and the cosine of its result to the exact product of the first rows."""
         x, w = linears.random_floats((m, k), 1), linears.random_floats((n, k), 2)
+        new_pool = self.gate.threads > 1 and self.engine.pool_per_model
+        if new_pool:  # it inherits the caller's affinity
+            os.sched_setaffinity(0, set(self.gate.cpus))
         copies = max(1, -(-rotate // int(n * k * CODES_BYTES.get(job, 0.5))))
         calls = [self.engine.prepare(job, x, w) for _ in range(copies)]
         y = np.asarray(getattr(calls[0], "result", calls[0])(), np.float64)[:8].ravel()
         exact = (x[:8].astype(np.float64) @ w.T.astype(np.float64)).ravel()
         turn = itertools.cycle(calls)
         work = calls[0] if copies == 1 else lambda: next(turn)()
-        self.gate.pin(work)
+        if new_pool:
+            self.gate.pin(work, 0.1)
         return work, float(y @ exact / np.linalg.norm(y) / np.linalg.norm(exact))
 
 
