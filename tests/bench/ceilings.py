@@ -16,12 +16,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "ceilings.c"
 
-VNNI, FMA512, MADD256, FMA256 = range(4)
+VNNI, FMA512, MADD256, FMA256, VNNI256 = range(5)
 KIND_NAMES = {
     VNNI: "vpdpbusd zmm (u8 x s8)",
     FMA512: "vfmadd231ps zmm",
     MADD256: "vpmaddwd + vpaddd ymm (exact u8 x s8 on AVX2)",
     FMA256: "vfmadd231ps ymm",
+    VNNI256: "vpdpbusd ymm (u8 x s8, AVX-VNNI)",
 }
 SLICE = 0.2e-3
 
@@ -65,6 +66,7 @@ class Ceilings:
         lib = ctypes.CDLL(str(build()))
         lib.zqb_peak.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
         lib.zqb_peak.restype = ctypes.c_double
+        lib.zqb_runs.argtypes = [ctypes.c_int]
         lib.zqb_read.argtypes = [ctypes.c_size_t, ctypes.c_long, ctypes.c_int]
         lib.zqb_read.restype = ctypes.c_double
         lib.zqb_read_part.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
@@ -79,14 +81,17 @@ class Ceilings:
     @property
     def int8_kind(self) -> int:
         """The instructions that bound exact integer products here; -1 without AVX2."""
-        return {2: VNNI, 1: MADD256}.get(self.isa, -1)
+        return self._first(VNNI, VNNI256, MADD256)
 
     @property
     def float_kind(self) -> int:
-        return {2: FMA512, 1: FMA256}.get(self.isa, -1)
+        return self._first(FMA512, FMA256)
+
+    def _first(self, *kinds: int) -> int:
+        return next((kind for kind in kinds if kind in self.kinds()), -1)
 
     def kinds(self) -> list[int]:
-        return {2: [VNNI, FMA512, MADD256, FMA256], 1: [MADD256, FMA256]}.get(self.isa, [])
+        return [kind for kind in KIND_NAMES if self._lib.zqb_runs(kind)]
 
     def peak(self, kind: int, threads: int = 1, seconds: float = SLICE) -> float:
         """One slice: 1e9 operations a second, summed over the threads."""
