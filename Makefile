@@ -20,7 +20,7 @@ help:
 	@echo "make demo      build, quantize all-MiniLM-L6-v2 and print fidelity, size and speed"
 	@echo "make test      the whole test suite (PYTEST_ARGS=... to pass options)"
 	@echo "make sanitize  kernel and boundary tests under AddressSanitizer and UBSan"
-	@echo "make bench     ceilings of this CPU, matrix products, encoders, decoders (BENCH_ARGS=--peers ...)"
+	@echo "make bench     ceilings of this CPU, kernels, encoders, decoders (BENCH_ARGS=--peers ...)"
 	@echo "make lint      ruff and mypy, where installed"
 	@echo "make build     the extension, in place, in $(VENV)"
 	@echo "make clean     remove everything that make made"
@@ -65,9 +65,8 @@ sanitize: $(CORE)
 		$(CURDIR)/$(PY) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)
 
 bench: $(CORE)
-	$(PY) tests/bench/ceilings.py
-	$(PY) tests/bench/bench_gemm.py
-	$(PY) tests/bench/bench_gemv.py
+	$(PY) tests/bench/bench_kernels.py
+	$(if $(filter --peers,$(BENCH_ARGS)),$(PY) tests/bench/bench_peers.py)
 	$(PY) tests/bench/bench_encoder.py $(BENCH_ARGS)
 	$(PY) tests/bench/bench_decode.py $(filter --peers,$(BENCH_ARGS))
 

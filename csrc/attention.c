@@ -2,10 +2,10 @@
  * softmax carried along (Milakov and Gimelshein, arXiv:1805.02867; tiles as in FlashAttention, arXiv:2205.14135), so
  * that no (T, T) matrix exists.
  *
- * A query row goes over tiles of ZQ_KEY_TILE visible keys in order. With s the scores of a tile, m the running maximum
- * of scale * s, l the running sum and o the running sum of p v:
- *     m' = max(m, max scale s)   c = exp(m - m')   p = exp(scale s - m')   l = l c + sum p   o = o c + p V
- * and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result depends on its own
+ * A query row goes over tiles of ZQ_KEY_TILE visible keys in order. With s the scores q k of a tile, m the running
+ * maximum of s, l the running sum and o the running sum of p v:
+ *     m' = max(m, max s)   c = 2^((m - m') f)   p = 2^((s - m') f)   l = l c + sum p   o = o c + p V
+ * with f = scale / ln 2, and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result depends on its own
  * query and the visible keys of its sequence only: which rows share a job, a tile of registers or a thread never
  * shows in the bits. */
 #include "attention_tile.h"
@@ -31,27 +31,88 @@ typedef struct {
     float *s;                /* (mr, ZQ_KEY_TILE) scores, then p */
     float *o;                /* (rows, dp) */
     float *max, *sum;        /* (rows): m and l */
+    float *factor;           /* (rows): scale / ln 2 */
+    /* int8 */
+    uint8_t *q8;             /* (rows, d4): codes + 128, d4 = head_dim rounded up to 4 */
+    uint8_t *k8, *kp, *v8;   /* (ZQ_KEY_TILE, d4) codes; the same in panels for matmul_u8s8; V in panels */
+    uint8_t *p8;             /* (mr, ZQ_KEY_TILE) */
+    float *k_scale, *v_scale; /* (ZQ_KEY_TILE), (dp) */
+    int32_t *k_sum, *zeros;  /* (ZQ_KEY_TILE) start of the scores: what 128 per code of q is too much; (dp) */
 } item;
+
+static int64_t
+d4_of(const attention *t)
+{
+    return zq_round_up(t->a->head_dim, 4);
+}
+
+/* Fetch ahead what lies beside: the next head of a row is the next job's, and what it needs is not in one stream. */
+ZQ_INLINE void
+prefetch_next_head(const float *row, int64_t head_dim)
+{
+    for (int64_t i = 0; i < head_dim; i += 16) {
+        __builtin_prefetch(row + head_dim + i, 0, 3);
+    }
+}
+
+/* The rows that this job writes at its end. */
+static void
+prefetch_out(const item *w)
+{
+    const zq_attention_args *a = w->t->a;
+    for (int64_t r = 0; r < w->rows; r++) {
+        for (int64_t i = 0; i < a->head_dim; i += 16) {
+            __builtin_prefetch(a->out + (w->row + r) * a->ld_out + w->head * a->head_dim + i, 1, 3);
+        }
+    }
+}
 
 /* Visible keys [from, to) become columns keys.. of K^T and rows keys.. of V. They do not cross a panel. */
 static void
 gather_run(item *w, int64_t from, int64_t to)
 {
     const zq_attention_args *a = w->t->a;
-    const int64_t d = a->head_dim, dp = w->t->dp, at = from * a->ld_kv + w->head * d;
-    float *panel = w->kt + w->keys / ZQ_PANEL * ZQ_PANEL * d + w->keys % ZQ_PANEL;
-    w->t->K->transpose_f32(a->k + at, to - from, d, a->ld_kv, panel, ZQ_PANEL);
+    const int64_t d = a->head_dim, dp = w->t->dp, d4 = d4_of(w->t), at = from * a->ld_kv + w->head * d;
+    if (a->int8) {
+        w->t->K->quantize_heads_f32_b8(a->k + at, to - from, d, a->ld_kv, 0, w->k8 + w->keys * d4, d4, w->k_scale + w->keys,
+                                       w->k_sum + w->keys);
+    }
+    else {
+        float *panel = w->kt + w->keys / ZQ_PANEL * ZQ_PANEL * d + w->keys % ZQ_PANEL;
+        w->t->K->transpose_f32(a->k + at, to - from, d, a->ld_kv, panel, ZQ_PANEL);
+    }
     for (int64_t i = 0; i < to - from; i++) {
         float *row = w->v + (w->keys + i) * dp;
         memcpy(row, a->v + at + i * a->ld_kv, (size_t)d * sizeof *row);
         memset(row + d, 0, (size_t)(dp - d) * sizeof *row);
+        prefetch_next_head(a->k + at + i * a->ld_kv, d);
+        prefetch_next_head(a->v + at + i * a->ld_kv, d);
     }
     w->keys += to - from;
 }
 
+/* int8: the tile's codes as matmul_u8s8 reads them; a word of four codes is moved as a float is. */
+static void
+pack_tile(item *w, zq_trouble *trouble)
+{
+    const zq_kernels *K = w->t->K;
+    const int64_t d4 = d4_of(w->t);
+    for (int64_t key = 0; key < w->keys; key += ZQ_PANEL) {
+        K->transpose_f32((const float *)(const void *)(w->k8 + key * d4), zq_min(ZQ_PANEL, w->keys - key), d4 / 4, d4 / 4,
+                         (float *)(void *)(w->kp + key * d4), ZQ_PANEL);
+    }
+    for (int64_t key = 0; key < w->keys; key++) {
+        w->k_sum[key] *= -128;
+    }
+    K->pack_columns_f32_s8(w->v, w->keys, w->t->dp, w->v8, w->v_scale);
+    if (!(K->absmax_f32(w->k_scale, w->keys) <= 1e25f && K->absmax_f32(w->v_scale, w->t->dp) <= FLT_MAX)) {
+        zq_note_bad_row(trouble, w->row);
+    }
+}
+
 /* The next tile of up to ZQ_KEY_TILE visible keys; 0 when there are none left. */
 static int64_t
-gather_tile(item *w)
+gather_tile(item *w, zq_trouble *trouble)
 {
     const uint8_t *mask = w->t->a->key_mask;
     for (w->keys = 0; w->keys < ZQ_KEY_TILE && w->next_key < w->end;) {
@@ -65,6 +126,10 @@ gather_tile(item *w)
         }
         w->next_key = to > from ? to : from + 1;
     }
+    if (w->t->a->int8) {
+        pack_tile(w, trouble);
+        return w->keys;
+    }
     /* the columns that fill up the last vector are computed and never read: they only must hold numbers */
     const int64_t d = w->t->a->head_dim, tail = zq_round_up(w->keys, 16) - w->keys;
     for (int64_t i = 0; tail && i < d; i++) {
@@ -73,20 +138,81 @@ gather_tile(item *w)
     return w->keys;
 }
 
+/* The softmax of rows r .. of the scores in w->s. */
+static zq_softmax_tile
+softmax_of(const item *w, int64_t r, int64_t mr)
+{
+    const int64_t dp = w->t->dp;
+    return (zq_softmax_tile){.s = w->s, .rows = mr, .keys = w->keys, .lds = ZQ_KEY_TILE, .factor = w->factor + r, .max = w->max + r,
+                             .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp, .p = w->p8, .ldp = ZQ_KEY_TILE};
+}
+
 /* One key tile for query rows r .. r + mr - 1. */
 static void
-tile_rows(const item *w, int64_t r, int64_t mr, int first)
+tile_rows_f32(const item *w, int64_t r, int64_t mr, int first)
 {
     const zq_attention_args *a = w->t->a;
     const int64_t dp = w->t->dp;
     const float *q = a->q + (w->row + r) * a->ld_q + w->head * a->head_dim;
     zq_score_panels(w->t->K, q, a->ld_q, mr, a->head_dim, w->kt, w->keys, w->s);
-    for (int64_t i = r; i < r + mr; i++) {
-        zq_softmax_step(w->t->K, a->scale, w->s + (i - r) * ZQ_KEY_TILE, w->keys, &w->max[i], &w->sum[i], w->o + i * dp, dp);
-    }
+    const zq_softmax_tile softmax = softmax_of(w, r, mr);
+    w->t->K->softmax_tile_f32(&softmax);
     const zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .k = w->keys, .a = w->s, .lda = ZQ_KEY_TILE, .b = w->v,
                           .y = w->o + r * dp, .ldy = dp};
-    w->t->K->matmul_f32(&tile, dp, !first);
+    w->t->K->matmul_f32(&tile, dp, ZQ_NR, !first);
+    for (int64_t i = 0; first && i < mr; i++) {
+        prefetch_next_head(q + i * a->ld_q, a->head_dim);
+    }
+}
+
+static void
+tile_rows_int8(const item *w, int64_t r, int64_t mr, int first)
+{
+    const zq_kernels *K = w->t->K;
+    const int64_t dp = w->t->dp, d4 = d4_of(w->t), keys4 = zq_round_up(w->keys, 4);
+    const zq_tile scores = {.mr = (int)mr, .nr = (int)zq_round_up(w->keys, 16), .k = d4, .a = w->q8 + r * d4, .lda = d4, .b = w->kp,
+                            .colsum = w->k_sum, .scale = w->k_scale, .y = w->s, .ldy = ZQ_KEY_TILE};
+    K->matmul_u8s8(&scores, ZQ_PANEL * d4, 0);
+    const zq_softmax_tile softmax = softmax_of(w, r, mr);
+    K->softmax_tile_u8(&softmax);
+    const zq_tile values = {.mr = (int)mr, .nr = (int)dp, .k = keys4, .a = w->p8, .lda = ZQ_KEY_TILE, .b = w->v8, .colsum = w->zeros,
+                            .scale = w->v_scale, .y = w->o + r * dp, .ldy = dp};
+    K->matmul_u8s8(&values, ZQ_NR * keys4, !first);
+}
+
+/* Codes of the queries; their scales go into the factors. */
+static void
+quantize_queries(item *w, zq_trouble *trouble)
+{
+    const zq_attention_args *a = w->t->a;
+    const float *q = a->q + w->row * a->ld_q + w->head * a->head_dim, f = a->scale * ZQ_LOG2E;
+    int32_t unused[ZQ_ITEM_ROWS];
+    w->t->K->quantize_heads_f32_b8(q, w->rows, a->head_dim, a->ld_q, 128, w->q8, d4_of(w->t), w->factor, unused);
+    w->t->K->scale_f32(w->factor, w->rows, f, w->factor);
+    for (int64_t r = 0; r < w->rows; r++) {
+        prefetch_next_head(q + r * a->ld_q, a->head_dim);
+        if (!(w->factor[r] <= FLT_MAX)) {
+            zq_note_bad_row(trouble, w->row + r);
+        }
+    }
+    memset(w->zeros, 0, (size_t)w->t->dp * sizeof *w->zeros);
+}
+
+/* Note the rows whose result is not finite; nearly always one look at all of them says none. */
+static void
+look_at_rows(const item *w, zq_trouble *trouble)
+{
+    const zq_kernels *K = w->t->K;
+    const int64_t dp = w->t->dp;
+    if (K->absmax_f32(w->o, w->rows * dp) <= FLT_MAX && K->absmax_f32(w->sum, w->rows) <= FLT_MAX &&
+        K->absmax_f32(w->max, w->rows) <= FLT_MAX) {
+        return;
+    }
+    for (int64_t r = 0; r < w->rows; r++) {
+        if (!(K->absmax_f32(w->o + r * dp, dp) <= FLT_MAX && w->sum[r] <= FLT_MAX && fabsf(w->max[r]) <= FLT_MAX)) {
+            zq_note_bad_row(trouble, w->row + r);
+        }
+    }
 }
 
 static void
@@ -94,6 +220,9 @@ write_rows(item *w, int any_keys, zq_trouble *trouble)
 {
     const zq_attention_args *a = w->t->a;
     const int64_t d = a->head_dim, dp = w->t->dp;
+    if (any_keys) {
+        look_at_rows(w, trouble);
+    }
     for (int64_t r = 0; r < w->rows; r++) {
         float *out = a->out + (w->row + r) * a->ld_out + w->head * d;
         if (!any_keys) {
@@ -101,28 +230,48 @@ write_rows(item *w, int any_keys, zq_trouble *trouble)
             continue;
         }
         w->t->K->scale_f32(w->o + r * dp, d, 1.0f / w->sum[r], out);
-        if (!(w->t->K->absmax_f32(w->o + r * dp, d) <= FLT_MAX && w->sum[r] <= FLT_MAX)) {
-            zq_note_bad_row(trouble, w->row + r);
-        }
     }
+}
+
+/* `bytes` bytes from *free on, whole cache lines. */
+static void *
+take(char **free, int64_t bytes)
+{
+    char *p = *free;
+    *free += zq_round_up(bytes, 64);
+    return p;
 }
 
 /* Memory of one item, out of this thread's scratch; 0 on failure. */
 static int
 carve(item *w)
 {
-    const int64_t dp = w->t->dp, d = w->t->a->head_dim, mr = w->t->K->mr_matmul, rows = w->t->item_rows;
-    const int64_t floats = ZQ_KEY_TILE * (zq_round_up(d, 16) + dp + mr) + rows * (dp + 2);
-    float *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)floats * sizeof *p);
+    const attention *t = w->t;
+    const int64_t f32 = (int64_t)sizeof(float), dp = t->dp, d = zq_round_up(t->a->head_dim, 16), d4 = t->a->int8 ? d4_of(t) : 0;
+    const int64_t mr = t->K->mr_matmul, rows = t->item_rows, tile = ZQ_KEY_TILE, buffers = 16;
+    const int64_t floats = tile * (d + dp + mr + 2) + rows * (dp + 3) + 2 * dp;
+    char *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)(floats * f32 + rows * d4 + tile * (2 * d4 + dp + mr) + 64 * buffers));
     if (!p) {
         return 0;
     }
-    w->kt = p;
-    w->v = w->kt + ZQ_KEY_TILE * zq_round_up(d, 16);
-    w->s = w->v + ZQ_KEY_TILE * dp;
-    w->o = w->s + ZQ_KEY_TILE * mr;
-    w->max = w->o + rows * dp;
-    w->sum = w->max + rows;
+    w->kt = take(&p, t->a->int8 ? 0 : tile * d * f32);
+    w->v = take(&p, tile * dp * f32);
+    w->s = take(&p, tile * mr * f32);
+    w->o = take(&p, rows * dp * f32);
+    w->max = take(&p, rows * f32);
+    w->sum = take(&p, rows * f32);
+    w->factor = take(&p, rows * f32);
+    if (t->a->int8) {
+        w->q8 = take(&p, rows * d4);
+        w->k8 = take(&p, tile * d4);
+        w->kp = take(&p, tile * d4);
+        w->v8 = take(&p, tile * dp);
+        w->p8 = take(&p, tile * mr);
+        w->k_scale = take(&p, tile * f32);
+        w->v_scale = take(&p, dp * f32);
+        w->k_sum = take(&p, tile * f32);
+        w->zeros = take(&p, dp * f32);
+    }
     return 1;
 }
 
@@ -139,16 +288,18 @@ attention_job(void *ctx, int64_t job)
         atomic_store(&t->trouble.no_memory, 1);
         return;
     }
-    for (int64_t r = 0; r < w.rows; r++) {
-        w.max[r] = -INFINITY;
-    }
+    zq_begin_softmax(w.rows, a->scale * ZQ_LOG2E, w.max, w.sum, w.factor);
     /* row tiles differ by at most one row: a short one at the end would waste the kernel */
     const int64_t tiles = zq_ceil_div(w.rows, t->K->mr_matmul);
+    prefetch_out(&w);
+    if (a->int8) {
+        quantize_queries(&w, &t->trouble);
+    }
     int any_keys = 0;
-    while (gather_tile(&w) > 0) {
+    while (gather_tile(&w, &t->trouble) > 0) {
         for (int64_t i = 0; i < tiles; i++) {
             const int64_t r = i * w.rows / tiles;
-            tile_rows(&w, r, (i + 1) * w.rows / tiles - r, !any_keys);
+            (a->int8 ? tile_rows_int8 : tile_rows_f32)(&w, r, (i + 1) * w.rows / tiles - r, !any_keys);
         }
         any_keys = 1;
     }
@@ -171,7 +322,7 @@ count_jobs(attention *t)
 zq_status
 zq_attention(const zq_attention_args *a, int64_t *bad_row)
 {
-    attention t = {.a = a, .K = zq_active(), .dp = zq_round_up(a->head_dim, 16), .item_rows = ZQ_ITEM_ROWS};
+    attention t = {.a = a, .K = zq_active(), .dp = zq_round_up(a->head_dim, a->int8 ? ZQ_NR : 16), .item_rows = ZQ_ITEM_ROWS};
     zq_trouble_init(&t.trouble);
     t.first_job = zq_alloc((size_t)(a->sequences + 1) * sizeof *t.first_job);
     if (!t.first_job) {

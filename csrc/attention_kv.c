@@ -178,7 +178,7 @@ typedef struct {
     float *q;        /* (rows, head_dim), normalized and rotated */
     float *s;        /* (mr, ZQ_KEY_TILE) scores, then p */
     float *o;        /* (rows, dp) */
-    float *max, *sum; /* (rows) */
+    float *max, *sum, *factor; /* (rows) */
     float *kt8, *v8; /* int8: pages of the tile, dequantized */
 } block;
 
@@ -233,18 +233,34 @@ load_tile(block *w, int64_t from, int64_t to)
     }
 }
 
-/* Scores to p over keys [from, to) of the tile, of which row r sees a part that begins in the first page. */
+/* Scores to p over keys [from, to) of the tile for rows r .., which see keys [lo, hi) of them. */
 static void
-softmax_row(const block *w, int64_t r, float *s, int64_t from, int64_t to)
+softmax_rows(const block *w, int64_t r, int64_t rows, float *s, int64_t lo, int64_t hi)
+{
+    const int64_t dp = w->t->dp;
+    const zq_softmax_tile tile = {.s = s + lo, .rows = rows, .keys = hi - lo, .lds = ZQ_KEY_TILE, .factor = w->factor + r,
+                                  .max = w->max + r, .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp};
+    w->t->K->softmax_tile_f32(&tile);
+}
+
+/* Scores to p over keys [from, to) of the tile for rows r .. r + mr - 1: each sees a part that begins in the first page. */
+static void
+softmax_tile(const block *w, int64_t r, int64_t mr, int64_t from, int64_t to)
 {
     const kv_pass *t = w->t;
-    const int64_t position = w->position + r / t->group;
-    const int64_t lo = zq_max(from, first_key(t, position) - w->tile), hi = zq_min(to, position + 1 - w->tile);
-    for (int64_t key = from; key < lo; key++) {
-        s[key] = -INFINITY;
+    const int64_t first = w->position + r / t->group, last = w->position + (r + mr - 1) / t->group;
+    if (first_key(t, last) <= w->tile + from && w->tile + to <= first + 1) {
+        softmax_rows(w, r, mr, w->s, from, to);
+        return;
     }
-    zq_softmax_step(t->K, t->a->scale, s + from, hi - from, &w->max[r], &w->sum[r], w->o + r * t->dp, t->dp);
-    memset(s + hi, 0, (size_t)(to - hi) * sizeof *s);
+    for (int64_t i = 0; i < mr; i++) {
+        const int64_t position = w->position + (r + i) / t->group;
+        const int64_t lo = zq_max(from, first_key(t, position) - w->tile), hi = zq_min(to, position + 1 - w->tile);
+        float *s = w->s + i * ZQ_KEY_TILE;
+        softmax_rows(w, r + i, 1, s, lo, hi);
+        memset(s + from, 0, (size_t)(lo - from) * sizeof *s);
+        memset(s + hi, 0, (size_t)(to - hi) * sizeof *s);
+    }
 }
 
 /* One tile of keys for rows r .. r + mr - 1, each of which sees some of it. */
@@ -259,15 +275,13 @@ tile_rows(const block *w, int64_t r, int64_t mr)
         const int64_t keys = zq_min(ZQ_KV_PAGE, to - key);
         zq_score_panels(t->K, w->q + r * d, d, mr, d, page_kt(w, &w->page[key / ZQ_KV_PAGE], keys, w->kt8), keys, w->s + key);
     }
-    for (int64_t i = 0; i < mr; i++) {
-        softmax_row(w, r + i, w->s + i * ZQ_KEY_TILE, from, to);
-    }
+    softmax_tile(w, r, mr, from, to);
     zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .lda = ZQ_KEY_TILE, .y = w->o + r * dp, .ldy = dp};
     for (int64_t key = from; key < to; key += ZQ_KV_PAGE) {
         tile.k = zq_min(ZQ_KV_PAGE, to - key);
         tile.a = w->s + key;
         tile.b = page_v(w, &w->page[key / ZQ_KV_PAGE], tile.k, w->v8);
-        t->K->matmul_f32(&tile, dp, 1);
+        t->K->matmul_f32(&tile, dp, ZQ_NR, 1);
     }
 }
 
@@ -301,9 +315,7 @@ begin_block(const block *w, zq_trouble *trouble)
     }
     look_at_rows(t, w->q, w->queries, t->group * d, w->row, trouble);
     memset(w->o, 0, (size_t)(rows * t->dp) * sizeof *w->o);
-    for (int64_t r = 0; r < rows; r++) {
-        w->max[r] = -INFINITY;
-    }
+    zq_begin_softmax(rows, t->a->scale * ZQ_LOG2E, w->max, w->sum, w->factor);
 }
 
 static void
@@ -328,7 +340,7 @@ carve(block *w)
 {
     const kv_pass *t = w->t;
     const int64_t d = t->c->head_dim, dp = t->dp, rows = t->block_queries * t->group;
-    const int64_t floats = ZQ_KEY_TILE * (t->K->mr_matmul + (t->c->int8 ? d + dp : 0)) + rows * (d + dp + 2);
+    const int64_t floats = ZQ_KEY_TILE * (t->K->mr_matmul + (t->c->int8 ? d + dp : 0)) + rows * (d + dp + 3);
     float *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)floats * sizeof *p);
     if (!p) {
         return 0;
@@ -340,6 +352,7 @@ carve(block *w)
     w->q = w->o + rows * dp;
     w->max = w->q + rows * d;
     w->sum = w->max + rows;
+    w->factor = w->sum + rows;
     return 1;
 }
 

@@ -1,17 +1,16 @@
-/* What both forms of attention do with a tile of keys (attention.c, attention_kv.c): scores and the running softmax of
- * a row. attention.c has the equations. */
+/* What both forms of attention do with a tile of keys (attention.c, attention_kv.c). attention.c has the equations. */
 #ifndef ZQ_ATTENTION_TILE_H
 #define ZQ_ATTENTION_TILE_H
 
 #include "bad_row.h"
-#include "ref/math.h"
+#include "ref/attention.h"
 #include "zq_kernels.h"
 
 #include <float.h>
 
 enum {
     ZQ_KEY_TILE = 256, /* keys: K and V tiles (2 x 32 KiB at 32 dimensions) stay in L2 */
-    ZQ_PANEL = 32,     /* keys per panel of K^T: what one call of matmul_f32 reads, (head_dim, ZQ_PANEL) and contiguous */
+    ZQ_PANEL = 32,     /* keys per panel of K^T: (head_dim, ZQ_PANEL) and contiguous, as matmul_f32 reads it */
     ZQ_ITEM_ROWS = 264 /* query rows per job: bringing in a tile is paid once per so many rows */
 };
 
@@ -21,29 +20,20 @@ ZQ_INLINE void
 zq_score_panels(const zq_kernels *K, const float *q, int64_t ld_q, int64_t mr, int64_t head_dim, const float *kt, int64_t keys,
                 float *s)
 {
-    zq_tile tile = {.mr = (int)mr, .k = head_dim, .a = q, .lda = ld_q, .ldy = ZQ_KEY_TILE};
-    for (int64_t key = 0; key < keys; key += ZQ_PANEL) {
-        tile.nr = (int)zq_round_up(zq_min(ZQ_PANEL, keys - key), 16);
-        tile.b = kt + key * head_dim;
-        tile.y = s + key;
-        K->matmul_f32(&tile, ZQ_PANEL, 0);
-    }
+    const zq_tile tile = {.mr = (int)mr, .nr = (int)zq_round_up(keys, 16), .k = head_dim, .a = q, .lda = ld_q, .b = kt,
+                          .y = s, .ldy = ZQ_KEY_TILE};
+    K->matmul_f32(&tile, ZQ_PANEL, ZQ_PANEL * head_dim, 0);
 }
 
-/* Scores to p, and the row's m (-Inf before the first tile), l and o (dp floats) brought to the new maximum. */
+/* The softmax of `rows` rows before their first tile. */
 ZQ_INLINE void
-zq_softmax_step(const zq_kernels *K, float scale, float *s, int64_t keys, float *m, float *l, float *o, int64_t dp)
+zq_begin_softmax(int64_t rows, float factor, float *max, float *sum, float *factors)
 {
-    const float old = *m, max = zq_maxf(old, K->max_f32(s, keys) * scale);
-    const float sum = K->exp_sum_f32(s, keys, scale, max, s);
-    const int first = old == -INFINITY;
-    if (!first && max != old) {
-        const float c = zq_exp(old - max);
-        *l *= c;
-        K->scale_f32(o, dp, c, o);
+    for (int64_t r = 0; r < rows; r++) {
+        max[r] = -INFINITY;
+        sum[r] = 0.0f;
+        factors[r] = factor;
     }
-    *m = max;
-    *l = first ? sum : *l + sum;
 }
 
 /* The sequence whose jobs include `job`: first_job[s] <= job < first_job[s + 1]. */

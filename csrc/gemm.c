@@ -19,7 +19,6 @@ enum {
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
     FAR_BYTES = 1 << 20,   /* weights that L2 does not keep from one call to the next */
     AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
-    MAX_AHEAD_TILES = 8,   /* with more, a panel's arithmetic takes far longer than its way from memory */
     SMALL_JOBS = 8,        /* of panels, per thread, after one big one */
     SHARED_ITEMS = 32768,  /* of rows: quantizing so many takes longer than a barrier */
 };
@@ -191,7 +190,7 @@ run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int
         const int64_t at = (row - base) * g->split;
         next = row + rows + (tile < longer);
         t.mr = (int)((next - row) * g->split);
-        if (g->far && t1 - t0 <= MAX_AHEAD_TILES) {
+        if (g->far) {
             look_ahead(&t, tile - t0, t1 - t0, p + 1 < end ? w->panel_bytes : 0);
         }
         t.a = (const char *)op->a + at * op->lda * item;

@@ -43,6 +43,18 @@ typedef struct {
     int stream; /* y is not read soon: stores may bypass the caches. Only where rows of y are 64-byte aligned */
 } zq_tile;
 
+/* Attention: the softmax of some query rows, carried over tiles of keys (attention.c has the equations). */
+typedef struct {
+    float *s; /* (rows, keys), lds apart */
+    int64_t rows, keys, lds; /* rows <= mr_matmul */
+    const float *factor; /* (rows), > 0: p = 2^((s - m) factor) */
+    float *max, *sum;    /* (rows): m and l; -Inf and 0 before the first tile */
+    float *o;            /* (rows, n), ldo apart; not touched in the first tile */
+    int64_t n, ldo;
+    uint8_t *p; /* u8: (rows, keys) codes, ldp apart */
+    int64_t ldp;
+} zq_softmax_tile;
+
 /* clang-format off */
 #define ZQ_KERNELS(X) \
     /* ---- rows of float32 to codes and back (quantize) ---- */ \
@@ -98,9 +110,23 @@ typedef struct {
     /* s = q - 128 as signed bytes; start[g] = -offset * (sum of s over group g). s may be q */ \
     X(center_groups_b8, void, (const uint8_t *q, int64_t n, int64_t group, int32_t offset, uint8_t *s, int32_t *start)) \
     X(gemm_f32, void, (const zq_tile *t)) \
-    /* t->y (mr, nr) = a (mr, k) b (k, nr) [+ y when accumulate]: t->b is row-major with ldb; each element is one chain of \
-     * fma in the order of k; no epilogue. mr <= mr_matmul; nr a multiple of 16 */ \
-    X(matmul_f32, void, (const zq_tile *t, int64_t ldb, int accumulate))
+    /* ---- tiles of attention ---- */ \
+    /* t->y (mr, nr) = a (mr, k) b (k, nr) [+ y when accumulate]: element (k, j) of b is t->b[j / 32 * panel + k * ldb + j % 32]; \
+     * each element is one chain of fma in the order of k; no epilogue. mr <= mr_matmul; nr a multiple of 16 */ \
+    X(matmul_f32, void, (const zq_tile *t, int64_t ldb, int64_t panel, int accumulate)) \
+    /* m' = max(m, max s), where it rose l and o *= 2^((m - m') factor); s = p = 2^((s - m') factor), l += sum p in the fixed \
+     * order. NaN and Inf in s show in l */ \
+    X(softmax_tile_f32, void, (const zq_softmax_tile *t)) \
+    /* the same, but p = rint(255 * 2^(...)), zeros up to a multiple of 4 keys, and l sums these codes; s stays */ \
+    X(softmax_tile_u8, void, (const zq_softmax_tile *t)) \
+    /* t->y (mr, nr) = (float)(colsum[j] + sum a b) * scale[j] [+ y when accumulate]: a u8, b s8 in panels of 32 columns, `panel` \
+     * bytes apart, each (k / 4, 32, 4). k a multiple of 4, mr <= mr_matmul, nr a multiple of 16; colsum and scale (nr) */ \
+    X(matmul_u8s8, void, (const zq_tile *t, int64_t panel, int accumulate)) \
+    /* rows of n floats, ldx apart: q = rint(x / scale) + bias, scale = max|x| / 127 per row; bias up to a multiple of 4; sum of \
+     * the codes without it. NaN and Inf show in the scale */ \
+    X(quantize_heads_f32_b8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale, int32_t *sum)) \
+    /* x (rows, n), n a multiple of 32, as the b of matmul_u8s8 with k = rows filled up with zeros; scale = max|x| / 127 per column */ \
+    X(pack_columns_f32_s8, void, (const float *x, int64_t rows, int64_t n, uint8_t *q, float *scale))
 /* clang-format on */
 
 typedef struct zq_kernels {

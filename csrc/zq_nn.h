@@ -30,11 +30,14 @@ zq_status zq_gated(const float *gate, const float *up, int64_t m, int64_t n, zq_
 /* exp(x - max x) / sum per row. -Inf is allowed and gives 0; a row of nothing but -Inf gives zeros. */
 zq_status zq_softmax(const float *x, int64_t m, int64_t n, float *y, int64_t *bad_row);
 
+enum { ZQ_INT8_HEAD_MAX = 65536 }; /* the products of a head's codes add up within int32 */
+
 /* Multi-head attention over ragged sequences, float32: softmax(q k^T * scale + mask) v per head, online over key
  * tiles (no (T, T) matrix). Sequence s owns rows offsets[s] .. offsets[s+1]-1 of q, k, v and out. q, k, v have row
  * strides ld_q, ld_kv (slices of one fused qkv matrix are fine); head h is columns h*d .. h*d+d-1. key_mask: one byte
  * per row, 0 = this key is hidden: as if its row were not there, bit for bit; or NULL. A query whose keys are all
- * hidden gets zeros. scale > 0. ZQ_ENONFINITE: NaN or Inf came in, or scores overflowed; *bad_row is the query's row. */
+ * hidden gets zeros. scale > 0. int8: both products are of 8-bit codes (attention.c has the scheme); also |k| beyond 1e27 is then
+ * refused. ZQ_ENONFINITE: NaN or Inf came in, or scores overflowed; *bad_row is the query's row. */
 typedef struct {
     const float *q, *k, *v;
     int64_t ld_q, ld_kv;
@@ -43,6 +46,7 @@ typedef struct {
     int64_t heads, head_dim;
     float scale;
     const uint8_t *key_mask;
+    int int8;   /* head_dim <= ZQ_INT8_HEAD_MAX */
     float *out; /* (rows, heads * head_dim) */
     int64_t ld_out;
 } zq_attention_args;

@@ -47,28 +47,140 @@ def test_ceilings(tmp_path: Path) -> None:
 
     names = " ".join(r["name"] for r in rows)
     assert ("vpdpbusd zmm" in names) == ("avx512vnni" in _core.levels())
-    assert ("vpdpbusd ymm" in names) == ("avxvnni" in _core.levels())
     assert ("vpmaddwd" in names) == ("avx2" in _core.levels())
 
 
 @needs_cc
-def test_gemm(tmp_path: Path) -> None:
-    text, rows = run("bench_gemm.py", "--shapes", "tiny", "--rounds", "1", "--seconds", "0.02", "--threads", "1",
-                     tmp_path=tmp_path)
-    assert {r["name"] for r in rows} == {"w8a8", "w8a8+gelu", "w8a8 f32-in", "w4a8 g128", "w4a8 g64", "w4a8 g32", "f32"}
+def test_kernels(tmp_path: Path, harness: Any) -> None:
+    import bench_kernels
+
+    text, rows = run("bench_kernels.py", "--tiny", "--seconds", "0.01", "--threads", "1", tmp_path=tmp_path)
     assert all(ROW <= set(r) for r in rows)
-    assert all((r["m"], r["n"], r["k"]) == (8, 64, 64) for r in rows)
-    assert "percent of the peak" in text
+    names = {r["name"] for r in rows}
+    assert {"w8a8", "w8a8+gelu int8-out", "w8a8 f32-in", *bench_kernels.GROUPS, "f32", "w4a16 g64 gemv", "w8a8 from memory",
+            "attention fp32", "w8a8 / f32", *bench_kernels.ROW_KINDS} <= names
+    assert all(r["m"] == r["n"] == 0 for r in rows if r["name"].startswith(("peak", "read")))
+    assert all(r["n"] == 64 for r in rows if r["name"].startswith(("w8", "w4")))
+    assert len(rows) == len({(r["name"], r["m"], r["n"], r["k"], r["threads"]) for r in rows}), "a row was measured twice"
+    elsewhere = {"avx2", "avxvnni", "epilogues", "minilm", "attention"}  # their goals are for other shapes or levels
+    for name in set(bench_kernels.SECTIONS) - elsewhere:
+        assert f"{name}: " in text
 
 
 @needs_cc
-def test_gemv(tmp_path: Path) -> None:
-    text, rows = run("bench_gemv.py", "--shapes", "64x64", "--m", "1,2", "--copies", "0", "--seconds", "0.02", "--threads", "1",
+def test_only_some_kernels(tmp_path: Path) -> None:
+    text, rows = run("bench_kernels.py", "--tiny", "--only", "f32,rows", "--seconds", "0.01", "--threads", "1",
                      tmp_path=tmp_path)
-    assert {r["name"] for r in rows} == {"w8a8", "w4a8-g64", "w4a8-g128", "w4a16-g64", "f32"}
+    assert {r["unit"] for r in rows if r["k"]} == {"GOP/s", "GB/s"}
+    assert "w8a8" not in text
+
+
+def test_every_section_has_shapes_and_goals_that_match(harness: Any) -> None:
+    import bench_kernels
+
+    for quick in (True, False):
+        for name, section in bench_kernels.SECTIONS.items():
+            items = list(section.items(quick))
+            assert items or name in ("avx2", "avxvnni"), name
+            rows = [harness.row(i.name, 1, 1.0, "GOP/s", m=i.m, n=i.n, k=i.k, ceiling=1.0, noise=0.0) for i in items]
+            rows += section.ratio(rows) if section.ratio else []
+            for goal in section.goals if items else ():
+                if goal.label != "int8 / fp32, T >= 128":  # only where there is an int8 attention
+                    assert bench_kernels.judge(goal, rows, 0)["of"] > 0, (name, goal)
+    assert all(2 * i.m * i.n * i.k >= 5e7 for i in bench_kernels.ragged(False))
+
+
+def test_judging_a_goal(harness: Any) -> None:
+    import bench_kernels
+
+    def verdict(*percents: float | None, cpu: int = 0) -> str:
+        goal = bench_kernels.Goal("g", (86, 82), mean=(91, 90))
+        rows = [harness.row("x", 1, p, "GOP/s", m=i, ceiling=100.0) for i, p in enumerate(percents)]
+        return bench_kernels.judge(goal, rows, cpu)["verdict"]
+
+    assert verdict(90, 92) == "met"
+    assert verdict(89, 92) == "missed"
+    assert verdict(89, 92, cpu=1) == "met"
+    assert verdict(85, 99) == "mean"
+    assert verdict(None, 92) == "met"
+    assert verdict(None) == "not measured"
+    each = bench_kernels.Goal("g", (35, 35), figure="each")
+    assert bench_kernels.judge(each, [harness.row("x", 2, 60.0, "GB/s")], 0)["verdict"] == "missed"
+
+
+def test_comparing_two_files(harness: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import bench_kernels
+
+    def write(name: str, *values: float | None) -> str:
+        rows = [harness.row(f"case{i}", 1, v, "GOP/s", ceiling=100.0, noise=0.02) for i, v in enumerate(values)]
+        rows.append(harness.row("peak x", 1, values[0], "GOP/s", noise=0.0))
+        harness.write_json(str(tmp_path / name), rows)
+        return str(tmp_path / name)
+
+    old = write("old.json", 50.0, 60.0, 70.0)
+    assert bench_kernels.main(["--compare", old, old]) == 0
+    assert bench_kernels.main(["--compare", old, write("faster.json", 53.0, 59.0, 70.0)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("faster") >= 1
+    assert "slower" not in text
+    assert bench_kernels.main(["--compare", old, write("slower.json", 50.0, 57.0, None)]) == 1
+    assert "0.950  slower" in capsys.readouterr().out
+
+
+def test_the_peak_follows_the_clock(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slower clock is the peak after some seconds; a core that somebody else uses is not."""
+    gate = harness.Gate(1)
+    clock = [1000.0]
+    monkeypatch.setattr(harness, "now", lambda: clock[0])
+    gate.fastest["int8"] = [100.0] * 3
+    gate.recent.clear()
+    gate.recent.extend((1000.0, 100.0) for _ in range(5))
+    assert gate.speed() == 100.0
+    clock[0] += 2 * harness.RECENT
+    gate.recent.extend((clock[0], 95.0) for _ in range(5))
+    assert gate.speed() == 95.0
+    clock[0] += 2 * harness.RECENT
+    gate.recent.extend((clock[0], 50.0) for _ in range(5))
+    assert gate.speed() == pytest.approx(100.0 * harness.DRIFT)
+
+
+@needs_cc
+def test_peers_of_kernels(tmp_path: Path, harness: Any) -> None:
+    import kernel_peers
+    import peers
+
+    text, rows = run("bench_peers.py", "--shapes", "tiny", "--rounds", "1", "--seconds", "0.02", "--threads", "1",
+                     tmp_path=tmp_path)
     assert all(ROW <= set(r) for r in rows)
-    assert {r["m"] for r in rows} == {1, 2}
-    assert "percent of the best time" in text
+    ours = [r for r in rows if r.get("engine") == "zquant-kernel"]
+    assert {r["job"] for r in ours} == set(kernel_peers.JOBS[:-1])
+    assert all(r["cosine"] > (0.9999 if r["job"] == "f32" else 0.98) for r in rows if "cosine" in r)
+    for name, engine in peers.ENGINES.items():
+        if engine.kind == "kernel":
+            assert f"# {name}: " in text
+            assert (engine.missing() is not None) == (f"# {name}: left out, {engine.missing()} is not installed" in text)
+
+
+def test_ratios_to_other_kernels(harness: Any) -> None:
+    import bench_peers
+
+    def row(engine: str, job: str, value: float, m: int = 512, **more: Any) -> dict[str, Any]:
+        more = {"gated": True, "rotate": 0, **more}
+        return harness.row(f"{engine} {job}", 1, value, "GOP/s", m=m, n=8, k=8, engine=engine, job=job, **more)
+
+    def goal(name: str, *rows: dict[str, Any]) -> dict[str, Any] | None:
+        return next((g for g in bench_peers.goals(list(rows), 1) if g["name"].startswith(f"ratio {name}")), None)
+
+    ours, theirs = row(bench_peers.OURS, "int8", 100.0), row("torch onednn", "int8", 100.0)
+    wide = row(bench_peers.OURS, "int8", 96.0, 1024), row("torch onednn", "int8", 100.0, 1024)
+    got = goal("G1b oneDNN (torch)", ours, theirs, *wide)
+    assert (got["shapes"], got["least"]) == (2, pytest.approx(0.96))
+    assert bench_peers.verdict(got) == "missed", "the geometric mean is below 1"
+    assert bench_peers.verdict(goal("G1b oneDNN (torch)", ours, theirs)) == "met"
+    assert goal("G1b oneDNN (torch)", ours, row("torch onednn", "int8", 100.0, gated=False)) is None
+    decode = [row(bench_peers.OURS, "w4 g64", 130.0, 1, rotate=1), row("ggml op", "w4 g32", 80.0, 1, rotate=1),
+              row("ggml op", "w4 q4_k", 100.0, 1, rotate=1)]
+    assert goal("G5b", *decode)["value"] == pytest.approx(1.3), "the better of the two types counts"
 
 
 @needs_cc

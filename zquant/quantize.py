@@ -57,6 +57,8 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
         return model.replace(model=small)  # type: ignore[attr-defined]
     layers = dict(model.named_linears())  # type: ignore[attr-defined]
     _check_overrides(scheme, layers)
+    if scheme.int8_attention and not hasattr(model, "has_head"):
+        raise ValueError(f"scheme {scheme.name}: int8 attention is for encoders, not {type(model).__name__}")
     linears = {}
     for name, layer in bar(layers.items(), "quantize", show_progress_bar, total=len(layers), unit="layer"):
         spec = scheme.weights_for(name)

@@ -184,6 +184,8 @@ class Scheme(_Data):
         Pairs of a glob on layer names and a weight format or None (float). The last one that matches a name wins.
     skip
         Globs of layers that stay float unless an override says otherwise: pooler and heads, as in ZeroQuant.
+    int8_attention
+        Encoders: the two products of attention run on 8-bit codes too (:func:`zquant.ops.attention` with ``int8``).
 
     >>> Scheme.parse("w4/8a8-g128").weights_for("encoder.layer.0.output.dense")
     QuantSpec(bits=4, granularity='group', group_size=128)
@@ -195,6 +197,7 @@ class Scheme(_Data):
     embeddings: QuantSpec | None = None
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
     skip: tuple[str, ...] = HEADS
+    int8_attention: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -206,6 +209,8 @@ class Scheme(_Data):
         pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
         change(self, "overrides", tuple((_glob(g), _weight_format(s, f"override {g!r}")) for g, s in pairs))
         change(self, "skip", tuple(_glob(g) for g in self.skip))
+        if not isinstance(self.int8_attention, bool):
+            raise ValueError(f"Scheme: int8_attention must be True or False, got {self.int8_attention!r}")
         act = self.activations
         if act is not None and not (act.granularity == "token" and act.bits == 8):
             raise ValueError(f"Scheme: activations are 8 bits per token or None, not {act}")
@@ -217,7 +222,7 @@ class Scheme(_Data):
         ``w<bits>a8``, ``w<bits>a16`` (weights only) or ``w<bits>/<bits>a8`` (feed-forward / attention: ZeroQuant's
         mixed precision), then any of ``-sym`` (symmetric int8 activations; else asymmetric uint8), ``-g<size>`` (weights
         in groups along the input), ``-b<blocks>`` (blocks of whole rows), ``+e32`` (float word embeddings; else int8 per
-        row, as in ZeroQuant; ``+e8`` says so explicitly). 8-bit weights have one scale per channel, fewer bits one per
+        row, as in ZeroQuant; ``+e8`` says so explicitly), ``+attn8`` (encoders: int8 attention). 8-bit weights have one scale per channel, fewer bits one per
         64 inputs unless a suffix says otherwise; in mixed schemes the suffix is for the feed-forward layers.
 
         >>> Scheme.parse("w8a8-sym").activations
@@ -229,12 +234,12 @@ class Scheme(_Data):
         """
         if isinstance(scheme, Scheme):
             return scheme
-        match = re.fullmatch(r"w(\d+)(?:/(\d+))?a(8|16)((?:-sym|-g\d+|-b\d+)*)(?:\+e(8|32))?", scheme) \
+        match = re.fullmatch(r"w(\d+)(?:/(\d+))?a(8|16)((?:-sym|-g\d+|-b\d+)*)(?:\+e(8|32))?(\+attn8)?", scheme) \
             if isinstance(scheme, str) else None
         if match is None:
             raise ValueError(f"unknown scheme {scheme!r}; known: w8a8, w4a8, w4/8a8, w8a16, w4a16 (2 to 8 weight bits), "
-                             "with suffixes -sym, -g<group size>, -b<row blocks>, +e8, +e32")
-        bits, attention, act_bits, suffixes, embeddings = match.groups()
+                             "with suffixes -sym, -g<group size>, -b<row blocks>, +e8, +e32, +attn8")
+        bits, attention, act_bits, suffixes, embeddings, attn8 = match.groups()
         weights, symmetric = _weights(int(bits)), False
         for suffix in filter(None, suffixes.split("-")):
             if suffix == "sym":
@@ -245,7 +250,8 @@ class Scheme(_Data):
                 weights = QuantSpec(weights.bits, granularity="row_block", blocks=int(suffix[1:]))
         activations = None if act_bits == "16" else TOKEN_SYMMETRIC if symmetric else TOKEN_ASYMMETRIC
         mixed = [("*attention*", _weights(int(attention))), ("*attn*", _weights(int(attention)))] if attention else []
-        return cls(scheme, weights, activations, None if embeddings == "32" else INT8_ROWS, tuple(mixed))
+        return cls(scheme, weights, activations, None if embeddings == "32" else INT8_ROWS, tuple(mixed),
+                   int8_attention=bool(attn8))
 
     def weights_for(self, name: str) -> QuantSpec | None:
         """The weight format of the linear layer of that name; None is float.
@@ -284,7 +290,7 @@ class Scheme(_Data):
 
         return {"name": self.name, "weights": plain(self.weights), "activations": plain(self.activations),
                 "embeddings": plain(self.embeddings), "overrides": [[g, plain(s)] for g, s in self.overrides],
-                "skip": list(self.skip)}
+                "skip": list(self.skip), "int8_attention": self.int8_attention}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scheme:

@@ -172,9 +172,9 @@ cleanup:
 /* ---- attention --------------------------------------------------------------------------------------- */
 
 /* What both forms of attention share: offsets, heads, scale, mask of args[0..3], for rows of `width` columns per
- * operand. a: offsets, mask. */
+ * operand. a: offsets, mask. int8: an argument, or NULL where it was left out. */
 static int
-read_attention(PyObject *const *args, int64_t rows, int64_t width, zq_arg a[2], zq_attention_args *t)
+read_attention(PyObject *const *args, int64_t rows, int64_t width, PyObject *int8, zq_arg a[2], zq_attention_args *t)
 {
     if (zq_read_offsets(args[0], rows, &a[0]) < 0 || zq_int(args[1], "heads", 1, 1 << 20, &t->heads) < 0 ||
         zq_read_scale(args[2], &t->scale) < 0 || zq_in_or_none(args[3], "key_mask", ZQ_U8 | ZQ_BOOL, 1, 1, &a[1]) < 0 ||
@@ -187,6 +187,15 @@ read_attention(PyObject *const *args, int64_t rows, int64_t width, zq_arg a[2], 
         return -1;
     }
     t->head_dim = width / t->heads;
+    t->int8 = int8 ? PyObject_IsTrue(int8) : 0;
+    if (t->int8 < 0) {
+        return -1;
+    }
+    if (t->int8 && t->head_dim > ZQ_INT8_HEAD_MAX) {
+        PyErr_Format(PyExc_ValueError, "int8: expected at most %d columns per head, got %lld", ZQ_INT8_HEAD_MAX,
+                     (long long)t->head_dim);
+        return -1;
+    }
     t->offsets = a[0].data;
     t->sequences = a[0].size - 1;
     t->key_mask = a[1].data;
@@ -203,9 +212,10 @@ py_attention(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     PyObject *result = NULL;
     int64_t bad = 0;
     zq_attention_args t = {0};
-    if (zq_count("attention", nargs, NARGS) < 0 || zq_in(args[Q], "q", ZQ_F32, 2, 2, &a[Q]) < 0 ||
+    if (zq_count("attention", nargs > NARGS ? nargs - 1 : nargs, NARGS) < 0 || zq_in(args[Q], "q", ZQ_F32, 2, 2, &a[Q]) < 0 ||
         read_like(args[K], "k", 0, &a[Q], &a[K]) < 0 || read_like(args[V], "v", 0, &a[Q], &a[V]) < 0 ||
-        read_attention(args + OFFSETS, a[Q].dim[0], a[Q].dim[1], &a[REST], &t) < 0 || zq_new(ZQ_F32, 2, a[Q].dim, &a[OUT]) < 0) {
+        read_attention(args + OFFSETS, a[Q].dim[0], a[Q].dim[1], nargs > NARGS ? args[NARGS] : NULL, &a[REST], &t) < 0 ||
+        zq_new(ZQ_F32, 2, a[Q].dim, &a[OUT]) < 0) {
         goto cleanup;
     }
     t.q = a[Q].data;
@@ -236,7 +246,7 @@ py_attention_fused(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     int64_t quant, bad = 0;
     zq_attention_args t = {0};
     zq_rows_out out;
-    if (zq_count("attention_fused", nargs, NARGS) < 0 || zq_read_quant(args[QUANT], &quant) < 0 ||
+    if (zq_count("attention_fused", nargs > NARGS ? nargs - 1 : nargs, NARGS) < 0 || zq_read_quant(args[QUANT], &quant) < 0 ||
         zq_in(args[QKV], "qkv", ZQ_F32, 2, 2, &a[QKV]) < 0) {
         goto cleanup;
     }
@@ -245,7 +255,8 @@ py_attention_fused(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         PyErr_Format(PyExc_ValueError, "qkv: expected 3 * heads * head_dim columns, got %lld", (long long)a[QKV].dim[1]);
         goto cleanup;
     }
-    if (read_attention(args + OFFSETS, m, width, &a[REST], &t) < 0 || zq_new_rows(m, width, 1, quant, &a[OUT], &out) < 0) {
+    if (read_attention(args + OFFSETS, m, width, nargs > NARGS ? args[NARGS] : NULL, &a[REST], &t) < 0 ||
+        zq_new_rows(m, width, 1, quant, &a[OUT], &out) < 0) {
         goto cleanup;
     }
     t.q = a[QKV].data;
@@ -278,8 +289,8 @@ PyMethodDef zq_methods_nn[] = {
     {"activation", FAST(py_activation), METH_FASTCALL, "activation(x, act, quant) -> y or codes"},
     {"gated", FAST(py_gated), METH_FASTCALL, "gated(gate, up, act, quant) -> y or codes: act(gate) * up"},
     {"softmax", py_softmax, METH_O, "softmax(x) -> y, over rows"},
-    {"attention", FAST(py_attention), METH_FASTCALL, "attention(q, k, v, offsets, heads, scale, key_mask | None) -> out"},
+    {"attention", FAST(py_attention), METH_FASTCALL, "attention(q, k, v, offsets, heads, scale, key_mask | None[, int8]) -> out"},
     {"attention_fused", FAST(py_attention_fused), METH_FASTCALL,
-     "attention_fused(qkv, offsets, heads, scale, key_mask | None, quant) -> out or codes"},
+     "attention_fused(qkv, offsets, heads, scale, key_mask | None, quant[, int8]) -> out or codes"},
     {NULL, NULL, 0, NULL},
 };

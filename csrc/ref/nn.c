@@ -151,16 +151,6 @@ zq_scale_f32__ref(const float *x, int64_t n, float s, float *y)
 }
 
 void
-zq_transpose_f32__ref(const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)
-{
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t c = 0; c < cols; c++) {
-            y[c * ldy + r] = x[r * ldx + c];
-        }
-    }
-}
-
-void
 zq_rotary_f32__ref(const float *x, int64_t heads, int64_t head_dim, int64_t half, int interleaved, const float *cos,
                    const float *sin, float *y)
 {
@@ -175,21 +165,6 @@ zq_rotary_f32__ref(const float *x, int64_t heads, int64_t head_dim, int64_t half
         }
         for (int64_t i = 2 * half; i < head_dim; i++) {
             y[i] = x[i];
-        }
-    }
-}
-
-void
-zq_matmul_f32__ref(const zq_tile *t, int64_t ldb, int accumulate)
-{
-    const float *a = t->a, *b = t->b;
-    for (int64_t i = 0; i < t->mr; i++) {
-        for (int64_t j = 0; j < t->nr; j++) {
-            float c = accumulate ? t->y[i * t->ldy + j] : 0.0f;
-            for (int64_t k = 0; k < t->k; k++) {
-                c = fmaf(a[i * t->lda + k], b[k * ldb + j], c);
-            }
-            t->y[i * t->ldy + j] = c;
         }
     }
 }

@@ -10,7 +10,7 @@
  * costs the same (2 vpmaddwd + 2 vpaddd) and the widening on top. Zen 4 and 5 have four vector pipes, two of which multiply:
  * four such instructions a cycle, 32 products or 64 operations; a loop of either sequence from registers reaches 87 to
  * 89 % of that on Zen 5 (tests/bench/ceilings.c), as additions are sometimes sent to the pipes that multiply. That loop is
- * the ceiling that bench_gemm.py refers to. */
+ * the ceiling that bench_kernels.py refers to. */
 #if defined(__x86_64__)
 #include "../zq_kernels.h"
 

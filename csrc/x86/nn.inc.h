@@ -1,5 +1,5 @@
 /* Transformer operators on rows, on v16: what ref/nn.c does, sixteen lanes at a time. Included by nn_avx2.c and
- * nn_avx512.c after v16_*.h and v16_math.h, with MATMUL_MR and MATMUL_NV set to the register tile of the level. */
+ * nn_avx512.c after v16_*.h and v16_math.h. */
 
 /* Lane numbers, to cut a vector at a row's end. */
 static const float lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -259,123 +259,6 @@ rotary_f32(const float *x, int64_t heads, int64_t head_dim, int64_t half, int in
     }
 }
 
-/* 8 x 8 floats: pairs, then quads, then the 128-bit halves. */
-ZQ_INLINE void
-transpose_8x8(const float *x, int64_t ldx, float *y, int64_t ldy)
-{
-    __m256 r[8], p[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        r[i] = _mm256_loadu_ps(x + i * ldx);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i += 2) {
-        p[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
-        r[i + 1] = _mm256_shuffle_ps(p[i], p[i + 2], 0xee);
-        r[i + 2] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0x44);
-        r[i + 3] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0xee);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(y + i * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(y + (i + 4) * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-    }
-}
-
-static void
-transpose_f32(const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)
-{
-    const int64_t rows8 = rows & ~(int64_t)7, cols8 = cols & ~(int64_t)7;
-    for (int64_t r = 0; r < rows8; r += 8) {
-        for (int64_t c = 0; c < cols8; c += 8) {
-            transpose_8x8(x + r * ldx + c, ldx, y + c * ldy + r, ldy);
-        }
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t c = r < rows8 ? cols8 : 0; c < cols; c++) {
-            y[c * ldy + r] = x[r * ldx + c];
-        }
-    }
-}
-
-/* mr x 16 nv accumulators stay in registers; mr and nv are constants in every call. */
-ZQ_INLINE void
-matmul_tile(const zq_tile *t, int64_t col, int64_t ldb, int accumulate, const int mr, const int nv)
-{
-    const float *a = t->a, *b = (const float *)t->b + col;
-    const int64_t lda = t->lda, ldc = t->ldy, depth = t->k;
-    float *c = t->y + col;
-    v16 acc[MATMUL_MR][MATMUL_NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < mr; i++) {
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++) {
-            acc[i][j] = accumulate ? v16_load(c + i * ldc + 16 * j) : v16_zero();
-        }
-    }
-    for (int64_t k = 0; k < depth; k++) {
-        v16 bk[MATMUL_NV];
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++) {
-            bk[j] = v16_load(b + k * ldb + 16 * j);
-            if (mr <= 8) { /* so few rows wait for memory: a decoding step reads every page of keys once */
-                _mm_prefetch((const char *)(b + (k + 12) * ldb + 16 * j), _MM_HINT_T0);
-            }
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < mr; i++) {
-            const v16 aik = v16_set1(a[i * lda + k]);
-#pragma GCC unroll 4
-            for (int j = 0; j < nv; j++) {
-                acc[i][j] = v16_fma(aik, bk[j], acc[i][j]);
-            }
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < mr; i++) {
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++) {
-            v16_store(c + i * ldc + 16 * j, acc[i][j]);
-        }
-    }
-}
-
-/* The constant heights. Cases above the level's tile are never reached and compile to nothing. */
-ZQ_INLINE void
-matmul_columns(const zq_tile *t, int64_t col, int64_t ldb, int accumulate, const int nv)
-{
-    switch (t->mr) {
-#define HEIGHT(h) \
-    case h: \
-        if (h <= MATMUL_MR) { \
-            matmul_tile(t, col, ldb, accumulate, h <= MATMUL_MR ? h : 1, nv); \
-        } \
-        break;
-        HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
-        HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)
-#undef HEIGHT
-    default: break;
-    }
-}
-
-static void
-matmul_f32(const zq_tile *t, int64_t ldb, int accumulate)
-{
-    assert(t->nr % 16 == 0 && t->mr <= MATMUL_MR);
-    int64_t col = 0;
-    for (; col + 16 * MATMUL_NV <= t->nr; col += 16 * MATMUL_NV) {
-        matmul_columns(t, col, ldb, accumulate, MATMUL_NV);
-    }
-    for (; col < t->nr; col += 16) {
-        matmul_columns(t, col, ldb, accumulate, 1);
-    }
-}
-
 static void
 fill(zq_kernels *t)
 {
@@ -386,8 +269,5 @@ fill(zq_kernels *t)
     t->max_f32 = max_f32;
     t->exp_sum_f32 = exp_sum_f32;
     t->scale_f32 = scale_f32;
-    t->transpose_f32 = transpose_f32;
     t->rotary_f32 = rotary_f32;
-    t->matmul_f32 = matmul_f32;
-    t->mr_matmul = MATMUL_MR;
 }

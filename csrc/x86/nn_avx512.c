@@ -12,11 +12,20 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 #include "v16_math.h"
 
 #include "nn.inc.h"
+
+ZQ_INLINE v16i
+v16i_dot4(v16i acc, v16i a, v16i b)
+{
+    return _mm512_dpbusd_epi32(acc, a, b);
+}
+
+#include "attention.inc.h"
 ZQ_TARGET_END
 
 void
 zq_fill_nn__avx512vnni(zq_kernels *t)
 {
     fill(t);
+    fill_attention(t);
 }
 #endif

@@ -5,6 +5,9 @@
  * A slice on several threads: the helpers sleep in the kernel (they must not take a core from the code under
  * test), are woken, and everyone starts when all are awake. The result is the sum of the threads' own rates. */
 #define _GNU_SOURCE
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -13,9 +16,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 enum { MAX_THREADS = 64, UNROLL = 48, FAR_BYTES = 16 << 20 };
 
@@ -46,17 +46,17 @@ now(void)
         __asm__ volatile(ZERO_ALL ".p2align 6\n1:\n" X4(body) "dec %0\n jnz 1b\n vzeroupper\n" : "+r"(n)::CLOBBERS); \
     }
 #define VNNI(i) "vpdpbusd %%zmm14,%%zmm15,%%zmm" #i "\n"
-#define VNNI256(i) "%{vex%} vpdpbusd %%ymm14,%%ymm15,%%ymm" #i "\n"
 #define FMA512(i) "vfmadd231ps %%zmm14,%%zmm15,%%zmm" #i "\n"
 #define FMA256(i) "vfmadd231ps %%ymm14,%%ymm15,%%ymm" #i "\n"
+#define VNNI256(i) "%{vex%} vpdpbusd %%ymm14,%%ymm15,%%ymm" #i "\n"
 /* The cheapest exact u8 x s8 sequence that AVX2 has: both sides widened to 16 bits beforehand. */
 #define MADD256(i) "vpmaddwd %%ymm14,%%ymm15,%%ymm12\n vpaddd %%ymm12,%%ymm" #i ",%%ymm" #i "\n"
 
 #if defined(__x86_64__)
 LOOP(loop_vnni, CHAINS(VNNI))
-LOOP(loop_vnni256, CHAINS(VNNI256))
 LOOP(loop_fma512, CHAINS(FMA512))
 LOOP(loop_fma256, CHAINS(FMA256))
+LOOP(loop_vnni256, CHAINS(VNNI256))
 LOOP(loop_madd256, CHAINS(MADD256))
 
 #define READ_LOOP(name, body)                                                                                       \
@@ -94,18 +94,6 @@ zqb_isa(void)
 #endif
 }
 
-/* the 256-bit, VEX-encoded vpdpbusd: cpuid leaf 7.1 */
-int
-zqb_avxvnni(void)
-{
-#if defined(__x86_64__)
-    unsigned a = 0, b, c, d;
-    return zqb_isa() >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-#else
-    return 0;
-#endif
-}
-
 enum { KIND_VNNI, KIND_FMA512, KIND_MADD256, KIND_FMA256, KIND_VNNI256, KINDS };
 
 static void
@@ -114,24 +102,36 @@ run_loop(int kind, long n)
 #if defined(__x86_64__)
     switch (kind) {
     case KIND_VNNI: loop_vnni(n); break;
-    case KIND_VNNI256: loop_vnni256(n); break;
     case KIND_FMA512: loop_fma512(n); break;
     case KIND_MADD256: loop_madd256(n); break;
-    default: loop_fma256(n); break;
+    case KIND_FMA256: loop_fma256(n); break;
+    default: loop_vnni256(n); break;
     }
 #else
     (void)kind, (void)n;
 #endif
 }
 
+/* AVX-VNNI: CPUID leaf 7, subleaf 1, EAX bit 4 (compilers' cpu_supports does not know it everywhere). */
 static int
-kind_runs(int kind)
+has_avxvnni(void)
 {
-    const int isa = zqb_isa();
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    return zqb_isa() >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4) != 0;
+#else
+    return 0;
+#endif
+}
+
+/* Whether this CPU has the instructions of a kind. */
+int
+zqb_runs(int kind)
+{
     if (kind == KIND_VNNI256) {
-        return zqb_avxvnni();
+        return has_avxvnni();
     }
-    return kind >= 0 && kind < KINDS && (kind <= KIND_FMA512 ? isa == 2 : isa >= 1);
+    return kind >= 0 && kind < KINDS && zqb_isa() >= (kind <= KIND_FMA512 ? 2 : 1);
 }
 
 /* Operations (a multiply and an add are two) of one instruction group. */
@@ -296,7 +296,7 @@ double
 zqb_peak(int kind, int threads, double seconds)
 {
     static double fastest[KINDS]; /* of one thread: sets the length of a slice */
-    if (!kind_runs(kind)) {
+    if (!zqb_runs(kind)) {
         return 0;
     }
     for (int i = 0; fastest[kind] == 0 || i < 3; i++) {

@@ -22,10 +22,8 @@ KIND_NAMES = {
     FMA512: "vfmadd231ps zmm",
     MADD256: "vpmaddwd + vpaddd ymm (exact u8 x s8 on AVX2)",
     FMA256: "vfmadd231ps ymm",
-    VNNI256: "vpdpbusd ymm (u8 x s8)",
+    VNNI256: "vpdpbusd ymm (u8 x s8, AVX-VNNI)",
 }
-# What bounds the products of a dispatch level: integer, float.
-LEVEL_KINDS = {"avx512vnni": (VNNI, FMA512), "avxvnni": (VNNI256, FMA256), "avx2": (MADD256, FMA256), "ref": (-1, -1)}
 SLICE = 0.2e-3
 
 
@@ -62,14 +60,13 @@ class Ceilings:
     ----------
     cpus
         One CPU per thread, distinct; the calling thread belongs on the first. Default: the process's affinity mask.
-    level
-        Dispatch level whose instructions are the ceiling. Default: the best of this CPU.
     """
 
-    def __init__(self, cpus: list[int] | None = None, level: str | None = None) -> None:
+    def __init__(self, cpus: list[int] | None = None) -> None:
         lib = ctypes.CDLL(str(build()))
         lib.zqb_peak.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
         lib.zqb_peak.restype = ctypes.c_double
+        lib.zqb_runs.argtypes = [ctypes.c_int]
         lib.zqb_read.argtypes = [ctypes.c_size_t, ctypes.c_long, ctypes.c_int]
         lib.zqb_read.restype = ctypes.c_double
         lib.zqb_read_part.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
@@ -77,9 +74,6 @@ class Ceilings:
         self._lib = lib
         self.cpus = sorted(os.sched_getaffinity(0)) if cpus is None else list(cpus)
         self.isa = lib.zqb_isa()
-        self.avxvnni = bool(lib.zqb_avxvnni())
-        best = "avx512vnni" if self.isa == 2 else "avxvnni" if self.avxvnni else "avx2" if self.isa else "ref"
-        self.level = best if level is None else level
         array = (ctypes.c_int * len(self.cpus))(*self.cpus)
         if lib.zqb_team(array, len(self.cpus)) != 0:
             raise RuntimeError(f"cannot start {len(self.cpus)} threads")
@@ -87,14 +81,17 @@ class Ceilings:
     @property
     def int8_kind(self) -> int:
         """The instructions that bound exact integer products here; -1 without AVX2."""
-        return LEVEL_KINDS[self.level][0]
+        return self._first(VNNI, VNNI256, MADD256)
 
     @property
     def float_kind(self) -> int:
-        return LEVEL_KINDS[self.level][1]
+        return self._first(FMA512, FMA256)
+
+    def _first(self, *kinds: int) -> int:
+        return next((kind for kind in kinds if kind in self.kinds()), -1)
 
     def kinds(self) -> list[int]:
-        return ([VNNI, FMA512] * (self.isa == 2) + [VNNI256] * self.avxvnni + [MADD256, FMA256] * (self.isa >= 1))
+        return [kind for kind in KIND_NAMES if self._lib.zqb_runs(kind)]
 
     def peak(self, kind: int, threads: int = 1, seconds: float = SLICE) -> float:
         """One slice: 1e9 operations a second, summed over the threads."""

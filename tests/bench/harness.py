@@ -4,12 +4,15 @@ The neighbours of a virtual machine take the core away for milliseconds at a tim
 CPUs on one physical core for minutes. A timing is therefore kept only if a 0.2 ms slice of register-only instructions
 ran at 96 % or more of its best speed right before it and right after it, and if the threads had their CPUs all the time
 in between (the kernel counts what they used and how long they waited). What is reported is the median of the kept slices of the
-best round; several rounds over all cases are interleaved. Percentages refer to the peak of the same run. Where too few slices
+best round; several rounds over all cases are interleaved. The clock drifts by some percent within a minute: "best" means the
+third fastest slice of the last seconds, and percentages refer to that. Where too few slices
 are kept, the figure is marked: it is then of all slices, less the time that the threads were without a CPU, and says little.
 """
 from __future__ import annotations
 
 import argparse
+import collections
+import heapq
 import json
 import os
 import resource
@@ -25,6 +28,9 @@ from typing import Any
 from ceilings import Ceilings
 
 GATE = 0.96
+RECENT = 3.0  # seconds: how old a peak slice may be to count
+DRIFT = 0.9  # of the run's best peak: what is slower is not the clock but somebody else
+REFRESH = 30  # peak slices before each sample
 DRAM_BYTES = 256 << 20  # per thread: no cache holds it
 MAX_LOST = 0.03  # of a slice's wall time, that our threads were without a CPU
 WORK_SLICE = 4e-3
@@ -43,6 +49,8 @@ class Sample:
     kept: int
     slices: int
     faults: float = 0.0  # page faults per call
+    speed: float = 0.0  # int8 peak of a thread at that time
+    spread: float = 0.0  # between the quartiles of the kept slices, as a part of the median
 
     @property
     def gated(self) -> bool:
@@ -60,19 +68,25 @@ class Case:
     m: int = 0
     n: int = 0
     k: int = 0
-    ceiling: str = "int8"  # or "float": which peak the percentage refers to
+    ceiling: str = "int8"  # which peak the percentage refers to, of Gate.kinds
     samples: list[Sample] = field(default_factory=list)
 
     def best(self) -> Sample | None:
         good = [s for s in self.samples if s.gated]
         return min(good, key=lambda s: s.seconds) if good else None
 
+    def noise(self) -> float:
+        """What a difference to another run must exceed: the rounds' distance, or the slices' within the best one."""
+        good = sorted(s.seconds for s in self.samples if s.gated)
+        best = self.best()
+        return max(best.spread, good[1] / good[0] - 1 if len(good) > 1 else 0.0) if best else 0.0
+
 
 class Gate:
     """Peak slices on the first ``threads`` CPUs of this process, and the timing that they guard."""
 
     def __init__(self, threads: int = 1, settle: float = SETTLE, spinning: bool = True,
-                 level: str | None = None) -> None:
+                 more: dict[str, int] | None = None) -> None:
         self.threads = threads
         self.spinning = spinning  # the pool's workers never sleep while work() is called: all must use their CPUs
         self.settle = settle if threads > 1 else 0.0
@@ -80,10 +94,13 @@ class Gate:
         if threads > len(self.cpus):
             raise ValueError(f"{threads} threads asked for, {len(self.cpus)} CPUs allowed")
         self.cpus = self.cpus[:threads]
-        self.ceilings = Ceilings(self.cpus, level)
+        self.ceilings = Ceilings(self.cpus)
         os.sched_setaffinity(0, {self.cpus[0]})
         self.kind = self.ceilings.int8_kind
-        self.fastest = {"int8": [0.0] * 3, "float": [0.0] * 3}  # per thread, of all slices so far
+        self.kinds = {"int8": self.kind, "float": self.ceilings.float_kind, **(more or {})}
+        self.fastest = {name: [0.0] * 3 for name in self.kinds}  # per thread, of all slices so far
+        self.recent: collections.deque[tuple[float, float]] = collections.deque()  # time and rate of int8 slices
+        self.ratios: dict[str, list[float]] = {name: [] for name in self.kinds}  # to the int8 peak of the same moment
         self.fastest_read = 0.0
         self.measure_peaks()
         reached = self.ceilings.best(self.kind, threads)
@@ -98,22 +115,44 @@ class Gate:
 
     def measure_peaks(self) -> None:
         """Single-threaded slices; run_cases() repeats them in every round, so that a bad moment is no ceiling."""
-        for name, kind in (("int8", self.kind), ("float", self.ceilings.float_kind)):
-            for _ in range(300 if kind >= 0 else 0):
-                self._saw(name, self.ceilings.peak(kind))
+        rates: dict[str, list[float]] = {name: [0.0] * 3 for name in self.kinds}
+        for _ in range(300):  # in turn: the clock is the same for all
+            for name, kind in self.kinds.items():
+                if kind >= 0:
+                    rates[name].append(self.ceilings.peak(kind))
+                    self._saw(name, rates[name][-1], 1)
+        best = {name: heapq.nlargest(3, seen)[-1] for name, seen in rates.items()}
+        for name, seen in self.ratios.items():
+            if best["int8"] > 0:
+                seen.append(best[name] / best["int8"])
 
-    def _saw(self, name: str, rate: float) -> None:
+    def _saw(self, name: str, rate: float, threads: int) -> None:
+        """A slice's rate per thread. One thread alone may run at a higher clock than all of them: that is not their peak."""
         if rate > self.fastest[name][0]:
             self.fastest[name] = sorted([*self.fastest[name][1:], rate])
+        if name == "int8" and threads == self.threads:
+            self.recent.append((now(), rate))
+
+    def speed(self) -> float:
+        """The int8 peak of a thread now: of the last seconds, unless the machine is somebody else's."""
+        oldest = now() - RECENT
+        while self.recent and self.recent[0][0] < oldest:
+            self.recent.popleft()
+        third = heapq.nlargest(3, (rate for _, rate in self.recent))[-1] if self.recent else 0.0
+        return max(third, DRIFT * self.fastest["int8"][0])
+
+    def limit(self, name: str, speed: float) -> float:
+        """The peak of all threads together for a kind of instructions while the int8 peak of a thread is ``speed``."""
+        return self.threads * speed * statistics.median(self.ratios[name]) if self.ratios[name] else 0.0
 
     def bandwidth(self) -> float:
         """Read bandwidth of the threads together from memory, GB/s: the best seen in this run."""
         self.fastest_read = max(self.fastest_read, self.ceilings.read(DRAM_BYTES, self.threads, repeats=15))
         return self.fastest_read
 
-    def pin(self, work: Callable[[], Any]) -> None:
+    def pin(self, work: Callable[[], Any], seconds: float = 0.3) -> None:
         """Pin the threads that ``work()`` uses to our CPUs, and watch them from now on."""
-        self.tids = pin_busy_threads(self.cpus, work)
+        self.tids = pin_busy_threads(self.cpus, work, seconds)
 
     def good(self) -> bool:
         """Run one peak slice: is the machine ours now?"""
@@ -124,8 +163,8 @@ class Gate:
         if self.kind < 0:
             return True
         rate = self.ceilings.peak(self.kind, self.threads)
-        self._saw("int8", rate / self.threads)
-        return rate >= GATE * self.peak["int8"]
+        self._saw("int8", rate / self.threads, self.threads)
+        return rate >= GATE * self.threads * self.speed()
 
     def lost_time(self) -> Callable[[], float]:
         """Start a stopwatch: the seconds that our threads have been without a CPU since."""
@@ -152,6 +191,8 @@ class Gate:
         kept: list[float] = []
         every: list[float] = []
         faults = 0
+        for _ in range(REFRESH if seconds >= 0.1 else 0):
+            self.good()
         end = now() + seconds
         before = self.wait()
         while len(kept) < want and (now() < end or len(kept) < few and len(every) < 3 and now() < end + 9 * seconds):
@@ -174,7 +215,15 @@ class Gate:
             middle = statistics.median(kept)
         else:  # of few long calls the fastest was disturbed least
             middle = min(every) if few == 1 else statistics.median(every)
-        return Sample(middle, len(kept), len(every), faults / (calls * len(every)))
+        return Sample(middle, len(kept), len(every), faults / (calls * len(every)), self.speed(), spread_of(kept))
+
+
+def spread_of(values: list[float]) -> float:
+    """The distance between the quartiles as a part of the median; 0 of fewer than four values."""
+    if len(values) < 4:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / middle
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -267,8 +316,9 @@ def rows_of(gate: Gate, cases: Iterable[Case], unit: str = "GOP/s") -> list[dict
     for c in cases:
         best = c.best()
         value = c.ops / best.seconds / 1e9 if best else None
-        rows.append(row(c.name, gate.threads, value, unit, m=c.m, n=c.n, k=c.k, ceiling=gate.peak[c.ceiling] or None,
-                        kept=sum(s.kept for s in c.samples), slices=sum(s.slices for s in c.samples),
+        limit = gate.limit(c.ceiling, best.speed) if best else 0.0
+        rows.append(row(c.name, gate.threads, value, unit, m=c.m, n=c.n, k=c.k, ceiling=limit or None,
+                        noise=round(c.noise(), 4), kept=sum(s.kept for s in c.samples), slices=sum(s.slices for s in c.samples),
                         faults=round(best.faults, 2) if best else None))
     return rows
 
@@ -277,7 +327,7 @@ def cell(r: dict[str, Any]) -> str:
     """'446 (94)': value and percent of the ceiling; 'n/a' where too few slices passed the gate."""
     if r["value"] is None:
         return "n/a"
-    return f"{r['value']:.0f}" + (f" ({r['percent']:.0f})" if r["percent"] is not None else "")
+    return f"{r['value']:.{2 if r['unit'] == 'x' else 0}f}" + (f" ({r['percent']:.0f})" if r["percent"] is not None else "")
 
 
 def print_table(title: str, header: list[str], lines: Iterable[list[str]]) -> None:

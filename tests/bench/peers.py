@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -600,12 +600,12 @@ class Server:
         return {"share": self.engine.python_share(*random_batch(self.vocabulary, batch, length))}
 
 
-def serve(name: str, model: str, threads: int) -> None:
-    """Load the engine and answer requests until stdin ends. Libraries that print go to stderr."""
+def serve(make: Callable[[], Any]) -> None:
+    """Make a server and answer requests until stdin ends. Libraries that print go to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        server = Server(name, Path(model), threads)
+        server = make()
         reply: dict[str, Any] = server.do_hello()
     except Exception as error:  # noqa: BLE001  (reported to the parent, which leaves the engine out)
         reply = {"error": f"{type(error).__name__}: {error}"}
@@ -621,16 +621,14 @@ def serve(name: str, model: str, threads: int) -> None:
 
 # ---- the other end of it ------------------------------------------------------------------------------------
 class Turn:
-    """One engine's process."""
+    """One engine's process: a script that serves, with its arguments."""
 
-    def __init__(self, name: str, model: Path, threads: int) -> None:
-        self.name = name
-        self.idle = ENGINES[name].idle
-        env = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), name, str(model), str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE if not os.environ.get(
-                "ZQUANT_BENCH_VERBOSE") else None, text=True, env=env)
+    def __init__(self, name: str, idle: float, threads: int, *command: str, **environment: str) -> None:
+        self.name, self.idle = name, idle
+        env = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", **environment)
+        noise = None if os.environ.get("ZQUANT_BENCH_VERBOSE") else subprocess.PIPE
+        self.process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise,
+                                        text=True, env=env)
         # stderr is only read when the process dies; libraries that chat must not fill the pipe meanwhile
         if self.process.stderr:
             self.noise: list[str] = []
@@ -662,19 +660,23 @@ class Turn:
 
 
 def start(names: list[str], model: Path, threads: int) -> list[Turn]:
-    """A process for each engine; those that fail are left out, with a line that says so."""
-    turns = []
-    for name in names:
-        turn = Turn(name, model, threads)
+    """A process for each engine of models."""
+    return started((Turn(n, ENGINES[n].idle, threads, __file__, n, str(model), str(threads)) for n in names), threads)
+
+
+def started(turns: Iterable[Turn], threads: int) -> list[Turn]:
+    """Those that came up; for each of the others a line says why it is left out."""
+    up = []
+    for turn in turns:
         if "error" in turn.hello:
-            print(f"# {name}: left out: {turn.hello['error'][:300]}")
+            print(f"# {turn.name}: left out: {turn.hello['error'][:300]}")
             turn.close()
             continue
         time.sleep(turn.idle)
-        turns.append(turn)
-    if any(not t.hello["reachable"] for t in turns):
+        up.append(turn)
+    if any(not t.hello["reachable"] for t in up):
         print(f"# {threads}T: the host does not give {threads} full cores now; read these as n/a")
-    return turns
+    return up
 
 
 def engines_for(kind: str, with_peers: bool, wanted: str | None) -> list[str]:
@@ -721,4 +723,4 @@ def quantizing_memory(model: Path, scheme: str) -> dict[str, int]:
 if __name__ == "__main__":
     sys.path.insert(0, str(REPO))
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
-        serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+        serve(lambda: Server(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))

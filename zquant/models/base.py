@@ -322,7 +322,8 @@ class Model(Network):
                 linears = {role: self.linears[name] for role, name in names.items() if name in self.linears}
                 norms = {role: self._norm(names[role]) for role in ("attention_norm", "output_norm")}
                 block = Block({**names, "block": prefix.rstrip(".")}, linears, norms, self.dims.heads,
-                              self.dims.activation, self.dims.eps)
+                              self.dims.activation, self.dims.eps,
+                              self.scheme is not None and self.scheme.int8_attention)
                 self._blocks[index] = block
             return block
 

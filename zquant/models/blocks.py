@@ -223,11 +223,13 @@ class Block:
     names : role -> module name, for taps and errors
     linears : role -> Linear; roles query, key, value, attention, intermediate, output
     norms : role -> (gamma, beta); roles attention_norm, output_norm
+    int8_attention : see :class:`zquant.Scheme`
     """
 
     def __init__(self, names: Mapping[str, str], linears: Mapping[str, Linear],
-                 norms: Mapping[str, tuple[np.ndarray, np.ndarray]], heads: int, activation: str, eps: float) -> None:
-        self.names = dict(names)
+                 norms: Mapping[str, tuple[np.ndarray, np.ndarray]], heads: int, activation: str, eps: float,
+                 int8_attention: bool = False) -> None:
+        self.names, self.int8_attention = dict(names), int8_attention
         self.heads, self.eps, self.activation = heads, eps, ACTIVATIONS[activation]
         self.scale = 1.0 / np.sqrt(linears["query"].out_features / heads).item()
         self.attention_norm, self.output_norm = norms["attention_norm"], norms["output_norm"]
@@ -254,7 +256,7 @@ class Block:
         """x (tokens, d) and its codes (or None) to the same of the block's output; quant_out as in ``_core.layer_norm``."""
         norm = _core.layer_norm
         context = _core.attention_fused(self.qkv(x if codes is None else codes), offsets, self.heads, self.scale, None,
-                                        self.attention_in)
+                                        self.attention_in, self.int8_attention)
         y = self.attention(context, 0, x)
         y, codes = norm(y, None, *self.attention_norm, self.eps, self.intermediate_in)
         wide = self.intermediate(y if codes is None else codes, self.activation, None, self.output_in)
@@ -269,7 +271,7 @@ class Block:
         qkv = self.qkv(x if codes is None else codes)
         for role, part in zip(("query", "key", "value"), np.split(qkv, 3, axis=1)):
             tap(names[role], x, part)
-        context = _core.attention_fused(qkv, offsets, self.heads, self.scale, None, 0)
+        context = _core.attention_fused(qkv, offsets, self.heads, self.scale, None, 0, self.int8_attention)
         tap(names["attention"], context, self.attention(context))
         y, _ = norm(self.attention(context, 0, x), None, *self.attention_norm, self.eps, 0)
         tap(names["intermediate"], y, self.intermediate(y))

@@ -242,8 +242,8 @@ def _with_padding(rows: Array, keep: Array | None) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array, num_heads: int, key_mask: Array | None = None, lengths: Any = None,
-              scale: float | None = None) -> Array:
-    """Multi-head self-attention in float32 (Vaswani et al., arXiv 1706.03762, section 3.2).
+              scale: float | None = None, int8: bool = False) -> Array:
+    """Multi-head self-attention (Vaswani et al., arXiv 1706.03762, section 3.2), in float32 or on 8-bit codes.
 
     Per head ``softmax(scale * q k^T) v``, over tiles of keys with a running softmax (Dao et al., arXiv 2205.14135), so
     memory does not grow with the square of the length. A hidden key has no influence at all: the result is bit for bit
@@ -260,6 +260,11 @@ def attention(q: Array, k: Array, v: Array, num_heads: int, key_mask: Array | No
         Rows of each sequence that exist; the rest is padding, whose keys are hidden and whose output is zero.
     scale
         1 / sqrt(head_dim) by default; positive.
+    int8
+        Multiply 8-bit codes, exactly, in place of float32, as ZeroQuant-HERO does (arXiv 2310.17723): q and k symmetric per
+        token and head, v per feature and tile of 256 keys, the softmax in float32 and its result with the fixed step 1/255 of
+        the row's maximum, normalised so that the weights add up to 1. About twice as fast; see
+        ``zquant.reference.attention_int8``. |k| beyond 1e27 is then refused.
 
     Returns
     -------
@@ -283,6 +288,8 @@ def attention(q: Array, k: Array, v: Array, num_heads: int, key_mask: Array | No
     >>> ops.attention(q, q, v, num_heads=2, lengths=[1])
     array([[[1., 2., 3., 4.],
             [0., 0., 0., 0.]]], dtype=float32)
+    >>> ops.attention(q, q, v, num_heads=2, int8=True)[0, 0].round(1)
+    array([2., 3., 4., 5.], dtype=float32)
     """
     if _array(q, "q", "float32").ndim != 3:
         raise ValueError(f"q: expected 3 dimensions (batch, tokens, features), got {q.ndim}")
@@ -299,7 +306,7 @@ def attention(q: Array, k: Array, v: Array, num_heads: int, key_mask: Array | No
         _core.check_finite(a, name)
     if scale is None:
         scale = (width / num_heads) ** -0.5 if width and num_heads else 1.0
-    out = _core.attention(rows[0], rows[1], rows[2], offsets, num_heads, scale, mask)
+    out = _core.attention(rows[0], rows[1], rows[2], offsets, num_heads, scale, mask, bool(int8))
     return _with_padding(out, keep).reshape(q.shape)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from .gemm import activate
 
-__all__ = ["attention", "causal_attention", "exp_f32", "gated", "gelu", "gelu_erf_f32", "layer_norm", "relu", "rms_norm", "rotary",
-           "silu", "softmax"]
+__all__ = ["attention", "attention_int8", "causal_attention", "exp_f32", "gated", "gelu", "gelu_erf_f32", "layer_norm", "relu", "rms_norm",
+           "rotary", "silu", "softmax"]
 
 
 def layer_norm(x, weight, bias, eps=1e-12, residual=None):
@@ -69,6 +69,63 @@ def attention(q, k, v, num_heads, key_mask=None, lengths=None, scale=None):
     return np.where(exists[:, :, None], out, 0)
 
 
+_CODE = (np.float32(255) * np.array([1, 0.6932829022407532, 0.24221095442771912, 0.05500893294811249], np.float32))
+
+
+def _codes(x, axis):
+    """Symmetric codes rint(x / scale) in +-127 with one scale along the axis, max|x| / 127; as float32, and the scale."""
+    top = np.abs(x).max(axis, keepdims=True, initial=0).astype(np.float32)
+    tiny = top < np.float32(127) * np.finfo(np.float32).tiny
+    inv = np.where(tiny, np.float32(0), np.float32(127) / np.where(tiny, np.float32(1), top))
+    return np.rint(x * inv), np.where(tiny, np.float32(1), top / np.float32(127))
+
+
+def exp2_codes(t):
+    """rint(255 * 2^t), t <= 0, by 2^n 2^r with r = t - n in [-1/2, 1/2] and a polynomial of degree 3 for 255 * 2^r."""
+    t = np.maximum(np.asarray(t, np.float32), np.float32(-20))
+    n = np.rint(t)
+    r = t - n
+    p = np.full_like(r, _CODE[3])
+    for c in _CODE[2::-1]:
+        p = _fma(p, r, c)
+    return np.rint(np.ldexp(np.float64(p), n.astype(np.int32))).astype(np.float32)
+
+
+def _head_int8(q, k, v, factor, tile):
+    """One head of one sequence, (tokens, d) each: the running softmax over tiles of keys, all in float32."""
+    q8, sq = _codes(q, 1)
+    f = sq * np.float32(np.float32(factor) * np.float32(1.44269504))
+    m, l, o = np.full((len(q), 1), -np.inf, np.float32), np.zeros((len(q), 1), np.float32), np.zeros(q.shape, np.float32)
+    for at in range(0, len(k), tile):
+        k8, sk = _codes(k[at:at + tile], 1)
+        v8, sv = _codes(v[at:at + tile], 0)
+        s = (q8 @ k8.T) * sk.T  # sums of integers below 2^24 are exact in float32
+        top = np.maximum(m, s.max(1, keepdims=True))
+        if at:
+            c = np.where(top > m, exp2_f32((m - top) * f), np.float32(1))
+            l, o = l * c, o * c
+        p, m = exp2_codes((s - top) * f), top
+        l = l + p.sum(1, keepdims=True, dtype=np.float32)
+        o = _fma((p.astype(np.float64) @ v8).astype(np.float32), sv, o)
+    return o * (np.float32(1) / l) if len(k) else o
+
+
+def attention_int8(q, k, v, num_heads, key_mask=None, lengths=None, scale=None, tile=256):
+    """What ``ops.attention(int8=True)`` computes, bit for bit: codes of q and k per token and head, of v per feature and tile
+    of keys, of exp(s - max) with the step 1/255; the row is divided by the sum of its rounded codes."""
+    batch, tokens, width = q.shape
+    d = width // num_heads
+    visible = np.ones((batch, tokens), bool) if key_mask is None else np.asarray(key_mask, bool)
+    exists = np.full(batch, tokens) if lengths is None else np.asarray(lengths)
+    out = np.zeros(q.shape, np.float32)
+    for b, n in enumerate(exists):
+        keys = np.flatnonzero(visible[b, :n])
+        for h in range(num_heads):
+            own = slice(h * d, h * d + d)
+            out[b, :n, own] = _head_int8(q[b, :n, own], k[b, keys, own], v[b, keys, own], d ** -0.5 if scale is None else scale, tile)
+    return out
+
+
 def rotary(x, positions, cos, sin, num_heads, interleaved=False):
     """(a cos - b sin, b cos + a sin) for the pairs (a, b) of the first 2 * cos.shape[1] elements of every head."""
     x = np.asarray(x, np.float64)
@@ -120,6 +177,21 @@ def exp_f32(x):
     r = _fma(n, np.float32(1.90465421e-9), _fma(n, -np.float32(0.693147182), x))
     p = np.full_like(r, _EXP[5])
     for c in _EXP[4::-1]:
+        p = _fma(p, r, c)
+    return np.where(n <= -126, np.float32(0), np.ldexp(p, n.astype(np.int32))).astype(np.float32)
+
+
+_EXP2 = np.array([1, 0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957,
+                  0.001326472731307149], np.float32)
+
+
+def exp2_f32(t):
+    """2^t for t <= 0 by 2^n 2^r, r = t - n in [-1/2, 1/2], and a polynomial of degree 5 for 2^r; 0 below -125.5."""
+    t = np.maximum(np.asarray(t, np.float32), np.float32(-126))
+    n = np.rint(t)
+    r = t - n
+    p = np.full_like(r, _EXP2[5])
+    for c in _EXP2[4::-1]:
         p = _fma(p, r, c)
     return np.where(n <= -126, np.float32(0), np.ldexp(p, n.astype(np.int32))).astype(np.float32)
 

@@ -1,0 +1,133 @@
+/* Attention's kernels, scalar. Sums over keys run in the 64 partial sums of ref/nn.c. */
+#include "../zq_kernels.h"
+#include "attention.h"
+
+/* m, l and o of row i brought to the maximum of this tile too; returns it. l lacks the tile's own sum. */
+static float
+raise_max(const zq_softmax_tile *t, int64_t i)
+{
+    const float old = t->max[i], max = zq_maxf(old, zq_max_f32__ref(t->s + i * t->lds, t->keys));
+    if (max != old && old != -INFINITY) {
+        const float c = zq_exp2((old - max) * t->factor[i]);
+        t->sum[i] *= c;
+        zq_scale_f32__ref(t->o + i * t->ldo, t->n, c, t->o + i * t->ldo);
+    }
+    t->max[i] = max;
+    return max;
+}
+
+void
+zq_softmax_tile_f32__ref(const zq_softmax_tile *t)
+{
+    for (int64_t i = 0; i < t->rows; i++) {
+        const float max = raise_max(t, i), f = t->factor[i];
+        float *s = t->s + i * t->lds, stripe[64] = {0};
+        for (int64_t j = 0; j < t->keys; j++) {
+            s[j] = zq_exp2((s[j] - max) * f);
+            stripe[j % 64] += s[j];
+        }
+        for (int l = 0; l < 16; l++) {
+            stripe[l] = (stripe[l] + stripe[l + 16]) + (stripe[l + 32] + stripe[l + 48]);
+        }
+        for (int half = 8; half >= 1; half /= 2) {
+            for (int l = 0; l < half; l++) {
+                stripe[l] += stripe[l + half];
+            }
+        }
+        t->sum[i] += stripe[0];
+    }
+}
+
+void
+zq_transpose_f32__ref(const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < cols; c++) {
+            y[c * ldy + r] = x[r * ldx + c];
+        }
+    }
+}
+
+void
+zq_matmul_f32__ref(const zq_tile *t, int64_t ldb, int64_t panel, int accumulate)
+{
+    const float *a = t->a;
+    for (int64_t i = 0; i < t->mr; i++) {
+        for (int64_t j = 0; j < t->nr; j++) {
+            const float *b = (const float *)t->b + j / ZQ_NR * panel + j % ZQ_NR;
+            float c = accumulate ? t->y[i * t->ldy + j] : 0.0f;
+            for (int64_t k = 0; k < t->k; k++) {
+                c = fmaf(a[i * t->lda + k], b[k * ldb], c);
+            }
+            t->y[i * t->ldy + j] = c;
+        }
+    }
+}
+
+void
+zq_softmax_tile_u8__ref(const zq_softmax_tile *t)
+{
+    for (int64_t i = 0; i < t->rows; i++) {
+        const float max = raise_max(t, i), f = t->factor[i];
+        uint32_t sum = 0;
+        for (int64_t j = 0; j < zq_round_up(t->keys, 4); j++) {
+            const float code = j < t->keys ? zq_exp2_code((t->s[i * t->lds + j] - max) * f) : ZQ_CODE_ROUND;
+            t->p[i * t->ldp + j] = (uint8_t)zq_bits(code);
+            sum += zq_bits(code) - zq_bits(ZQ_CODE_ROUND);
+        }
+        t->sum[i] += (float)(int32_t)sum;
+    }
+}
+
+void
+zq_matmul_u8s8__ref(const zq_tile *t, int64_t panel, int accumulate)
+{
+    for (int64_t i = 0; i < t->mr; i++) {
+        const uint8_t *a = (const uint8_t *)t->a + i * t->lda;
+        for (int64_t j = 0; j < t->nr; j++) {
+            const int8_t *b = (const int8_t *)t->b + j / ZQ_NR * panel + j % ZQ_NR * 4;
+            int32_t c = t->colsum[j];
+            for (int64_t k = 0; k < t->k; k++) {
+                c += a[k] * b[k / 4 * 4 * ZQ_NR + k % 4];
+            }
+            float *y = t->y + i * t->ldy + j;
+            *y = fmaf((float)c, t->scale[j], accumulate ? *y : 0.0f);
+        }
+    }
+}
+
+void
+zq_quantize_heads_f32_b8__ref(const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq,
+                              float *scale, int32_t *sum)
+{
+    for (int64_t i = 0; i < rows; i++, x += ldx, q += ldq) {
+        const float inv = zq_code_scale(zq_absmax_f32__ref(x, n), &scale[i]);
+        uint32_t total = 0;
+        for (int64_t j = 0; j < zq_round_up(n, 4); j++) {
+            const uint32_t code = (uint32_t)zq_small_rint(j < n ? x[j] * inv : 0.0f);
+            q[j] = (uint8_t)(code + (uint32_t)bias);
+            total += code;
+        }
+        sum[i] = (int32_t)total;
+    }
+}
+
+void
+zq_pack_columns_f32_s8__ref(const float *x, int64_t rows, int64_t n, uint8_t *q, float *scale)
+{
+    const int64_t rows4 = zq_round_up(rows, 4);
+    for (int64_t j = 0; j < n; j++) {
+        uint32_t top = 0;
+        float absmax;
+        for (int64_t k = 0; k < rows; k++) {
+            const uint32_t bits = zq_bits(fabsf(x[k * n + j]));
+            top = bits > top ? bits : top;
+        }
+        memcpy(&absmax, &top, sizeof absmax);
+        const float inv = zq_code_scale(absmax, &scale[j]);
+        uint8_t *column = q + j / ZQ_NR * ZQ_NR * rows4 + j % ZQ_NR * 4;
+        for (int64_t k = 0; k < rows4; k++) {
+            column[k / 4 * 4 * ZQ_NR + k % 4] = (uint8_t)zq_small_rint(k < rows ? x[k * n + j] * inv : 0.0f);
+        }
+    }
+}

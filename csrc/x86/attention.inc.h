@@ -1,0 +1,435 @@
+/* Attention's kernels on v16: what ref/attention.c does, sixteen lanes at a time. Included by nn_avx2.c and nn_avx512.c
+ * behind nn.inc.h, with MATMUL_MR and MATMUL_NV set to the register tile of the level and
+ * v16i_dot4(acc, a, b) to acc + the sum of the four products u8 x s8 in each lane. */
+#include "../ref/attention.h"
+
+ZQ_INLINE v16
+v16_exp2(v16 t)
+{
+    t = v16_max(v16_set1(ZQ_EXP2_LO), t);
+    const v16 k = v16_add(t, v16_set1(ZQ_EXP2_MAGIC)), r = v16_sub(t, v16_sub(k, v16_set1(ZQ_EXP2_MAGIC)));
+    v16 p = v16_set1(zq_exp2_poly[5]);
+#pragma GCC unroll 8
+    for (int i = 4; i >= 0; i--) {
+        p = v16_fma(p, r, v16_set1(zq_exp2_poly[i]));
+    }
+    return v16_mul(p, v16_from_bits(v16i_shl(v16_bits(k), 23)));
+}
+
+/* m, l and o of the rows brought to the maximum of this tile too. l lacks the tile's own sum. A loop of its own, and so are
+ * the three below: horizontal steps have long latencies, and only rows side by side hide them. */
+static void
+raise_max(const zq_softmax_tile *t)
+{
+    for (int64_t i = 0; i < t->rows; i++) {
+        const float old = t->max[i], max = zq_maxf(old, max_f32(t->s + i * t->lds, t->keys));
+        t->max[i] = max;
+        if (max != old && old != -INFINITY) {
+            const float c = zq_exp2((old - max) * t->factor[i]);
+            t->sum[i] *= c;
+            scale_f32(t->o + i * t->ldo, t->n, c, t->o + i * t->ldo);
+        }
+    }
+}
+
+/* p of one row; returns its sums in the lanes. */
+ZQ_INLINE v16
+exp2_row(float *s, int64_t keys, v16 max, v16 f)
+{
+    v16 sum[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
+    int64_t j = 0;
+    for (; j + 64 <= keys; j += 64) {
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++) {
+            const v16 p = v16_exp2(v16_mul(v16_sub(v16_load(s + j + 16 * u), max), f));
+            v16_store(s + j + 16 * u, p);
+            sum[u] = v16_add(sum[u], p);
+        }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; u++) {
+        const int64_t at = j + 16 * u, n = zq_min(keys - at, 16);
+        if (n > 0) {
+            const v16 p = keep(v16_exp2(v16_mul(v16_sub(v16_loadn(s + at, n), max), f)), n, v16_zero());
+            v16_storen(s + at, p, n);
+            sum[u] = v16_add(sum[u], p);
+        }
+    }
+    return v16_add(v16_add(sum[0], sum[1]), v16_add(sum[2], sum[3]));
+}
+
+static void
+softmax_tile_f32(const zq_softmax_tile *t)
+{
+    float lanes[MATMUL_MR][16];
+    assert(t->rows <= MATMUL_MR);
+    raise_max(t);
+    for (int64_t i = 0; i < t->rows; i++) {
+        v16_store(lanes[i], exp2_row(t->s + i * t->lds, t->keys, v16_set1(t->max[i]), v16_set1(t->factor[i])));
+    }
+    for (int64_t i = 0; i < t->rows; i++) {
+        t->sum[i] += v16_hsum(v16_load(lanes[i]));
+    }
+}
+
+/* ---- int8 ---- */
+
+/* Bits of ZQ_CODE_ROUND plus the code: zq_exp2_code. */
+ZQ_INLINE v16
+v16_exp2_code(v16 t)
+{
+    t = v16_max(v16_set1(ZQ_CODE_LO), t);
+    const v16 k = v16_add(t, v16_set1(ZQ_CODE_MAGIC)), r = v16_sub(t, v16_sub(k, v16_set1(ZQ_CODE_MAGIC)));
+    v16 p = v16_set1(zq_code_poly[3]);
+#pragma GCC unroll 4
+    for (int i = 2; i >= 0; i--) {
+        p = v16_fma(p, r, v16_set1(zq_code_poly[i]));
+    }
+    return v16_fma(p, v16_from_bits(v16i_shl(v16_bits(k), 23)), v16_set1(ZQ_CODE_ROUND));
+}
+
+ZQ_INLINE int32_t
+v16i_hsum(v16i a)
+{
+    const __m256i b = _mm256_add_epi32(v16i_lo(a), v16i_hi(a));
+    __m128i c = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    c = _mm_add_epi32(c, _mm_shuffle_epi32(c, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
+}
+
+/* Codes of one row; returns their sums in the lanes, each with one ZQ_CODE_ROUND per sixteen keys on top. */
+ZQ_INLINE v16i
+code_row(const float *s, int64_t keys, v16 max, v16 f, uint8_t *p)
+{
+    v16i sum[2] = {v16i_zero(), v16i_zero()};
+    int64_t j = 0;
+    for (; j + 32 <= keys; j += 32) {
+#pragma GCC unroll 2
+        for (int u = 0; u < 2; u++) {
+            const v16i code = v16_bits(v16_exp2_code(v16_mul(v16_sub(v16_load(s + j + 16 * u), max), f)));
+            v16i_store_b8(p + j + 16 * u, code);
+            sum[u] = v16i_add(sum[u], code);
+        }
+    }
+    for (; j < keys; j += 16) {
+        const int64_t n = zq_min(keys - j, 16);
+        const v16 x = v16_exp2_code(v16_mul(v16_sub(v16_loadn(s + j, n), max), f));
+        const v16i code = v16_bits(keep(x, n, v16_set1(ZQ_CODE_ROUND)));
+        v16i_storen_b8(p + j, code, zq_round_up(n, 4));
+        sum[0] = v16i_add(sum[0], code);
+    }
+    return v16i_add(sum[0], sum[1]);
+}
+
+static void
+softmax_tile_u8(const zq_softmax_tile *t)
+{
+    int32_t lanes[MATMUL_MR][16];
+    const uint32_t extra = (uint32_t)zq_round_up(t->keys, 16) * zq_bits(ZQ_CODE_ROUND);
+    assert(t->rows <= MATMUL_MR);
+    raise_max(t);
+    for (int64_t i = 0; i < t->rows; i++) {
+        v16i_store(lanes[i], code_row(t->s + i * t->lds, t->keys, v16_set1(t->max[i]), v16_set1(t->factor[i]), t->p + i * t->ldp));
+    }
+    for (int64_t i = 0; i < t->rows; i++) {
+        t->sum[i] += (float)(int32_t)((uint32_t)v16i_hsum(v16i_load(lanes[i])) - extra);
+    }
+}
+
+ZQ_INLINE v16i
+v16_small_rint(v16 x)
+{
+    return v16i_sub(v16_bits(v16_add(x, v16_set1(ZQ_CODE_ROUND))), v16_bits(v16_set1(ZQ_CODE_ROUND)));
+}
+
+ZQ_INLINE v16i
+v16_abs_bits(v16 x)
+{
+    return v16i_and(v16_bits(x), v16i_set1(0x7fffffff));
+}
+
+static void
+quantize_head(const float *x, int64_t n, float inv, int bias, uint8_t *q, int32_t *sum)
+{
+    v16i total = v16i_zero();
+    const v16 f = v16_set1(inv);
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) {
+        const v16i code = v16_small_rint(v16_mul(v16_load(x + j), f));
+        v16i_store_b8(q + j, v16i_add(code, v16i_set1(bias)));
+        total = v16i_add(total, code);
+    }
+    if (j < n) {
+        const v16i code = v16_small_rint(v16_mul(v16_loadn(x + j, n - j), f));
+        v16i_storen_b8(q + j, v16i_add(code, v16i_set1(bias)), zq_round_up(n - j, 4));
+        total = v16i_add(total, code);
+    }
+    *sum = v16i_hsum(total);
+}
+
+static void
+quantize_heads_f32_b8(const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale,
+                      int32_t *sum)
+{
+    for (int64_t i = 0; i < rows; i++) { /* the scales first, so that their latencies overlap */
+        v16i top = v16i_zero();
+        for (int64_t j = 0; j < n; j += 16) {
+            top = v16i_max(top, v16_abs_bits(n - j < 16 ? v16_loadn(x + i * ldx + j, n - j) : v16_load(x + i * ldx + j)));
+        }
+        const int32_t bits = v16i_hmax(top);
+        memcpy(&scale[i], &bits, sizeof bits);
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        const float inv = zq_code_scale(scale[i], &scale[i]);
+        quantize_head(x + i * ldx, n, inv, bias, q + i * ldq, &sum[i]);
+    }
+}
+
+/* Sixteen columns: four rows of codes make a word each. */
+ZQ_INLINE void
+pack_sixteen(const float *x, int64_t rows, int64_t n, uint8_t *q, float *scale)
+{
+    v16i top = v16i_zero();
+    for (int64_t k = 0; k < rows; k++) {
+        top = v16i_max(top, v16_abs_bits(v16_load(x + k * n)));
+    }
+    const v16 absmax = v16_from_bits(top), least = v16_set1(127.0f * FLT_MIN), whole = v16_set1(127.0f);
+    v16_store(scale, v16_select_lt(absmax, least, v16_set1(1.0f), v16_div(absmax, whole)));
+    const v16 inv = v16_select_lt(absmax, least, v16_zero(), v16_div(whole, absmax));
+    const v16i low = v16i_set1(255);
+    for (int64_t k = 0; k < rows; k += 4, q += 4 * ZQ_NR) {
+        v16i word = v16i_zero();
+#pragma GCC unroll 4
+        for (int u = 3; u >= 0; u--) {
+            const v16 row = k + u < rows ? v16_load(x + (k + u) * n) : v16_zero();
+            word = v16i_or(v16i_shl(word, 8), v16i_and(v16_small_rint(v16_mul(row, inv)), low));
+        }
+        v16i_store((int32_t *)(void *)q, word);
+    }
+}
+
+static void
+pack_columns_f32_s8(const float *x, int64_t rows, int64_t n, uint8_t *q, float *scale)
+{
+    for (int64_t j = 0; j < n; j += 16) {
+        pack_sixteen(x + j, rows, n, q + j / ZQ_NR * ZQ_NR * zq_round_up(rows, 4) + j % ZQ_NR * 4, scale + j);
+    }
+}
+
+/* Columns col .. of a panel; mr and nv are constants in every call. */
+ZQ_INLINE void
+product_tile(const zq_tile *t, int64_t col, int accumulate, const int mr, const int nv)
+{
+    const uint8_t *a = t->a, *b = (const uint8_t *)t->b + 4 * col;
+    const int64_t lda = t->lda, depth = t->k;
+    v16i acc[MATMUL_MR][MATMUL_NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) {
+            acc[i][j] = v16i_load(t->colsum + col + 16 * j);
+        }
+    }
+    for (int64_t k = 0; k < depth; k += 4, b += 4 * ZQ_NR) {
+        v16i bk[MATMUL_NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) {
+            bk[j] = v16i_load((const int32_t *)(const void *)(b + 64 * j));
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < mr; i++) {
+            int32_t four;
+            memcpy(&four, a + i * lda + k, sizeof four);
+            const v16i aik = v16i_set1(four);
+#pragma GCC unroll 4
+            for (int j = 0; j < nv; j++) {
+                acc[i][j] = v16i_dot4(acc[i][j], aik, bk[j]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        float *y = t->y + i * t->ldy + col;
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) {
+            const v16 before = accumulate ? v16_load(y + 16 * j) : v16_zero();
+            v16_store(y + 16 * j, v16_fma(v16_from_i(acc[i][j]), v16_load(t->scale + col + 16 * j), before));
+        }
+    }
+}
+
+ZQ_INLINE void
+product_columns(const zq_tile *t, int64_t col, int accumulate, const int nv)
+{
+    switch (t->mr) {
+#define HEIGHT(h) \
+    case h: \
+        if (h <= MATMUL_MR) { \
+            product_tile(t, col, accumulate, h <= MATMUL_MR ? h : 1, nv); \
+        } \
+        break;
+        HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
+        HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)
+#undef HEIGHT
+    default: break;
+    }
+}
+
+static void
+matmul_u8s8(const zq_tile *t, int64_t panel, int accumulate)
+{
+    assert(t->nr % 16 == 0 && t->k % 4 == 0 && t->mr <= MATMUL_MR);
+    zq_tile part = *t;
+    for (int64_t col = 0; col < t->nr; col += ZQ_NR) {
+        part.b = (const uint8_t *)t->b + col / ZQ_NR * panel;
+        part.y = t->y + col;
+        part.colsum = t->colsum + col;
+        part.scale = t->scale + col;
+        const int64_t nr = zq_min(ZQ_NR, t->nr - col);
+        int64_t at = 0;
+        for (; at + 16 * MATMUL_NV <= nr; at += 16 * MATMUL_NV) {
+            product_columns(&part, at, accumulate, MATMUL_NV);
+        }
+        for (; at < nr; at += 16) {
+            product_columns(&part, at, accumulate, 1);
+        }
+    }
+}
+
+/* ---- float32 ---- */
+
+/* 8 x 8 floats: pairs, then quads, then the 128-bit halves. */
+ZQ_INLINE void
+transpose_8x8(const float *x, int64_t ldx, float *y, int64_t ldy)
+{
+    __m256 r[8], p[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        r[i] = _mm256_loadu_ps(x + i * ldx);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 2) {
+        p[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(p[i], p[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0xee);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(y + i * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(y + (i + 4) * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
+
+static void
+transpose_f32(const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)
+{
+    const int64_t rows8 = rows & ~(int64_t)7, cols8 = cols & ~(int64_t)7;
+    for (int64_t r = 0; r < rows8; r += 8) {
+        for (int64_t c = 0; c < cols8; c += 8) {
+            transpose_8x8(x + r * ldx + c, ldx, y + c * ldy + r, ldy);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = r < rows8 ? cols8 : 0; c < cols; c++) {
+            y[c * ldy + r] = x[r * ldx + c];
+        }
+    }
+}
+
+/* mr x 16 nv accumulators stay in registers; mr and nv are constants in every call. */
+ZQ_INLINE void
+matmul_tile(const zq_tile *t, int64_t col, int64_t ldb, int accumulate, const int mr, const int nv)
+{
+    const float *a = t->a, *b = (const float *)t->b + col;
+    const int64_t lda = t->lda, ldc = t->ldy, depth = t->k;
+    float *c = t->y + col;
+    v16 acc[MATMUL_MR][MATMUL_NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) {
+            acc[i][j] = accumulate ? v16_load(c + i * ldc + 16 * j) : v16_zero();
+        }
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        v16 bk[MATMUL_NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) {
+            bk[j] = v16_load(b + k * ldb + 16 * j);
+            if (mr <= 8) { /* so few rows wait for memory: a decoding step reads every page of keys once */
+                _mm_prefetch((const char *)(b + (k + 12) * ldb + 16 * j), _MM_HINT_T0);
+            }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < mr; i++) {
+            const v16 aik = v16_set1(a[i * lda + k]);
+#pragma GCC unroll 4
+            for (int j = 0; j < nv; j++) {
+                acc[i][j] = v16_fma(aik, bk[j], acc[i][j]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) {
+            v16_store(c + i * ldc + 16 * j, acc[i][j]);
+        }
+    }
+}
+
+/* The constant heights. Cases above the level's tile are never reached and compile to nothing. */
+ZQ_INLINE void
+matmul_columns(const zq_tile *t, int64_t col, int64_t ldb, int accumulate, const int nv)
+{
+    switch (t->mr) {
+#define HEIGHT(h) \
+    case h: \
+        if (h <= MATMUL_MR) { \
+            matmul_tile(t, col, ldb, accumulate, h <= MATMUL_MR ? h : 1, nv); \
+        } \
+        break;
+        HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
+        HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)
+#undef HEIGHT
+    default: break;
+    }
+}
+
+static void
+matmul_f32(const zq_tile *t, int64_t ldb, int64_t panel, int accumulate)
+{
+    assert(t->nr % 16 == 0 && t->mr <= MATMUL_MR);
+    zq_tile part = *t;
+    for (int64_t col = 0; col < t->nr; col += ZQ_NR) {
+        part.b = (const float *)t->b + col / ZQ_NR * panel;
+        part.y = t->y + col;
+        const int64_t nr = zq_min(ZQ_NR, t->nr - col);
+        int64_t at = 0;
+        for (; at + 16 * MATMUL_NV <= nr; at += 16 * MATMUL_NV) {
+            matmul_columns(&part, at, ldb, accumulate, MATMUL_NV);
+        }
+        for (; at < nr; at += 16) {
+            matmul_columns(&part, at, ldb, accumulate, 1);
+        }
+    }
+}
+
+static void
+fill_attention(zq_kernels *t)
+{
+    t->softmax_tile_f32 = softmax_tile_f32;
+    t->softmax_tile_u8 = softmax_tile_u8;
+    t->matmul_u8s8 = matmul_u8s8;
+    t->quantize_heads_f32_b8 = quantize_heads_f32_b8;
+    t->pack_columns_f32_s8 = pack_columns_f32_s8;
+    t->transpose_f32 = transpose_f32;
+    t->matmul_f32 = matmul_f32;
+    t->mr_matmul = MATMUL_MR;
+}

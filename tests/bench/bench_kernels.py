@@ -1,0 +1,450 @@
+"""The kernels beside the ceilings of this CPU: a section for each line of the table of goals.
+
+Ceilings come first, measured in the same run. Integer products refer to the peak of vpdpbusd, float32 ones and attention to
+that of vfmadd231ps; "gemv" to plain readings of the memory around each slice; "avx2" to vpmaddwd + vpaddd on 256 bits,
+which is the cheapest exact sequence of that level once both sides are widened; "avxvnni" to vpdpbusd on 256 bits; "rows"
+counts the float32 bytes of the input. A goal is met when every shape reaches it (w8a8: the mean, and every shape
+a lower one), "mean" is said where only the mean does. Goals differ between Zen 4 and Zen 5; other CPUs are judged as Zen 4.
+
+    python tests/bench/bench_kernels.py --quick                      # everything in about a minute per thread count
+    python tests/bench/bench_kernels.py --only w8a8,gemv --threads 1 --json new.json
+    python tests/bench/bench_kernels.py --compare old.json new.json  # exit code 1: something became slower
+"""
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ceilings
+import harness
+import linears
+import memory
+import numpy as np
+
+Rows = list[dict[str, Any]]
+SURE = 0.03  # smaller changes are noise whatever the rows say
+RETRIES = 2
+L2_BYTES = 384 << 10  # of float32 that the row operators read
+INSTRUCTIONS = 4  # int8 operations per float32 operation
+
+
+class Item(NamedTuple):
+    """One thing to measure. Attention: m tokens, n heads of k features; row operators: m rows of k."""
+
+    kind: str
+    m: int
+    n: int
+    k: int
+    family: str = "linear"  # or "memory" (weights from memory, percent of its readings), "rotated" (of the peak), ...
+    level: str = ""  # dispatch level; the best one when empty
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.level, self.kind, {"memory": "gemv", "rotated": "from memory"}.get(self.family))))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the rows whose label matches must reach, on Zen 4 and on Zen 5."""
+
+    label: str
+    must: tuple[float, float]
+    match: str = ""  # regular expression on "name m,n,k"
+    mean: tuple[float, float] | None = None  # must of the mean; each shape has `must`
+    figure: str = "percent"  # or "value", or "each" (value per thread)
+    threads: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True)
+class Section:
+    items: Callable[[bool], Iterable[Item]]  # argument: quick
+    goals: tuple[Goal, ...]
+    ratio: Callable[[Rows], Rows] | None = None  # rows that follow from the measured ones
+
+
+# ---- what is measured -------------------------------------------------------------------------------------
+def items_of(kinds: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterable[int], **more: str) -> list[Item]:
+    return [Item(kind, m, n, k, **more) for (n, k), kind, m in itertools.product(shapes, kinds, tokens)]
+
+
+def big(quick: bool, kinds: Iterable[str], few: tuple[int, ...] = (), **more: str) -> list[Item]:
+    """The linears of BERT-base and of a 7B Llama."""
+    kinds = tuple(kinds)
+    return [*items_of(kinds, linears.BERT, (*few, *((512,) if quick else (128, 512, 2048))), **more),
+            *items_of(kinds, linears.LLAMA[: 2 if quick and more else 3], (512,), **more)]
+
+
+GROUPS = ("w4a8 g128", "w4a8 g64", "w4a8 g32")
+FUSED = ("w8a8+gelu", "w8a8 int8-out", "w8a8+gelu int8-out", "w8a8 f32-in")
+GEMV = ("w8a8", "w4a8 g64", "w4a8 g128", "w4a16 g64")
+RAGGED = ((384, 1536), (500, 1000), (172, 64))
+ROW_KINDS = ("quantize", "layernorm", "rmsnorm", "gelu", "softmax")
+
+
+def ragged(quick: bool) -> list[Item]:
+    """Products of at least 50 and 200 million operations, with odd numbers of rows too."""
+    wanted = (5e7,) if quick else (5e7, 2e8)
+    return [Item("w8a8", int(-(-ops // (2 * n * k))) | odd, n, k)
+            for (n, k), ops, odd in itertools.product(RAGGED, wanted, (0, 1))]
+
+
+def row_items(quick: bool) -> list[Item]:
+    widths = (768,) if quick else (384, 768, 2048, 3072)
+    return [Item(kind, L2_BYTES // 4 // k, 1, k, "rows") for kind, k in itertools.product(ROW_KINDS, widths)]
+
+
+def attention_items(quick: bool) -> list[Item]:
+    del quick
+    return [Item(f"attention {kind}", tokens, 12, width, "attention")
+            for kind, width, tokens in itertools.product(attention_calls(), (64, 32), (16, 128, 512, 2048))]
+
+
+def at_level(level: str) -> Callable[[bool], list[Item]]:
+    def items(quick: bool) -> list[Item]:
+        from zquant import _core
+
+        if level not in _core.levels():
+            return []
+        return [*big(quick, ("w8a8",), level=level),
+                *items_of(GROUPS, linears.BERT[2:] if quick else linears.BERT, (512,), level=level)]
+
+    return items
+
+
+def ratios(rows: Rows) -> Rows:
+    """int8 against float32 of the same linear, where both were measured."""
+    at = {(r["name"], r["m"], r["n"], r["k"]): r for r in rows}
+    return [quotient("w8a8 / f32", r, at[("f32", *key)], INSTRUCTIONS)
+            for (name, *key), r in at.items() if name == "w8a8" and ("f32", *key) in at]
+
+
+def attention_ratios(rows: Rows) -> Rows:
+    at = {(r["name"], r["m"], r["k"]): r for r in rows}
+    return [quotient("attention int8 / fp32", r, at["attention fp32 checked", m, k], None)
+            for (name, m, k), r in at.items() if name == "attention int8 checked"]
+
+
+def quotient(name: str, a: dict[str, Any], b: dict[str, Any], ceiling: float | None) -> dict[str, Any]:
+    value = a["value"] / b["value"] if a["value"] and b["value"] else None
+    return harness.row(name, a["threads"], value, "x", m=a["m"], n=a["n"], k=a["k"], ceiling=ceiling,
+                       noise=a["noise"] + b["noise"])
+
+
+MUST_LEVEL = (Goal("w8a8", (85, 85), "w8a8"), Goal("w4a8", (85, 85), "w4a8"))
+SECTIONS = {
+    "w8a8": Section(lambda quick: big(quick, ("w8a8",)), (Goal("each shape", (86, 82), mean=(91, 90)),)),
+    "epilogues": Section(lambda quick: items_of(FUSED, linears.BERT, (512,) if quick else (128, 512, 2048)),
+                         (Goal("K = 768", (83, 80), ",768$"), Goal("K = 3072", (92, 90), ",3072$"))),
+    "minilm": Section(lambda quick: items_of(("w8a8",), linears.MINILM, (512, 4096)),
+                      (Goal("K = 1536", (85, 85), ",1536$"), Goal("K = 384", (78, 78), ",384$"))),
+    "w4a8": Section(lambda quick: big(quick, GROUPS, (8,)),
+                    tuple(Goal(g, must, f"{g} ") for g, must in zip(GROUPS, ((89, 86), (85, 81), (80, 78))))),
+    "small-m": Section(lambda quick: [*items_of(("w8a8",), linears.BERT, (8,)),
+                                      *items_of(("w8a8",), linears.LLAMA, (16,), family="rotated")],
+                       (Goal("m = 8", (92, 92), " 8,", threads=(1,)), Goal("m = 8", (84, 84), " 8,", threads=(2,)),
+                        Goal("Llama m = 16", (85, 85), " 16,", threads=(1,)))),
+    "gemv": Section(lambda quick: items_of(GEMV, linears.LLAMA, (1,), family="memory"),
+                    (Goal("W8", (93, 93), "^w8"), Goal("W4", (88, 88), "^w4"))),
+    "ragged": Section(ragged, (Goal("each", (80, 80)),)),
+    "rows": Section(row_items, (Goal("GB/s per thread", (35, 35), figure="each"),)),
+    "f32": Section(lambda quick: [*big(quick, ("f32",)), *items_of(("f32+gelu",), linears.BERT, (512,))],
+                   (Goal("each", (88, 88)),)),
+    "attention": Section(attention_items, (Goal("fp32, T >= 128", (60, 60), r"fp32 (128|512|2048),"),
+                                           Goal("int8 / fp32, T >= 128", (1.8, 1.8), "/ fp32 (128|512|2048),",
+                                                figure="value")), attention_ratios),
+    "ratio": Section(lambda quick: [*big(quick, ("w8a8", "f32")), *items_of(("w8a8", "f32"), linears.MINILM, (512,))],
+                     (Goal("int8 / float32", (3.5, 3.5), "/", mean=(3.8, 3.8), figure="value"),), ratios),
+    "avx2": Section(at_level("avx2"), MUST_LEVEL),
+    "avxvnni": Section(at_level("avxvnni"), MUST_LEVEL),
+}
+LEVEL_KINDS = {"avx2": ceilings.MADD256, "avxvnni": ceilings.VNNI256}
+
+
+# ---- the calls to time --------------------------------------------------------------------------------------
+def attention_calls() -> dict[str, Callable[..., Any]]:
+    """Kinds of attention over (q, k, v, offsets, heads, scale): the core's, and int8 beside float32 as zquant.ops has it."""
+    from zquant import _core, ops
+
+    def plain(q: Any, k: Any, v: Any, offsets: Any, heads: int, scale: float) -> Any:
+        return _core.attention(q, k, v, offsets, heads, scale, None)
+
+    def checked(**more: Any) -> Callable[..., Any]:
+        def run(q: Any, k: Any, v: Any, offsets: Any, heads: int, scale: float) -> Any:
+            batch = (len(offsets) - 1, -1, q.shape[1])
+            return ops.attention(q.reshape(batch), k.reshape(batch), v.reshape(batch), heads, scale=scale, **more)
+
+        return run
+
+    calls = {"fp32": plain}
+    if "int8" in inspect.signature(ops.attention).parameters:
+        calls.update({"fp32 checked": checked(), "int8 checked": checked(int8=True)})
+    return calls
+
+
+def attention_case(item: Item) -> harness.Case:
+    """At least 512 tokens in sequences of m."""
+    batch = max(1, 512 // item.m)
+    q, k, v = (linears.random_floats((batch * item.m, item.n * item.k), seed) for seed in (1, 2, 3))
+    offsets = np.arange(0, batch * item.m + 1, item.m, dtype=np.int64)
+    run, scale = attention_calls()[item.kind.removeprefix("attention ")], item.k ** -0.5
+    ops = 4.0 * batch * item.m * item.m * item.n * item.k
+    return harness.Case(item.name, lambda: run(q, k, v, offsets, item.n, scale), ops, item.m, item.n, item.k, "float")
+
+
+def rows_case(item: Item) -> harness.Case:
+    from zquant import _core
+
+    x, asym = linears.random_floats((item.m, item.k)), linears.TOKEN_ASYM
+    weight, bias = np.ones(item.k, np.float32), np.zeros(item.k, np.float32)
+    call = {"quantize": lambda: _core.quantize_tokens(x, asym, True),
+            "layernorm": lambda: _core.layer_norm(x, None, weight, bias, 1e-12, asym),
+            "rmsnorm": lambda: _core.rms_norm(x, None, weight, 1e-6, asym),
+            "gelu": lambda: _core.activation(x, linears.GELU, asym),
+            "softmax": lambda: _core.softmax(x)}[item.kind]
+    return harness.Case(item.name, call, 4.0 * item.m * item.k, item.m, item.n, item.k)
+
+
+class Bench:
+    """Measures items with one number of threads, none of them twice."""
+
+    def __init__(self, threads: int, args: Any) -> None:
+        from zquant import _core
+
+        self.args, self.best = args, _core.level()
+        _core.set_threads(threads)
+        wanted = {name: kind for name, kind in LEVEL_KINDS.items() if name in args.only}
+        self.gate = harness.Gate(threads, more=wanted)
+        self.memory: memory.Memory | None = None
+        self.found: dict[Item, dict[str, Any]] = {}
+        self.packed: dict[tuple[str, int, int, bool], list[Any]] = {}
+
+    def measure(self, items: list[Item]) -> None:
+        from zquant import _core
+
+        new = [item for item in dict.fromkeys(items) if item not in self.found]
+        if not self.gate.reachable:
+            self.found.update({item: self.not_measured(item) for item in new})
+            return
+        for level, group in itertools.groupby(new, key=lambda item: item.level):
+            _core.use_level(level or self.best)
+            todo = list(group)
+            cached = [item for item in todo if item.family != "memory"]
+            cases = [self.case(item) for item in cached]
+            if cases and self.gate.threads > 1:
+                self.gate.pin(max(cases, key=lambda c: c.ops).work)
+            harness.run_cases(self.gate, cases, self.args.rounds, self.args.seconds)
+            for _ in range(RETRIES):  # a neighbour's bad second must not take a shape out of the table
+                again = [c for c in cases if c.best() is None]
+                if again:
+                    harness.run_cases(self.gate, again, 1, 2 * self.args.seconds)
+            for item, case in zip(cached, cases):
+                unit = {"rows": "GB/s", "attention": "GFLOP/s"}.get(item.family, "GOP/s")
+                (self.found[item],) = harness.rows_of(self.gate, [case], unit)
+                if item.family == "rows":
+                    self.found[item].update(ceiling=None, percent=None)
+            del cases
+            self.packed.clear()
+            for item in todo:
+                if item.family == "memory":
+                    self.found[item] = self.from_memory(item)
+            _core.use_level(self.best)
+
+    def not_measured(self, item: Item) -> dict[str, Any]:
+        return harness.row(item.name, self.gate.threads, None, "", m=item.m, n=item.n, k=item.k, noise=0.0)
+
+    def case(self, item: Item) -> harness.Case:
+        if item.family in ("rows", "attention"):
+            return (rows_case if item.family == "rows" else attention_case)(item)
+        return harness.Case(item.name, linears.call(item.kind, item.m, item.k, self.weights(item)),
+                            2.0 * item.m * item.n * item.k, item.m, item.n, item.k, self.peak_of(item))
+
+    @staticmethod
+    def peak_of(item: Item) -> str:
+        if item.family == "attention" or item.kind.startswith("f32"):
+            return "float"
+        return item.level if item.level in LEVEL_KINDS else "int8"
+
+    def weights(self, item: Item) -> list[Any]:
+        kind, rotated = linears.weight_of(item.kind), item.family != "linear"
+        key = (kind, item.n, item.k, rotated)
+        if key not in self.packed:
+            self.packed[key] = linears.handles(kind, item.n, item.k, self.args.rotate if rotated else 0)
+        return self.packed[key]
+
+    def from_memory(self, item: Item) -> dict[str, Any]:
+        from zquant import _core
+
+        if self.memory is None:
+            self.memory = memory.Memory(self.gate, max(self.args.rotate, memory.PART))
+        weights = self.weights(item)
+        size = _core.linear_bytes(weights[0])
+        case = harness.Case(item.name, linears.call(item.kind, item.m, item.k, weights), size, item.m, item.n, item.k)
+        if self.gate.threads > 1:
+            self.gate.pin(case.work)
+        calls = -(-memory.PART // size)
+        every = memory.slices(self.memory, case.work, calls, self.args.rounds * self.args.seconds)
+        self.packed.clear()
+        return memory.row(self.memory, case, calls, every)
+
+    def limits(self) -> Rows:
+        """The ceilings: peaks of the gate's instructions, and read bandwidths."""
+        kinds = self.gate.ceilings
+        rows = [harness.row("peak " + ceilings.KIND_NAMES[kind], self.gate.threads, self.gate.peak[name], "GOP/s", noise=0.0)
+                for name, kind in self.gate.kinds.items() if kind in kinds.kinds()]
+        sizes = ceilings.SIZES[:2] if self.args.tiny else ceilings.SIZES
+        return rows + [harness.row("read " + name, self.gate.threads, kinds.read(size, self.gate.threads), "GB/s", noise=0.0)
+                       for name, size in sizes]
+
+
+# ---- goals and tables ---------------------------------------------------------------------------------------
+def zen() -> int:
+    """Which of a goal's two figures is this CPU's: 1 for AMD's family 26 (Zen 5) and later."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return 0
+    family = re.search(r"^cpu family\s*: (\d+)$", text, re.MULTILINE)
+    return int("AuthenticAMD" in text and family is not None and int(family[1]) >= 26)
+
+
+def label_of(row: dict[str, Any]) -> str:
+    return f"{row['name']} {row['m']},{row['n']},{row['k']}"
+
+
+def judge(goal: Goal, rows: Rows, cpu: int) -> dict[str, Any]:
+    """Mean, worst and verdict of a goal over the rows it is for. The mean of ratios is the geometric one."""
+    chosen = [r for r in rows if re.search(goal.match, label_of(r))]
+    key = "percent" if goal.figure == "percent" else "value"
+    figures = {label_of(r): r[key] / (r["threads"] if goal.figure == "each" else 1) for r in chosen if r[key] is not None}
+    if not figures:
+        return {"shapes": 0, "of": len(chosen), "mean": None, "worst": None, "at": "", "verdict": "not measured"}
+    average = statistics.geometric_mean if goal.figure == "value" else statistics.fmean
+    mean, at = average(figures.values()), min(figures, key=lambda name: figures[name])
+    each = figures[at] >= goal.must[cpu]
+    whole = mean >= (goal.mean or goal.must)[cpu]
+    verdict = "met" if each and whole else "mean" if whole else "missed"
+    return {"shapes": len(figures), "of": len(chosen), "mean": mean, "worst": figures[at], "at": at, "verdict": verdict}
+
+
+def print_goals(rows_of_section: dict[str, Rows], threads: int) -> None:
+    cpu, lines = zen(), []
+    for name, rows in rows_of_section.items():
+        for goal in SECTIONS[name].goals:
+            if threads not in goal.threads and threads <= 2:
+                continue
+            got = judge(goal, rows, cpu)
+            if got["of"] == 0:
+                continue
+            must = " / ".join(f"{v:g}" for v in goal.must)
+            if goal.mean:
+                must = f"{' / '.join(f'{v:g}' for v in goal.mean)}; {must}"
+            digits = 2 if goal.figure == "value" else 1
+            mean, worst = ("n/a" if v is None else f"{v:.{digits}f}" for v in (got["mean"], got["worst"]))
+            lines.append([f"{name}: {goal.label}", mean, worst, must, got["verdict"], f"{got['shapes']} of {got['of']}",
+                          got["at"]])
+    harness.print_table(f"goals, {threads}T (percent of the ceiling unless said; must: mean; each, Zen 4 / Zen 5)",
+                        ["goal", "mean", "worst", "must", "Zen 5" if cpu else "Zen 4", "shapes", "worst at"], lines)
+
+
+def run_threads(threads: int, args: Any) -> Rows:
+    bench = Bench(threads, args)
+    rows = bench.limits()
+    print(f"\n# {threads}T" + ("" if bench.gate.reachable else f" n/a: the host does not give {threads} full cores now"))
+    for r in rows:
+        print(f"{r['name']:<48} {r['value']:9.1f} {r['unit']}")
+    of_section: dict[str, Rows] = {}
+    for name in args.only:
+        section = SECTIONS[name]
+        items = tiny(section.items(True)) if args.tiny else list(section.items(args.quick))
+        start = harness.now()
+        bench.measure(items)
+        measured = [bench.found[item] for item in dict.fromkeys(items)]
+        of_section[name] = measured + (section.ratio(measured) if section.ratio else [])
+        if measured and bench.gate.reachable:
+            header, lines = harness.pivot(of_section[name])
+            title = f"{name}, {threads}T: value (percent of the ceiling) [{harness.now() - start:.0f} s]"
+            harness.print_table(title, header, lines)
+            sys.stdout.flush()
+    print_goals(of_section, threads)
+    return rows + list({id(r): r for rs in of_section.values() for r in rs}.values())
+
+
+def tiny(items: Iterable[Item]) -> list[Item]:
+    """One small shape of each kind: for the smoke test."""
+    small = {"rows": (8, 1, 64), "attention": (16, 2, 32)}
+    return list(dict.fromkeys(Item(i.kind, *small.get(i.family, (8, 64, 64)), i.family, i.level) for i in items))
+
+
+# ---- two files beside each other ----------------------------------------------------------------------------
+def changes(old: Rows, new: Rows) -> list[dict[str, Any]]:
+    """Rows that both files have: the ratio of the percentages (of values without one), and what is beyond noise."""
+    def keyed(rows: Rows) -> dict[tuple[Any, ...], dict[str, Any]]:
+        return {tuple(r[key] for key in ("name", "m", "n", "k", "threads")): r for r in rows}
+
+    before, found = keyed(old), []
+    for key, b in keyed(new).items():
+        a = before.get(key)
+        if a is None or a["value"] is None or b["value"] is None:
+            continue
+        what = "percent" if a["percent"] and b["percent"] else "value"
+        ratio, noise = b[what] / a[what], max(SURE, a.get("noise", 0.0) + b.get("noise", 0.0))
+        found.append({"row": b, "old": a[what], "new": b[what], "unit": "%" if what == "percent" else b["unit"], "ratio": ratio,
+                      "mark": "faster" if ratio > 1 + noise else "slower" if ratio < 1 / (1 + noise) else ""})
+    return found
+
+
+def compare(old: str, new: str) -> int:
+    """Print the changes; 1 when a row became slower (ceilings are the machine's, not ours), else 0."""
+    rows = [json.loads(Path(path).read_text()) for path in (old, new)]
+    found = changes(*rows)
+    lines = [[label_of(c["row"]), str(c["row"]["threads"]), f"{c['old']:.1f}", f"{c['new']:.1f}", c["unit"],
+              f"{c['ratio']:.3f}", c["mark"]] for c in found]
+    harness.print_table(f"{new} against {old}", ["row", "threads", "old", "new", "", "ratio", ""], lines)
+    if found:
+        print(f"geometric mean of {len(found)} ratios: {statistics.geometric_mean(c['ratio'] for c in found):.3f}; "
+              f"not in both files or n/a: {max(map(len, rows)) - len(found)}")
+    return int(any(c["mark"] == "slower" and not c["row"]["name"].startswith(("peak", "read")) for c in found))
+
+
+def parse(argv: list[str] | None) -> Any:
+    parser = harness.arguments(__doc__.splitlines()[0])
+    parser.set_defaults(rounds=None, seconds=None)
+    parser.add_argument("--only", help=f"sections, comma-separated: {', '.join(SECTIONS)}")
+    parser.add_argument("--quick", action="store_true", help="two short rounds over fewer shapes")
+    parser.add_argument("--tiny", action="store_true", help="one tiny shape of each kind (the smoke test)")
+    parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="two files of --json instead of measuring")
+    args = parser.parse_args(argv)
+    args.only = args.only.split(",") if args.only else list(SECTIONS)
+    unknown = set(args.only) - SECTIONS.keys()
+    if unknown:
+        parser.error(f"--only: {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
+    args.rounds = args.rounds or (1 if args.tiny else 2 if args.quick else 3)
+    args.seconds = args.seconds or (0.1 if args.quick else 0.6)
+    args.rotate = 0 if args.tiny else linears.OUT_OF_CACHE
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.compare:
+        return compare(*args.compare)
+    allowed = os.sched_getaffinity(0)
+    rows: Rows = []
+    for threads in harness.thread_counts(args.threads):
+        os.sched_setaffinity(0, allowed)
+        rows += run_threads(threads, args)
+    harness.write_json(args.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Linear layers with random weights: their shapes, the packed weights of a kind, and one call to time.
+
+A kind is the weights' type and what is fused: ``w8a8`` (codes with zero points in, scales, bias, float32 out),
+``w4a8 g64`` and ``w4a16 g64`` (groups of 64), ``f32``; then ``+gelu``, ``int8-out`` (re-quantized per token) and ``f32-in``
+(float32 rows quantized on the way in).
+"""
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+BERT = ((768, 768), (3072, 768), (768, 3072))  # (n, k)
+LLAMA = ((4096, 4096), (11008, 4096), (4096, 11008))
+MINILM = ((384, 384), (1152, 384), (1536, 384), (384, 1536))
+OUT_OF_CACHE = 256 << 20  # bytes to rotate over: a third-level cache of 32 MiB keeps a third of 96 MiB read in turn
+GELU, TOKEN_ASYM, TOKEN_16 = 2, 2, 3
+BLOCK = 1048573  # random numbers are repeated from here on; a prime, so that no row is another one
+
+
+def weight_of(kind: str) -> str:
+    """The part of a kind that its packed weights depend on."""
+    words = kind.split("+")[0].split()
+    return " ".join(words[:2] if words[1:] and words[1][0] == "g" else words[:1])
+
+
+def group_of(kind: str) -> int:
+    return int(weight_of(kind).rpartition(" g")[2])
+
+
+def random_floats(shape: tuple[int, int], seed: int = 5) -> np.ndarray:
+    return np.resize(np.random.default_rng(seed).standard_normal(BLOCK, np.float32), shape)
+
+
+def random_codes(shape: tuple[int, int], largest: int) -> np.ndarray:
+    return np.resize(np.random.default_rng(6).integers(-largest, largest + 1, BLOCK, dtype=np.int8), shape)
+
+
+def pack(kind: str, n: int, k: int) -> Callable[[], Any]:
+    """A function that packs a random weight of a kind anew at every call."""
+    from zquant import _core
+
+    bias = random_floats((1, n))[0]
+    if kind.startswith("f32"):
+        w = random_floats((n, k))
+        return lambda: _core.linear_pack_f32(w, bias)
+    if kind.startswith("w8"):
+        codes, scale = random_codes((n, k), 127), np.full(n, 1e-3, np.float32)
+        return lambda: _core.linear_pack_s8(codes, scale, bias)
+    group = group_of(kind)
+    codes, scales = random_codes((n, k), 7), np.full((n, -(-k // group)), 1e-2, np.float32)
+    return lambda: _core.linear_pack_group(codes, scales, group, 4, bias)
+
+
+def handles(kind: str, n: int, k: int, rotate: int = 0) -> list[Any]:
+    """Packed copies of a weight, at least ``rotate`` bytes together."""
+    from zquant import _core
+
+    make = pack(kind, n, k)
+    made = [make()]
+    while len(made) * _core.linear_bytes(made[0]) < rotate:
+        made.append(make())
+    return made
+
+
+def call(kind: str, m: int, k: int, weights: list[Any]) -> Callable[[], Any]:
+    """One linear layer of m rows, on the next copy of the weights each time."""
+    from zquant import _core
+
+    x: Any = random_floats((m, k))
+    quant = TOKEN_16 if "a16" in kind else TOKEN_ASYM if "f32-in" in kind else 0
+    if quant == 0 and not kind.startswith("f32"):
+        x = _core.quantize_tokens(x, TOKEN_ASYM, True)
+    act, out = GELU if "+gelu" in kind else 0, TOKEN_ASYM if "int8-out" in kind else 0
+    forward, turn = _core.linear_forward, itertools.cycle(weights)
+    if len(weights) == 1:
+        only = weights[0]
+        return lambda: forward(only, x, quant, act, None, out)
+    return lambda: forward(next(turn), x, quant, act, None, out)
