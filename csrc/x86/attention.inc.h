@@ -88,15 +88,6 @@ v16_exp2_code(v16 t)
     return v16_fma(p, v16_from_bits(v16i_shl(v16_bits(k), 23)), v16_set1(ZQ_CODE_ROUND));
 }
 
-ZQ_INLINE int32_t
-v16i_hsum(v16i a)
-{
-    const __m256i b = _mm256_add_epi32(v16i_lo(a), v16i_hi(a));
-    __m128i c = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
-    c = _mm_add_epi32(c, _mm_shuffle_epi32(c, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
-}
-
 /* Codes of one row; returns their sums in the lanes, each with one ZQ_CODE_ROUND per sixteen keys on top. */
 ZQ_INLINE v16i
 code_row(const float *s, int64_t keys, v16 max, v16 f, uint8_t *p)
