@@ -101,18 +101,12 @@ step_group(const int mr, const int four_bits, const int shift, const uint8_t *a,
     }
 }
 
-/* Integer sums of the n codes of one group; b: its codes. Nibbles are read twice: there are no registers to keep them in. */
+/* acc += the n codes of one group, at b, times activations. Nibbles are read twice: there are no registers to keep them in. */
 ZQ_INLINE void
-group_sums(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t k, int64_t n, const int32_t *start,
-           const uint8_t *b, v16i (*sums)[2])
+accumulate_group(const int mr, const int four_bits, const int far, const zq_tile *t, const uint8_t *a, int64_t n,
+                 const uint8_t *b, __m256i acc[MR][NV])
 {
     const int64_t lda = t->lda;
-    const uint8_t *a = (const uint8_t *)t->a + k;
-    __m256i acc[MR][NV];
-#pragma GCC unroll 3
-    for (int i = 0; i < mr; i++) {
-        acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = _mm256_set1_epi32(start[i * t->ld_start]);
-    }
     for (; n > 0; n -= ZQ_KSTEP, a += ZQ_KSTEP, b += ZQ_NR * 4) {
         prefetch_ahead(far, t, b);
         step_group(mr, four_bits, 0, a, lda, b, acc);
@@ -123,62 +117,39 @@ group_sums(const int mr, const int four_bits, const int far, const zq_tile *t, i
         leave_registers(b);
         step_group(mr, four_bits, four_bits, a + 4, lda, b, acc);
     }
-#pragma GCC unroll 3
-    for (int i = 0; i < mr; i++) {
-        sums[i][0] = (v16i){acc[i][0], acc[i][1]};
-        sums[i][1] = (v16i){acc[i][2], acc[i][3]};
-    }
 }
 
-#define SUMS8(n, far) \
-    case n: group_sums(n, 0, far, t, k, count, start, b, sums); break;
-#define SUMS4(n, far) \
-    case n: group_sums(n, 1, far, t, k, count, start, b, sums); break;
-
-/* Functions of their own: with the float sums of the groups beside them, the accumulators would be spilled. */
-static __attribute__((noinline)) void
-zq_gemm_s8u8_sums_3x32__avxvnni(const zq_tile *t, int64_t k, int64_t count, const int32_t *start, const uint8_t *b,
-                                v16i (*sums)[2])
-{
-    NEAR_OR_FAR(ROWS3, SUMS8)
-}
-
-static __attribute__((noinline)) void
-zq_gemm_s8u4_sums_3x32__avxvnni(const zq_tile *t, int64_t k, int64_t count, const int32_t *start, const uint8_t *b,
-                                v16i (*sums)[2])
-{
-    NEAR_OR_FAR(ROWS3, SUMS4)
-}
-
+/* The float sums stay in memory: the integer ones take the registers. */
 ZQ_INLINE void
-tile_group(const int four_bits, const zq_tile *t)
+tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
 {
     v16 f[MR][2];
-    v16i sums[MR][2];
     const int64_t bytes = ZQ_NR * (4 + (four_bits ? t->group / 2 : t->group));
-    const uint8_t *panel = t->b;
+    const uint8_t *panel = t->b, *a = t->a;
     const int32_t *start = t->start;
-    for (int i = 0; i < t->mr; i++) {
+#pragma GCC unroll 3
+    for (int i = 0; i < mr; i++) {
         f[i][0] = f[i][1] = v16_zero();
     }
-    for (int64_t k = 0; k < t->k; k += t->group, panel += bytes, start++) {
-        const int64_t n = zq_min(t->group, t->k - k);
-        if (t->ahead) {
-            prefetch_ahead(1, t, panel);
+    for (int64_t k = 0; k < t->k; k += t->group, a += t->group, panel += bytes, start++) {
+        __m256i acc[MR][NV];
+#pragma GCC unroll 3
+        for (int i = 0; i < mr; i++) {
+            acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = _mm256_set1_epi32(start[i * t->ld_start]);
         }
-        if (four_bits) {
-            zq_gemm_s8u4_sums_3x32__avxvnni(t, k, n, start, panel + 4 * ZQ_NR, sums);
-        }
-        else {
-            zq_gemm_s8u8_sums_3x32__avxvnni(t, k, n, start, panel + 4 * ZQ_NR, sums);
-        }
-        const v16 s0 = v16_load((const float *)panel), s1 = v16_load((const float *)panel + 16);
-        for (int i = 0; i < t->mr; i++) {
-            f[i][0] = v16_fma(v16_from_i(sums[i][0]), s0, f[i][0]);
-            f[i][1] = v16_fma(v16_from_i(sums[i][1]), s1, f[i][1]);
+        prefetch_ahead(far, t, panel);
+        leave_registers(f);
+        accumulate_group(mr, four_bits, far, t, a, zq_min(t->group, t->k - k), panel + 4 * ZQ_NR, acc);
+        leave_registers(f);
+#pragma GCC unroll 3
+        for (int i = 0; i < mr; i++) {
+            const float *scale = (const float *)panel;
+            f[i][0] = v16_fma(v16_from_i((v16i){acc[i][0], acc[i][1]}), v16_load(scale), f[i][0]);
+            f[i][1] = v16_fma(v16_from_i((v16i){acc[i][2], acc[i][3]}), v16_load(scale + 16), f[i][1]);
         }
     }
-    for (int i = 0; i < t->mr; i++) {
+#pragma GCC unroll 3
+    for (int i = 0; i < mr; i++) {
         store_group16(t, i, 0, f[i][0]);
         store_group16(t, i, 16, f[i][1]);
     }
@@ -188,11 +159,15 @@ tile_group(const int four_bits, const zq_tile *t)
     case n: tile_s8(n, far, t); break;
 #define S32(n, far) \
     case n: tile_s8_s32(n, t, c, ldc); break;
+#define G8(n, far) \
+    case n: tile_group(n, 0, far, t); break;
+#define G4(n, far) \
+    case n: tile_group(n, 1, far, t); break;
 
 static void
 zq_gemm_s8u8_group_3x32_tile__avxvnni(const zq_tile *t)
 {
-    tile_group(0, t);
+    NEAR_OR_FAR(ROWS3, G8)
 }
 
 static void
@@ -204,7 +179,7 @@ zq_gemm_s8u8_group_3x32__avxvnni(const zq_tile *t)
 static void
 zq_gemm_s8u4_group_3x32_tile__avxvnni(const zq_tile *t)
 {
-    tile_group(1, t);
+    NEAR_OR_FAR(ROWS3, G4)
 }
 
 static void
