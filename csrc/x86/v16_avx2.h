@@ -51,6 +51,7 @@ V16_2(v16_mul, _mm256_mul_ps)
 V16_2(v16_div, _mm256_div_ps)
 V16_3(v16_fma, _mm256_fmadd_ps)
 V16_3(v16_fnma, _mm256_fnmadd_ps)
+V16_3(v16_fnms, _mm256_fnmsub_ps)
 V16_2(v16_min, _mm256_min_ps)
 V16_2(v16_max, _mm256_max_ps)
 V16_1(v16_sqrt, _mm256_sqrt_ps)
@@ -59,6 +60,7 @@ ZQ_INLINE v16 v16_abs(v16 a)
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return (v16){_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
 }
+ZQ_INLINE v16 v16_abs_min(v16 a, v16 top) { return v16_min(v16_abs(a), top); }
 ZQ_INLINE v16 v16_rint(v16 a)
 {
     return (v16){_mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),

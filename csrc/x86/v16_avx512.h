@@ -25,9 +25,12 @@ ZQ_INLINE v16 v16_mul(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
 ZQ_INLINE v16 v16_div(v16 a, v16 b) { return _mm512_div_ps(a, b); }
 ZQ_INLINE v16 v16_fma(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }   /* a * b + c */
 ZQ_INLINE v16 v16_fnma(v16 a, v16 b, v16 c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a * b */
+ZQ_INLINE v16 v16_fnms(v16 a, v16 b, v16 c) { return _mm512_fnmsub_ps(a, b, c); } /* -c - a * b */
 ZQ_INLINE v16 v16_min(v16 a, v16 b) { return _mm512_min_ps(a, b); }               /* a < b ? a : b */
 ZQ_INLINE v16 v16_max(v16 a, v16 b) { return _mm512_max_ps(a, b); }               /* a > b ? a : b */
 ZQ_INLINE v16 v16_abs(v16 a) { return _mm512_abs_ps(a); }
+/* min(|a|, top), top for NaN, top >= 0: the absolute minimum with its sign cleared, in one instruction */
+ZQ_INLINE v16 v16_abs_min(v16 a, v16 top) { return _mm512_range_ps(a, top, 0xa); }
 ZQ_INLINE v16 v16_sqrt(v16 a) { return _mm512_sqrt_ps(a); }
 ZQ_INLINE v16 v16_rint(v16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 ZQ_INLINE v16 v16_copysign(v16 mag, v16 sign) /* mag >= 0 */
