@@ -12,8 +12,9 @@ enum { JOB_ITEMS = 16384 };
 
 typedef struct row_jobs row_jobs;
 
-/* y = the operator's row; 0 where the input is not finite. */
-typedef int (*row_fn)(const row_jobs *j, int64_t row, float *y);
+/* y = the operator's row, and its range unless that is NULL; 0 where the input, or y where its range is asked for, is not
+ * finite. */
+typedef int (*row_fn)(const row_jobs *j, int64_t row, float *y, zq_range *range);
 
 struct row_jobs {
     row_fn fn;
@@ -28,13 +29,15 @@ struct row_jobs {
 };
 
 /* One row into codes, its slack zeroed: consumers read past n in whole vectors. */
-static int
-quantize_row(const row_jobs *j, int64_t row, const float *y)
+static void
+quantize_row(const row_jobs *j, int64_t row, const float *y, const zq_range *range)
 {
     const zq_rows_out *o = j->out;
     uint8_t *q = o->q + row * o->ld_q;
-    memset(q + j->n, 0, (size_t)(o->ld_q - j->n));
-    return zq_quantize_token(j->K, y, j->n, o->quant, q, o->q_scale + row, o->q_zero + row);
+    if (o->ld_q > j->n) {
+        memset(q + j->n, 0, (size_t)(o->ld_q - j->n));
+    }
+    zq_quantize_token_in(j->K, y, j->n, o->quant, range->lo, range->hi, q, o->q_scale + row, o->q_zero + row);
 }
 
 static void
@@ -47,10 +50,15 @@ row_job(void *ctx, int64_t job)
         return;
     }
     const int64_t end = zq_min(j->m, (job + 1) * j->rows_per_job);
+    const int quant = j->out->quant != ZQ_QUANT_NONE;
     for (int64_t row = job * j->rows_per_job; row < end; row++) {
         float *y = scratch ? scratch : j->out->y + row * j->n;
-        if (!j->fn(j, row, y) || (j->out->quant != ZQ_QUANT_NONE && !quantize_row(j, row, y))) {
+        zq_range range;
+        if (!j->fn(j, row, y, quant ? &range : NULL)) {
             zq_note_bad_row(&j->trouble, row);
+        }
+        else if (quant) {
+            quantize_row(j, row, y, &range);
         }
     }
 }
@@ -59,8 +67,9 @@ row_job(void *ctx, int64_t job)
 static zq_status
 run_empty(const row_jobs *j)
 {
+    const zq_range nothing = {0.0f, 0.0f};
     for (int64_t row = 0; j->out->quant != ZQ_QUANT_NONE && row < j->m; row++) {
-        (void)quantize_row(j, row, j->x);
+        quantize_row(j, row, j->x, &nothing);
     }
     return ZQ_OK;
 }
@@ -79,10 +88,12 @@ run(row_jobs *j, int64_t *bad_row)
 }
 
 static int
-layernorm_row(const row_jobs *j, int64_t row, float *y)
+layernorm_row(const row_jobs *j, int64_t row, float *y, zq_range *range)
 {
     const float *residual = j->other ? j->other + row * j->n : NULL;
-    return j->K->layernorm_f32(j->x + row * j->n, residual, j->gamma, j->beta, j->n, j->eps, y);
+    const float *x = j->x + row * j->n;
+    return range ? j->K->layernorm_range_f32(x, residual, j->gamma, j->beta, j->n, j->eps, y, range)
+                 : j->K->layernorm_f32(x, residual, j->gamma, j->beta, j->n, j->eps, y);
 }
 
 zq_status
@@ -95,10 +106,12 @@ zq_layernorm(const float *x, const float *residual, const float *gamma, const fl
 }
 
 static int
-rmsnorm_row(const row_jobs *j, int64_t row, float *y)
+rmsnorm_row(const row_jobs *j, int64_t row, float *y, zq_range *range)
 {
     const float *residual = j->other ? j->other + row * j->n : NULL;
-    return j->K->rmsnorm_f32(j->x + row * j->n, residual, j->gamma, j->n, j->eps, y);
+    const float *x = j->x + row * j->n;
+    return range ? j->K->rmsnorm_range_f32(x, residual, j->gamma, j->n, j->eps, y, range)
+                 : j->K->rmsnorm_f32(x, residual, j->gamma, j->n, j->eps, y);
 }
 
 zq_status
@@ -111,20 +124,10 @@ zq_rmsnorm(const float *x, const float *residual, const float *gamma, int64_t m,
 }
 
 static int
-is_finite(const row_jobs *j, const float *x)
-{
-    return j->K->absmax_f32(x, j->n) <= FLT_MAX;
-}
-
-static int
-activation_row(const row_jobs *j, int64_t row, float *y)
+activation_row(const row_jobs *j, int64_t row, float *y, zq_range *range)
 {
     const float *x = j->x + row * j->n;
-    if (!is_finite(j, x)) {
-        return 0;
-    }
-    j->K->activation_f32(x, j->n, j->act, y);
-    return 1;
+    return range ? j->K->activation_range_f32(x, j->n, j->act, y, range) : j->K->activation_f32(x, j->n, j->act, y);
 }
 
 zq_status
@@ -135,14 +138,10 @@ zq_activate(const float *x, int64_t m, int64_t n, zq_activation act, const zq_ro
 }
 
 static int
-gated_row(const row_jobs *j, int64_t row, float *y)
+gated_row(const row_jobs *j, int64_t row, float *y, zq_range *range)
 {
     const float *gate = j->x + row * j->n, *up = j->other + row * j->n;
-    if (!is_finite(j, gate) || !is_finite(j, up)) {
-        return 0;
-    }
-    j->K->gated_f32(gate, up, j->n, j->act, y);
-    return 1;
+    return range ? j->K->gated_range_f32(gate, up, j->n, j->act, y, range) : j->K->gated_f32(gate, up, j->n, j->act, y);
 }
 
 zq_status
@@ -156,8 +155,9 @@ zq_gated(const float *gate, const float *up, int64_t m, int64_t n, zq_activation
 /* The maximum is subtracted before exp, so that the largest term is 1. A row without a finite element has no maximum;
  * shifting it by 0 gives zeros for -Inf and shows +Inf and NaN in the sum. */
 static int
-softmax_row(const row_jobs *j, int64_t row, float *y)
+softmax_row(const row_jobs *j, int64_t row, float *y, zq_range *range)
 {
+    (void)range; /* probabilities are not quantized */
     const float *x = j->x + row * j->n;
     const float max = j->K->max_f32(x, j->n);
     const float sum = j->K->exp_sum_f32(x, j->n, 1.0f, max == -INFINITY ? 0.0f : max, y);

@@ -55,6 +55,11 @@ typedef struct {
     int64_t ldp;
 } zq_softmax_tile;
 
+/* lo <= 0 <= hi around all of a row: what its scale and zero point are made of. */
+typedef struct {
+    float lo, hi;
+} zq_range;
+
 /* clang-format off */
 #define ZQ_KERNELS(X) \
     /* ---- rows of float32 to codes and back (quantize) ---- */ \
@@ -62,8 +67,8 @@ typedef struct {
     X(absmax_f32, float, (const float *x, int64_t n)) \
     /* lo = min(0, min x), hi = max(0, max x); returns 1 when all of x is finite, else 0 */ \
     X(minmax_f32, int, (const float *x, int64_t n, float *lo, float *hi)) \
-    /* q = low byte of rint(clamp(x * inv, qmin - zero, qmax - zero)) + zero. x finite */ \
-    X(quantize_mul_f32_b8, void, (const float *x, int64_t n, float inv, int32_t zero, int32_t qmin, int32_t qmax, uint8_t *q)) \
+    /* q = rint(x * inv) + zero, saturated to 0..255; |x * inv| <= 32000, zero in 0..255 */ \
+    X(quantize_mul_f32_b8, void, (const float *x, int64_t n, float inv, int32_t zero, uint8_t *q)) \
     /* rint(clamp(x * inv, +-32767)) + 32768 as its two bytes. x finite */ \
     X(quantize_mul_f32_b16, void, (const float *x, int64_t n, float inv, uint8_t *high, uint8_t *low)) \
     /* codes of 8 bits with x / scale: what QuantizeLinear means, and what offline code uses */ \
@@ -86,10 +91,15 @@ typedef struct {
     X(layernorm_f32, int, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y)) \
     /* h = x (+ residual); y = h / sqrt(mean h^2 + eps) * gamma. y may be x. Returns as layernorm */ \
     X(rmsnorm_f32, int, (const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y)) \
-    /* y = act(x); y may be x */ \
-    X(activation_f32, void, (const float *x, int64_t n, zq_activation act, float *y)) \
-    /* y = act(gate) * up; y may be gate or up */ \
-    X(gated_f32, void, (const float *gate, const float *up, int64_t n, zq_activation act, float *y)) \
+    /* the same two with range = what minmax_f32 gives for y; 0 also where y is not finite */ \
+    X(layernorm_range_f32, int, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y, zq_range *range)) \
+    X(rmsnorm_range_f32, int, (const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y, zq_range *range)) \
+    /* y = act(x); y may be x. Returns 1 when all of x is finite, else 0 */ \
+    X(activation_f32, int, (const float *x, int64_t n, zq_activation act, float *y)) \
+    /* y = act(gate) * up; y may be gate or up. Returns 1 when both are finite, else 0 */ \
+    X(gated_f32, int, (const float *gate, const float *up, int64_t n, zq_activation act, float *y)) \
+    X(activation_range_f32, int, (const float *x, int64_t n, zq_activation act, float *y, zq_range *range)) \
+    X(gated_range_f32, int, (const float *gate, const float *up, int64_t n, zq_activation act, float *y, zq_range *range)) \
     /* max over x of finite or -Inf values; -Inf for n = 0 */ \
     X(max_f32, float, (const float *x, int64_t n)) \
     /* y = exp(x * scale - shift); returns the sum of y in the fixed order. y may be x. x may hold -Inf (y = 0) and NaN \

@@ -58,10 +58,14 @@ def make(m, n, k, group=None, bits=8, seed=0):
     }
 
 
-def close(got, want, tolerance):
+# What the activations are off by themselves, absolute (tests/test_nn.py measures it).
+OFF = {"gelu": 2.4e-6, "gelu_tanh": 1e-5}
+
+
+def close(got, want, tolerance, activation=None):
     scale = max(1.0, float(np.abs(want).max(initial=0.0)))
     assert got.dtype == np.float32 and got.shape == want.shape
-    assert np.abs(got - want).max(initial=0.0) <= tolerance * scale
+    assert np.abs(got - want).max(initial=0.0) <= tolerance * scale + OFF.get(activation, 0.0)
 
 
 def test_the_comparator_sees_a_planted_fault():
@@ -124,7 +128,7 @@ def test_w8a8_from_codes(m, n, k, activation):
     x = (d["q"], d["sx"], d["zx"])
     got = everywhere(lambda: _core.linear_forward(handle, x, 0, act, d["residual"], 0))
     want = reference.linear_w8a8(*x, d["codes"], d["scales"][:, 0], d["bias"], activation, d["residual"])
-    close(got, want, 4e-6)
+    close(got, want, 4e-6, activation)
 
 
 @pytest.mark.parametrize("m,n,k", SIZES)
@@ -248,7 +252,7 @@ def test_int4_takes_minus_eight_and_extreme_activations():
 def test_float32(m, n, k, activation):
     d = make(m, n, k)
     got = everywhere(lambda: ops.linear(d["x"], d["w"], d["bias"], activation, d["residual"]))
-    close(got, reference.linear(d["x"], d["w"], d["bias"], activation, d["residual"]), 2e-6)
+    close(got, reference.linear(d["x"], d["w"], d["bias"], activation, d["residual"]), 2e-6, activation)
 
 
 @pytest.mark.parametrize("m,n,k", SIZES)

@@ -78,7 +78,7 @@ def test_the_comparators_see_a_planted_fault():
 def floats(n=40000):
     """Every exponent, both signs, and the ranges where the functions bend."""
     bits = np.random.default_rng(1).integers(0, 2**32, n, dtype=np.uint32).view(np.float32)
-    edges = np.array([0.0, -0.0, 5.2, -5.2, 86.98, 87.0, -86.98, -87.0, 88.7, 1e-45, -1e-45, 3.4e38, -3.4e38], np.float32)
+    edges = np.array([0.0, -0.0, 5.625, -5.625, 6.0625, -6.0625, 89.5, -89.5, 86.98, 87.0, -86.98, -87.0, 88.7, 1e-45, -1e-45, 3.4e38, -3.4e38], np.float32)
     ramps = [np.linspace(-8, 8, n).astype(np.float32), np.linspace(-100, 100, n).astype(np.float32)]
     return np.concatenate([bits[np.isfinite(bits)], *ramps, np.nextafter(edges, np.float32(0)), edges])[None]
 
@@ -92,11 +92,10 @@ def exact_gelu_tanh(x):
 
 @pytest.mark.parametrize("name,bound", [
     # the bound of the polynomial, and half an ulp of the result
-    ("relu", lambda x, y: 0.0),
-    ("gelu", lambda x, y: 8e-7 + EPS32 / 2 * np.abs(y)),
-    ("silu", lambda x, y: 4 * EPS32 * np.abs(y) + 2e-36),
-    # 2z carries an error of 2 ulp into exp(-2z), where exp is above its flush to 0
-    ("gelu_tanh", lambda x, y: (8 + 6 * np.minimum(x * x, 30)) * EPS32 * np.abs(y) + 2e-36),
+    ("relu", lambda y: 0.0),
+    ("gelu", lambda y: 2.4e-6 + EPS32 / 2 * np.abs(y)),
+    ("silu", lambda y: 1e-6 * np.abs(y) + 3e-37),
+    ("gelu_tanh", lambda y: 1e-5 + EPS32 / 2 * np.abs(y)),
 ])
 def test_activations_hold_their_error_bounds_over_all_floats(name, bound):
     x = floats()
@@ -104,13 +103,27 @@ def test_activations_hold_their_error_bounds_over_all_floats(name, bound):
     d = x.astype(np.float64)
     want = exact_gelu_tanh(d) if name == "gelu_tanh" else ref.gated(d, 1.0, name)
     assert np.isfinite(got).all()
-    assert (np.abs(got - want) <= bound(d, want)).all()
+    assert (np.abs(got - want) <= bound(want)).all()
 
 
-def test_gelu_tails_are_exact():
-    x = np.float32([[5.2, 6, 100, 1e30, 3e38]])
-    assert same_bits(ops.gelu(x), x)
-    assert not ops.gelu(-x).any()
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
+def test_gelu_between_the_tails(name):
+    """Every 1,009th float32 of (-12, 12), of both signs: the largest error is that of the fit, not only below the bound."""
+    limit = int(np.float32(12).view(np.int32))
+    x = np.arange(0, limit, 1009, dtype=np.int32).view(np.float32)
+    x = np.concatenate([x, -x])[None]
+    got = _core.activation(x, ACTIVATIONS[name], 0).astype(np.float64)
+    d = x.astype(np.float64)
+    want = exact_gelu_tanh(d) if name == "gelu_tanh" else ref.gelu(d)
+    worst = np.abs(got - want).max()
+    assert (2e-6 < worst < 2.4e-6) if name == "gelu" else (9e-6 < worst < 1e-5)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_tails_are_exact(approximate):
+    x = np.float32([[6.0625, 6.1, 100, 1e30, 3e38]])
+    assert same_bits(ops.gelu(x, approximate), x)
+    assert not ops.gelu(-x, approximate).any()
 
 
 def test_exp_and_gelu_repeat_the_documented_float32_algorithm():
@@ -118,11 +131,12 @@ def test_exp_and_gelu_repeat_the_documented_float32_algorithm():
     want = ref_nn.exp_f32(x)
     exact = np.exp(x.astype(np.float64))
     normal = x >= -86.9
-    assert (np.abs(want / exact - 1)[normal] <= 2e-7).all() and not want[x < -87].any()
+    assert (np.abs(want / exact - 1)[normal] <= 5e-7).all() and not want[x < -87].any()
     y = ops.softmax(x)  # the maximum is 0, so y = exp(x) / sum
     assert_close(y, want / want.astype(np.float64).sum(), rtol=2e-6, atol=3e-45)
     g = np.linspace(-7, 7, 20001).astype(np.float32)[None]
-    assert_close(ops.gelu(g), ref_nn.gelu_erf_f32(g), atol=1e-7, rtol=EPS32)
+    for approximate in ("none", "tanh"):
+        assert_close(ops.gelu(g, approximate), ref_nn.gelu_f32(g, approximate), atol=2e-7, rtol=EPS32)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -131,7 +145,7 @@ def test_activations_at_every_size(name):
         x, up = make(3, n, scale=3), make(3, n, seed=1)
         y = everywhere(_core.activation, x, ACTIVATIONS[name], 0)
         g = everywhere(_core.gated, x, up, ACTIVATIONS[name], 0)
-        assert_close(y, ref.gated(x, np.ones_like(up), name), atol=2e-6)
+        assert_close(y, ref.gated(x, np.ones_like(up), name), atol=1e-5 if name == "gelu_tanh" else 3e-6)
         assert same_bits(g, y * up)
 
 
@@ -520,7 +534,7 @@ def test_onnx_activations(shared):
             got = ops.silu(x * alpha) / alpha
         else:
             got = ops.gelu(x, node.attributes.get("approximate", "none"))
-        assert_close(got, want, atol=2e-6, rtol=1e-6)
+        assert_close(got, want, atol=1e-5 if node.attributes.get("approximate") == "tanh" else 3e-6, rtol=1e-6)
         seen += 1
     assert seen >= 5
 

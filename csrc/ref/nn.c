@@ -104,20 +104,56 @@ zq_rmsnorm_f32__ref(const float *x, const float *residual, const float *gamma, i
     return zq_is_finite(second);
 }
 
-void
-zq_activation_f32__ref(const float *x, int64_t n, zq_activation act, float *y)
+int
+zq_layernorm_range_f32__ref(const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps,
+                            float *y, zq_range *range)
 {
-    for (int64_t i = 0; i < n; i++) {
-        y[i] = zq_activate1(x[i], act);
-    }
+    const int finite = zq_layernorm_f32__ref(x, residual, gamma, beta, n, eps, y);
+    return zq_minmax_f32__ref(y, n, &range->lo, &range->hi) && finite;
 }
 
-void
+int
+zq_rmsnorm_range_f32__ref(const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y,
+                          zq_range *range)
+{
+    const int finite = zq_rmsnorm_f32__ref(x, residual, gamma, n, eps, y);
+    return zq_minmax_f32__ref(y, n, &range->lo, &range->hi) && finite;
+}
+
+int
+zq_activation_f32__ref(const float *x, int64_t n, zq_activation act, float *y)
+{
+    int finite = 1;
+    for (int64_t i = 0; i < n; i++) {
+        finite &= zq_is_finite(x[i]);
+        y[i] = zq_activate1(x[i], act);
+    }
+    return finite;
+}
+
+int
 zq_gated_f32__ref(const float *gate, const float *up, int64_t n, zq_activation act, float *y)
 {
+    int finite = 1;
     for (int64_t i = 0; i < n; i++) {
+        finite &= zq_is_finite(gate[i]) & zq_is_finite(up[i]);
         y[i] = zq_activate1(gate[i], act) * up[i];
     }
+    return finite;
+}
+
+int
+zq_activation_range_f32__ref(const float *x, int64_t n, zq_activation act, float *y, zq_range *range)
+{
+    const int finite = zq_activation_f32__ref(x, n, act, y);
+    return zq_minmax_f32__ref(y, n, &range->lo, &range->hi) && finite;
+}
+
+int
+zq_gated_range_f32__ref(const float *gate, const float *up, int64_t n, zq_activation act, float *y, zq_range *range)
+{
+    const int finite = zq_gated_f32__ref(gate, up, n, act, y);
+    return zq_minmax_f32__ref(y, n, &range->lo, &range->hi) && finite;
 }
 
 float

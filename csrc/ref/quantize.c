@@ -48,10 +48,11 @@ code(float scaled, int32_t zero, int32_t qmin, int32_t qmax)
 }
 
 void
-zq_quantize_mul_f32_b8__ref(const float *x, int64_t n, float inv, int32_t zero, int32_t qmin, int32_t qmax, uint8_t *q)
+zq_quantize_mul_f32_b8__ref(const float *x, int64_t n, float inv, int32_t zero, uint8_t *q)
 {
     for (int64_t i = 0; i < n; i++) {
-        q[i] = code(x[i] * inv, zero, qmin, qmax);
+        const int32_t moved = (int32_t)rintf(x[i] * inv) + zero;
+        q[i] = (uint8_t)(moved < 0 ? 0 : moved > 255 ? 255 : moved);
     }
 }
 

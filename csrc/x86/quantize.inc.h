@@ -80,13 +80,23 @@ to_codes(v16 scaled, v16 lo, v16 hi, v16i zero)
         v16i_storen_b8(q + i, to_codes(SCALED(v16_loadn(x + i, n - i)), lo, hi, zeros), n - i); \
     }
 
+/* Clamping is what the saturating conversions of v16i_store_b8x4 do anyway. */
 static void
-LEVEL(quantize_mul_f32_b8)(const float *x, int64_t n, float inv, int32_t zero, int32_t qmin, int32_t qmax, uint8_t *q)
+LEVEL(quantize_mul_f32_b8)(const float *x, int64_t n, float inv, int32_t zero, uint8_t *q)
 {
     const v16 factor = v16_set1(inv);
-#define SCALED(v) v16_mul(v, factor)
-    QUANTIZE_ROW(SCALED)
-#undef SCALED
+    const v16i none = v16i_zero(), zeros = v16i_set1(zero), top = v16i_set1(255);
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        v16i_store_b8x4(q + i, v16_to_i(v16_mul(v16_load(x + i), factor)), v16_to_i(v16_mul(v16_load(x + i + 16), factor)),
+                        v16_to_i(v16_mul(v16_load(x + i + 32), factor)), v16_to_i(v16_mul(v16_load(x + i + 48), factor)),
+                        (int16_t)zero);
+    }
+    for (; i < n; i += 16) {
+        const int64_t m = zq_min(n - i, 16);
+        const v16i a = v16i_add(v16_to_i(v16_mul(v16_loadn(x + i, m), factor)), zeros);
+        v16i_storen_b8(q + i, v16i_min(v16i_max(a, none), top), m);
+    }
 }
 
 static void

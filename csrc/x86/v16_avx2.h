@@ -51,6 +51,7 @@ V16_2(v16_mul, _mm256_mul_ps)
 V16_2(v16_div, _mm256_div_ps)
 V16_3(v16_fma, _mm256_fmadd_ps)
 V16_3(v16_fnma, _mm256_fnmadd_ps)
+V16_3(v16_fnms, _mm256_fnmsub_ps)
 V16_2(v16_min, _mm256_min_ps)
 V16_2(v16_max, _mm256_max_ps)
 V16_1(v16_sqrt, _mm256_sqrt_ps)
@@ -59,6 +60,7 @@ ZQ_INLINE v16 v16_abs(v16 a)
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return (v16){_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
 }
+ZQ_INLINE v16 v16_abs_min(v16 a, v16 top) { return v16_min(v16_abs(a), top); }
 ZQ_INLINE v16 v16_rint(v16 a)
 {
     return (v16){_mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
@@ -129,6 +131,18 @@ ZQ_INLINE void v16i_storen_b8(uint8_t *p, v16i a, int64_t n)
     uint8_t bytes[16];
     _mm_storeu_si128((__m128i *)bytes, v16i_low_bytes(a));
     memcpy(p, bytes, (size_t)n);
+}
+ZQ_INLINE void v16i_store_b8x2(uint8_t *p, v16i a, v16i b, __m256i zero)
+{
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i i = _mm256_add_epi16(_mm256_packs_epi32(a.lo, a.hi), zero);
+    const __m256i j = _mm256_add_epi16(_mm256_packs_epi32(b.lo, b.hi), zero);
+    _mm256_storeu_si256((__m256i *)p, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(i, j), order));
+}
+ZQ_INLINE void v16i_store_b8x4(uint8_t *p, v16i a, v16i b, v16i c, v16i d, int16_t zero)
+{
+    v16i_store_b8x2(p, a, b, _mm256_set1_epi16(zero));
+    v16i_store_b8x2(p + 32, c, d, _mm256_set1_epi16(zero));
 }
 ZQ_INLINE __m128i v16_bytesn(const uint8_t *p, int64_t n)
 {

@@ -25,9 +25,12 @@ ZQ_INLINE v16 v16_mul(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
 ZQ_INLINE v16 v16_div(v16 a, v16 b) { return _mm512_div_ps(a, b); }
 ZQ_INLINE v16 v16_fma(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }   /* a * b + c */
 ZQ_INLINE v16 v16_fnma(v16 a, v16 b, v16 c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a * b */
+ZQ_INLINE v16 v16_fnms(v16 a, v16 b, v16 c) { return _mm512_fnmsub_ps(a, b, c); } /* -c - a * b */
 ZQ_INLINE v16 v16_min(v16 a, v16 b) { return _mm512_min_ps(a, b); }               /* a < b ? a : b */
 ZQ_INLINE v16 v16_max(v16 a, v16 b) { return _mm512_max_ps(a, b); }               /* a > b ? a : b */
 ZQ_INLINE v16 v16_abs(v16 a) { return _mm512_abs_ps(a); }
+/* min(|a|, top), top for NaN, top >= 0: the absolute minimum with its sign cleared, in one instruction */
+ZQ_INLINE v16 v16_abs_min(v16 a, v16 top) { return _mm512_range_ps(a, top, 0xa); }
 ZQ_INLINE v16 v16_sqrt(v16 a) { return _mm512_sqrt_ps(a); }
 ZQ_INLINE v16 v16_rint(v16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 ZQ_INLINE v16 v16_copysign(v16 mag, v16 sign) /* mag >= 0 */
@@ -62,6 +65,13 @@ ZQ_INLINE v16 v16_from_bits(v16i a) { return _mm512_castsi512_ps(a); }
 /* low byte of each lane */
 ZQ_INLINE void v16i_store_b8(uint8_t *p, v16i a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
 ZQ_INLINE void v16i_storen_b8(uint8_t *p, v16i a, int64_t n) { _mm_mask_storeu_epi8(p, v16_mask(n), _mm512_cvtepi32_epi8(a)); }
+/* 64 bytes a, b, c, d, each + zero and saturated to 0..255; lanes within +-32000. The packs work within 128 bits. */
+ZQ_INLINE void v16i_store_b8x4(uint8_t *p, v16i a, v16i b, v16i c, v16i d, int16_t zero)
+{
+    const __m512i z = _mm512_set1_epi16(zero), order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i ab = _mm512_add_epi16(_mm512_packs_epi32(a, b), z), cd = _mm512_add_epi16(_mm512_packs_epi32(c, d), z);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)));
+}
 ZQ_INLINE v16i v16i_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 ZQ_INLINE v16i v16i_load_s8(const uint8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 ZQ_INLINE v16i v16i_loadn_u8(const uint8_t *p, int64_t n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(v16_mask(n), p)); }

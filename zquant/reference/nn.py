@@ -1,6 +1,6 @@
 """Transformer operators in plain NumPy, float64: what :mod:`zquant.ops.nn` computes, to float32 rounding.
 
-``exp_f32`` and ``gelu_erf_f32`` repeat the float32 algorithm of csrc/ref/math.h instead, operation by operation.
+``exp_f32`` and ``gelu_f32`` repeat the float32 algorithm of csrc/ref/math.h instead, operation by operation.
 """
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from .gemm import activate
 
-__all__ = ["attention", "attention_int8", "causal_attention", "exp_f32", "gated", "gelu", "gelu_erf_f32", "layer_norm", "relu", "rms_norm",
-           "rotary", "silu", "softmax"]
+__all__ = ["attention", "attention_int8", "causal_attention", "exp_f32", "gated", "gelu", "gelu_f32", "layer_norm", "relu",
+           "rms_norm", "rotary", "silu", "softmax"]
 
 
 def layer_norm(x, weight, bias, eps=1e-12, residual=None):
@@ -168,13 +168,13 @@ _EXP = np.array([1.0, 0.9999997019767761, 0.4999914765357971, 0.1666763871908188
 
 
 def exp_f32(x):
-    """exp by 2^n exp(r), r = x - n ln 2 in [-0.347, 0.347], and a polynomial of degree 5 for exp(r).
+    """exp by 2^n exp(r), r = x - n ln 2 in [-0.347, 0.347], and a polynomial of degree 5 for exp(r); x <= 88.
 
-    Relative error below 2e-7; 0 below -86.99, where 2^n would be subnormal; saturates at 88.72.
+    Relative error below 5e-7; 0 below -86.99, where 2^n would be subnormal.
     """
-    x = np.clip(np.asarray(x, np.float32), np.float32(-87.5), np.float32(88.72283))
+    x = np.maximum(np.asarray(x, np.float32), np.float32(-87.5))
     n = np.rint(_fma(x, np.float32(1.44269504), 0))
-    r = _fma(n, np.float32(1.90465421e-9), _fma(n, -np.float32(0.693147182), x))
+    r = _fma(n, -np.float32(0.693147182), x)
     p = np.full_like(r, _EXP[5])
     for c in _EXP[4::-1]:
         p = _fma(p, r, c)
@@ -196,19 +196,21 @@ def exp2_f32(t):
     return np.where(n <= -126, np.float32(0), np.ldexp(p, n.astype(np.int32))).astype(np.float32)
 
 
-_GELU = np.array([
-    0.0046614245511591434, -0.03531457111239433, 0.11933816969394684, -0.22920849919319153, 0.2533997595310211,
-    -0.10945576429367065, -0.10861603915691376, 0.19076389074325562, -0.07062831521034241, -0.07027796655893326,
-    0.06974975019693375, -0.001870828797109425, -0.017911195755004883, 0.005370162893086672,
-], np.float32)
+_GELU = {
+    "none": (6.0625, [0.9170160293579102, -0.09157174825668335, -0.03157050162553787, -0.0012232360895723104,
+                      0.001977581065148115, -0.00019541736401151866]),
+    "tanh": (5.625, [0.9169453382492065, -0.09097495675086975, -0.0331278070807457, 0.0005411621532402933,
+                     0.0012696190970018506, -0.0001286360202357173]),
+}
 
 
-def gelu_erf_f32(x):
-    """max(x, 0) - a Q(a), a = min(|x|, 5.2), with Q(a) = 1 - Phi(a) as a polynomial in a / 2.6 - 1, not below 0."""
-    x = np.asarray(x, np.float32)
-    a = np.minimum(np.abs(x), np.float32(5.2))
-    u = _fma(a, np.float32(2.0 / 5.2), -1)
-    q = np.full_like(u, _GELU[13])
-    for c in _GELU[12::-1]:
-        q = _fma(q, u, c)
-    return _fma(-a, np.maximum(q, 0), np.maximum(x, 0))
+def gelu_f32(x, approximate="none"):
+    """max(x, 0) - a Q(a), a = min(|x|, end), with Q(a) = 1 - Phi(a) as the eighth power of a polynomial that is 0 at end."""
+    end, coefficients = _GELU[approximate]
+    x, coefficients = np.asarray(x, np.float32), np.float32(coefficients)
+    a = np.minimum(np.abs(x), np.float32(end))
+    r = np.full_like(a, coefficients[5])
+    for c in coefficients[4::-1]:
+        r = _fma(r, a, c)
+    r4 = (r * r) * (r * r)
+    return _fma(-(a * r4), r4, np.maximum(x, 0))
