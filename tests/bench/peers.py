@@ -134,7 +134,9 @@ def scheme_of(model: Path, name: str) -> Any:
     import zquant as zq
 
     untied = json.loads((model / "config.json").read_text()).get("tie_word_embeddings") is False
-    return zq.Scheme.parse(name).with_overrides({"lm_head": 8} if untied else {})
+    scheme = zq.Scheme.parse(name)
+    bits = scheme.weights.bits if scheme.weights else None
+    return scheme.with_overrides({"lm_head": bits} if untied else {})
 
 
 class ZQuant(Engine):
