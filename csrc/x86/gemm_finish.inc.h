@@ -58,6 +58,17 @@ finish_tile(const zq_tile *t, const float *v)
     }
 }
 
+/* Its rows come from far away, and are needed when the products are done. */
+ZQ_INLINE void
+prefetch_residual(const zq_tile *t)
+{
+    for (int i = 0; t->residual && i < t->mr / (t->pairs ? 2 : 1); i++) {
+        const char *p = (const char *)(t->residual + i * t->ldr);
+        _mm_prefetch(p, _MM_HINT_T0);
+        _mm_prefetch(p + 64, _MM_HINT_T0);
+    }
+}
+
 ZQ_INLINE void
 run_tile(const zq_tile *t, const tile_fn tile)
 {
@@ -67,12 +78,22 @@ run_tile(const zq_tile *t, const tile_fn tile)
         return;
     }
     _Alignas(64) float v[FINISH_ROWS * ZQ_NR];
-    zq_tile local = *t;
-    local.bias = t->pairs ? no_bias : t->bias;
-    local.y = v;
-    local.ldy = ZQ_NR;
-    local.stream = 0;
-    local.nr = ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0 goes into the buffer */
-    tile(&local);
+    /* Not a copy of *t: its fields were stored one by one a moment ago, and reading them back in vectors would wait for that. */
+    zq_tile *own = (zq_tile *)(uintptr_t)t;
+    float *const y = t->y;
+    const float *const bias = t->bias;
+    const int64_t ldy = t->ldy;
+    const int stream = t->stream, nr = t->nr;
+    own->y = v;
+    own->ldy = own->nr = ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0 goes into the buffer */
+    own->stream = 0;
+    own->bias = t->pairs ? no_bias : bias;
+    prefetch_residual(t);
+    tile(t);
+    own->y = y;
+    own->ldy = ldy;
+    own->nr = nr;
+    own->stream = stream;
+    own->bias = bias;
     finish_tile(t, v);
 }
