@@ -1,5 +1,5 @@
 /* AVX-512 VNNI tiles: mr rows by one panel of 32 columns, two zmm wide. Accumulators stay in registers: 24 for
- * S8 and F32 (12 rows), 12 integer + 12 float for groups (6 rows). The epilogue's scale and bias are applied in
+ * S8 and F32 (12 rows), 16 integer + 8 float for groups (4 rows). The epilogue's scale and bias are applied in
  * registers; activation and residual run over the tile just stored, which is still in L1. */
 #if defined(__x86_64__)
 #include "../zq_kernels.h"
@@ -15,7 +15,7 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 #define LEVEL(name) name##__avx512vnni
 #include "group_operand.inc.h"
 
-enum { MR = 12, MR_GROUP = 6, NV = 2 };
+enum { MR = 12, MR_GROUP = 4, NV = 2 };
 
 /* For a panel's 128 bytes at b: prefetch what t->ahead asks for (see zq_tile), one line or two. */
 ZQ_INLINE void
@@ -29,6 +29,16 @@ prefetch_ahead(const int far, const zq_tile *t, const void *b)
         }
     }
 }
+
+/* The same where the caller walks: both lines of the next 128 bytes. */
+#define prefetch_line(on, c)                                 \
+    do {                                                     \
+        if (on) {                                            \
+            _mm_prefetch((c)->ahead, _MM_HINT_T0);           \
+            _mm_prefetch((c)->ahead + 64, _MM_HINT_T0);      \
+            (c)->ahead += 128;                               \
+        }                                                    \
+    } while (0)
 
 ZQ_INLINE __m512i
 broadcast4(const uint8_t *a)
@@ -116,83 +126,92 @@ tile_s8_s32(const int mr, const zq_tile *t, int32_t *c, int64_t ldc)
     }
 }
 
+/* Where a tile of groups reads on: rows of a, a row's starts, the panel, what to prefetch. */
+typedef struct {
+    const uint8_t *a, *b;
+    const int32_t *start;
+    const char *ahead;
+} group_cursor;
+
 /* Four deep: one dot product per row and vector, unsigned codes times signed activations. */
 ZQ_INLINE void
-step_group(const int mr, const zq_tile *t, int64_t k, const __m512i b[NV], __m512i acc[MR_GROUP][NV])
+step_group(const int mr, const uint8_t *a, int64_t lda, const __m512i b[NV], __m512i acc[MR_GROUP][NV])
 {
-    const uint8_t *a = (const uint8_t *)t->a + k;
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int i = 0; i < mr; i++) {
-        const __m512i x = broadcast4(a + i * t->lda);
+        const __m512i x = broadcast4(a + i * lda);
         acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], b[0], x);
         acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], b[1], x);
     }
 }
 
-/* One group's integer sums. Up to four rows take two accumulators each, one per nibble: a chain of dot products alone is
- * too slow. Returns the panel pointer behind the group. */
-ZQ_INLINE const uint8_t *
-accumulate_group(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t g, const uint8_t *b,
+/* The integer sums of one group of `steps` * 8 input features. There are two accumulators per row and vector, of the first
+ * and last four of every eight: one chain of dot products would be too slow. */
+ZQ_INLINE void
+accumulate_group(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t steps, group_cursor *c,
                  __m512i acc[MR_GROUP][NV])
 {
-    const int two = mr <= 4;
     const __m512i low = _mm512_set1_epi8(15);
-    const int64_t end = zq_min(t->k, (g + 1) * t->group);
+    const int64_t lda = t->lda;
+    const uint8_t *a = c->a, *b = c->b;
     __m512i second[MR_GROUP][NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int i = 0; i < mr; i++) {
-        acc[i][0] = acc[i][1] = _mm512_set1_epi32(t->start[i * t->ld_start + g]);
+        acc[i][0] = acc[i][1] = _mm512_set1_epi32(c->start[i * t->ld_start]);
         second[i][0] = second[i][1] = _mm512_setzero_si512();
     }
-    for (int64_t k = g * t->group; k < end; k += ZQ_KSTEP) {
+    for (const uint8_t *end = a + steps * ZQ_KSTEP; a < end; a += ZQ_KSTEP) {
         __m512i w[NV] = {_mm512_load_si512(b), _mm512_load_si512(b + 64)}, next[NV];
+        prefetch_line(far == 2, c);
         if (four_bits) {
             next[0] = _mm512_and_si512(_mm512_srli_epi16(w[0], 4), low);
             next[1] = _mm512_and_si512(_mm512_srli_epi16(w[1], 4), low);
             w[0] = _mm512_and_si512(w[0], low);
             w[1] = _mm512_and_si512(w[1], low);
-        }
-        step_group(mr, t, k, w, acc);
-        if (four_bits && !two) { /* six rows: too few registers to keep them */
-            __asm__ volatile("" ::: "memory");
-            next[0] = _mm512_and_si512(_mm512_srli_epi16(_mm512_load_si512(b), 4), low);
-            next[1] = _mm512_and_si512(_mm512_srli_epi16(_mm512_load_si512(b + 64), 4), low);
-        }
-        prefetch_ahead(far, t, b);
-        b += 128;
-        if (!four_bits) {
-            next[0] = _mm512_load_si512(b);
-            next[1] = _mm512_load_si512(b + 64);
-            prefetch_ahead(far, t, b);
             b += 128;
         }
-        step_group(mr, t, k + 4, next, two ? second : acc);
+        else {
+            next[0] = _mm512_load_si512(b + 128);
+            next[1] = _mm512_load_si512(b + 192);
+            prefetch_line(far == 2, c);
+            b += 256;
+        }
+        step_group(mr, a, lda, w, acc);
+        step_group(mr, a + 4, lda, next, second);
     }
-#pragma GCC unroll 8
-    for (int i = 0; two && i < mr; i++) {
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i++) {
         acc[i][0] = _mm512_add_epi32(acc[i][0], second[i][0]);
         acc[i][1] = _mm512_add_epi32(acc[i][1], second[i][1]);
     }
-    return b;
+    c->a = a;
+    c->b = b;
 }
 
 ZQ_INLINE void
 tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
 {
     __m512 f[MR_GROUP][NV];
-    const uint8_t *b = t->b;
-#pragma GCC unroll 8
+    group_cursor c = {t->a, t->b, t->start, t->ahead};
+#pragma GCC unroll 4
     for (int i = 0; i < mr; i++) {
         f[i][0] = f[i][1] = _mm512_setzero_ps();
     }
-    const int64_t groups = zq_ceil_div(t->k, t->group);
-    for (int64_t g = 0; g < groups; g++) {
+    /* What one group's part of the panel stands for, in lines to be prefetched; the rest of a share is not worth more code. */
+    const int64_t share = far == 1 ? (4 + t->group / (four_bits ? 2 : 1)) * ZQ_NR * t->ahead_step / 128 : 0;
+    for (int64_t k = 0; k < t->k; k += t->group) {
         __m512i acc[MR_GROUP][NV];
-        const float *scale = (const float *)b;
-        prefetch_ahead(far, t, b);
-        b = accumulate_group(mr, four_bits, far, t, g, b + 4 * ZQ_NR, acc);
+        const float *scale = (const float *)c.b;
+        for (int64_t line = 0; line < share; line += 64) {
+            _mm_prefetch(c.ahead + line, _MM_HINT_T0);
+        }
+        c.ahead += share;
+        c.b += 4 * ZQ_NR;
+        prefetch_line(far == 2, &c);
+        accumulate_group(mr, four_bits, far, t, zq_min(t->group, t->k - k) / ZQ_KSTEP, &c, acc);
+        c.start++;
         const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int i = 0; i < mr; i++) {
             f[i][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][0]), s0, f[i][0]);
             f[i][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][1]), s1, f[i][1]);
@@ -200,7 +219,7 @@ tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
     }
     const __m512 z0 = _mm512_loadu_ps(t->zcorr), z1 = _mm512_loadu_ps(t->zcorr + 16);
     const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int i = 0; i < mr; i++) {
         const __m512 z = _mm512_set1_ps((float)(t->zx[i] - 128)), sx = _mm512_set1_ps(t->sx[i]);
         store2(t, i, _mm512_fmadd_ps(_mm512_fnmadd_ps(z, z0, f[i][0]), sx, bias0),
@@ -235,8 +254,8 @@ tile_f32(const int mr, const int far, const zq_tile *t)
 }
 
 /* One function per tile height: the compiler keeps the accumulators in registers only when mr is a constant. */
-#define ROWS6(X, far) X(1, far) X(2, far) X(3, far) X(4, far) X(5, far) X(6, far)
-#define ROWS12(X, far) ROWS6(X, far) X(7, far) X(8, far) X(9, far) X(10, far) X(11, far) X(12, far)
+#define ROWS4(X, far) X(1, far) X(2, far) X(3, far) X(4, far)
+#define ROWS12(X, far) ROWS4(X, far) X(5, far) X(6, far) X(7, far) X(8, far) X(9, far) X(10, far) X(11, far) X(12, far)
 
 #define S8(n, far) \
     case n: tile_s8(n, far, t); break;
@@ -290,27 +309,27 @@ zq_gemm_f32_12x32__avx512vnni(const zq_tile *t)
 }
 
 static void
-zq_gemm_s8u8_group_6x32_tile__avx512vnni(const zq_tile *t)
+zq_gemm_s8u8_group_4x32_tile__avx512vnni(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS6, G8)
+    NEAR_OR_FAR(ROWS4, G8)
 }
 
 static void
-zq_gemm_s8u8_group_6x32__avx512vnni(const zq_tile *t)
+zq_gemm_s8u8_group_4x32__avx512vnni(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_s8u8_group_6x32_tile__avx512vnni);
+    run_tile(t, zq_gemm_s8u8_group_4x32_tile__avx512vnni);
 }
 
 static void
-zq_gemm_s8u4_group_6x32_tile__avx512vnni(const zq_tile *t)
+zq_gemm_s8u4_group_4x32_tile__avx512vnni(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS6, G4)
+    NEAR_OR_FAR(ROWS4, G4)
 }
 
 static void
-zq_gemm_s8u4_group_6x32__avx512vnni(const zq_tile *t)
+zq_gemm_s8u4_group_4x32__avx512vnni(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_s8u4_group_6x32_tile__avx512vnni);
+    run_tile(t, zq_gemm_s8u4_group_4x32_tile__avx512vnni);
 }
 
 ZQ_TARGET_END
@@ -321,8 +340,8 @@ zq_fill_gemm__avx512vnni(zq_kernels *t)
     t->gemm_u8s8 = zq_gemm_u8s8_12x32__avx512vnni;
     t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_12x32__avx512vnni;
     t->gemm_f32 = zq_gemm_f32_12x32__avx512vnni;
-    t->gemm_s8u8_group = zq_gemm_s8u8_group_6x32__avx512vnni;
-    t->gemm_s8u4_group = zq_gemm_s8u4_group_6x32__avx512vnni;
+    t->gemm_s8u8_group = zq_gemm_s8u8_group_4x32__avx512vnni;
+    t->gemm_s8u4_group = zq_gemm_s8u4_group_4x32__avx512vnni;
     t->center_groups_b8 = center_groups_b8__avx512vnni;
     t->mr_u8s8 = t->mr_f32 = MR;
     t->mr_group = MR_GROUP;
