@@ -170,13 +170,14 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
             w[1] = _mm512_and_si512(w[1], low);
             b += 128;
         }
-        else {
+        step_group(mr, a, lda, w, acc);
+        if (!four_bits) {
+            __asm__ volatile("" ::: "memory"); /* loaded any earlier, they would cost a spill */
             next[0] = _mm512_load_si512(b + 128);
             next[1] = _mm512_load_si512(b + 192);
             prefetch_line(far == 2, c);
             b += 256;
         }
-        step_group(mr, a, lda, w, acc);
         step_group(mr, a + 4, lda, next, second);
     }
 #pragma GCC unroll 4
