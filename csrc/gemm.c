@@ -17,7 +17,7 @@ enum {
     MIN_TILES = 2,         /* per thread: below that, work is split by columns */
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
-    FAR_BYTES = 1 << 20,   /* weights that L2 does not keep from one call to the next */
+    FAR_BYTES = 64 << 10,  /* weights that L2 does not keep from one call to the next */
     AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
     SMALL_JOBS = 8,        /* of panels, per thread, after one big one */
     SHARED_ITEMS = 32768,  /* of rows: quantizing so many takes longer than a barrier */

@@ -175,7 +175,8 @@ def python_share(make: Callable[[], Any], work: Callable[[Any], Any], calls: int
         return float(np.median(found))
 
 
-for _name, _scheme in (("zquant fp32", None), ("zquant w8a8", "w8a8"), ("zquant w4/8a8", "w4/8a8")):
+for _name, _scheme in (("zquant fp32", None), ("zquant w8a8", "w8a8"), ("zquant w8a8+attn8", "w8a8+attn8"),
+                       ("zquant w4/8a8", "w4/8a8")):
     register(type(_name.replace(" ", "_"), (ZQuant,), {"name": _name, "scheme": _scheme}))
 
 
