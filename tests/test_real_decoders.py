@@ -83,6 +83,7 @@ def check_costs(ppl):
     """What the project promises of 8 bits; 4 bits by rounding cost what they cost, but not everything.
 
     GELU's outputs are nearly all above zero: symmetric activations leave half of their codes unused and cost GPT-2 more.
+    A few windows say it no better than to 1 %; test_gpt2_on_wikitext holds the whole text to 0.5 %.
     """
     base = ppl["float32"]
     assert ppl["w8a8"] == pytest.approx(base, rel=5e-3)
@@ -223,9 +224,13 @@ def test_gpt2_quantized(gpt2, wiki):
 def test_gpt2_on_wikitext(gpt2, wiki, shared):
     known = json.loads((shared / "models" / "gpt2-30m" / "eval.json").read_text())["ppl"]["wiki.test.raw"]
     ids = gpt2.tokenizer.encode(wiki.read_text(encoding="utf-8")).ids
-    result = zq.perplexity(gpt2, ids[: len(ids) // 512 * 512])
-    print(f"\ngpt2-30m, wiki.test.raw: {result}; eval.json: {known:.4f}")
-    assert result.ppl == pytest.approx(known, rel=1e-3)
+    ids = ids[: len(ids) // 512 * 512]
+    results = {name: zq.perplexity(lm, ids) for name, lm in (("float32", gpt2), ("w8a8", zq.quantize(gpt2, "w8a8")),
+                                                             ("w8a8-sym", zq.quantize(gpt2, "w8a8-sym")))}
+    show(f"gpt2-30m, all of wiki.test.raw (eval.json: {known:.4f})", results)
+    assert results["float32"].ppl == pytest.approx(known, rel=1e-3)
+    for scheme in ("w8a8", "w8a8-sym"):
+        assert results[scheme].ppl == pytest.approx(results["float32"].ppl, rel=5e-3)
 
 
 def test_gpt2_golden_logits(gpt2, shared):
