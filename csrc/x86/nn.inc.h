@@ -41,11 +41,10 @@ store16(float *p, v16 x, int64_t m)
     }
 }
 
-/* The range of what is stored, and the largest bit pattern without sign of what has to be finite. Exact minima and maxima
- * depend on no order, so a level takes as many ways as it has registers for. x and a zero of the other sign stand first,
- * so that the accumulator stays. */
+/* Ranges of rows, by v16_range.h; and the largest bit pattern without sign of what else has to be finite. No result depends
+ * on the order, so a level takes as many ways as it has registers for. */
 typedef struct {
-    v16 lo[RANGE_WAYS], hi[RANGE_WAYS];
+    v16_range range[RANGE_WAYS];
     v16i top[RANGE_WAYS];
 } ranges;
 
@@ -54,17 +53,10 @@ ranges_start(void)
 {
     ranges r;
     for (int w = 0; w < RANGE_WAYS; w++) {
-        r.lo[w] = r.hi[w] = v16_zero();
+        r.range[w] = v16_range_start();
         r.top[w] = v16i_zero();
     }
     return r;
-}
-
-ZQ_INLINE void
-see_range(ranges *r, int w, v16 y)
-{
-    r->lo[w] = v16_min(y, r->lo[w]);
-    r->hi[w] = v16_max(y, r->hi[w]);
 }
 
 ZQ_INLINE void
@@ -75,29 +67,34 @@ see_finite(ranges *r, int w, v16 x)
 
 /* A row's ranges before the horizontal steps. */
 typedef struct {
-    v16 lo, hi;
+    v16_range range;
     v16i top;
 } range_lanes;
 
 ZQ_INLINE range_lanes
 ranges_join(const ranges *r)
 {
-    return (range_lanes){v16_min(r->lo[0], r->lo[RANGE_WAYS - 1]), v16_max(r->hi[0], r->hi[RANGE_WAYS - 1]),
-                         v16i_max(r->top[0], r->top[RANGE_WAYS - 1])};
+    return (range_lanes){v16_range_join(r->range[0], r->range[RANGE_WAYS - 1]), v16i_max(r->top[0], r->top[RANGE_WAYS - 1])};
 }
 
-/* Bit r where what row r had to be finite is not, or an end of its range. range: NULL where none is asked for. */
+/* The ranges of rows. Returns bit r where row r holds NaN or Inf. */
 ZQ_INLINE unsigned
 end_ranges(const range_lanes *lanes, int64_t rows, zq_range *range)
 {
     unsigned bad = 0;
     for (int64_t r = 0; r < rows; r++) {
-        int finite = v16i_hmax(lanes[r].top) < 0x7f800000;
-        if (range) {
-            range[r] = (zq_range){v16_hmin(lanes[r].lo), v16_hmax(lanes[r].hi)};
-            finite &= zq_is_finite(range[r].lo) & zq_is_finite(range[r].hi);
-        }
-        bad |= (unsigned)!finite << r;
+        bad |= (unsigned)!v16_range_end(lanes[r].range, &range[r].lo, &range[r].hi) << r;
+    }
+    return bad;
+}
+
+/* Returns bit r where row r showed NaN or Inf to see_finite. */
+ZQ_INLINE unsigned
+end_finite(const range_lanes *lanes, int64_t rows)
+{
+    unsigned bad = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        bad |= (unsigned)(v16i_hmax(lanes[r].top) >= 0x7f800000) << r;
     }
     return bad;
 }
@@ -255,8 +252,7 @@ layernorm_apply(const float *h, const float *gamma, const float *beta, int64_t n
         const v16 v = v16_fma(d, load16(gamma + (i), m), load16(beta + (i), m));  \
         store16(y + (i), v, m);                                                   \
         if (ranged) {                                                             \
-            see_range(&r, w, v);                                                  \
-            see_finite(&r, w, v);                                                 \
+            r.range[w] = v16_range_see(r.range[w], v);                            \
         }                                                                         \
     } while (0)
     OVER_ROW(STEP);
@@ -350,8 +346,7 @@ rmsnorm_apply(const float *h, const float *gamma, int64_t n, float inv, float *y
         const v16 v = v16_mul(v16_mul(load16(h + (i), m), f), load16(gamma + (i), m));      \
         store16(y + (i), v, m);                                                             \
         if (ranged) {                                                                       \
-            see_range(&r, w, v);                                                            \
-            see_finite(&r, w, v);                                                           \
+            r.range[w] = v16_range_see(r.range[w], v);                                      \
         }                                                                                   \
     } while (0)
     OVER_ROW(STEP);
@@ -423,7 +418,7 @@ activation_row(const float *x, const float *up, int64_t n, float *y, int ranged,
         }                                          \
         store16(y + (i), a, m);                    \
         if (ranged) {                              \
-            see_range(&r, w, a);                   \
+            r.range[w] = v16_range_see(r.range[w], a); \
         }                                          \
     } while (0)
     OVER_ROW(STEP);
@@ -439,7 +434,7 @@ activation_loop(const float *x, const float *up, int64_t rows, int64_t n, float 
     for (int64_t r = 0; r < rows; r++) {
         seen[r] = activation_row(x + r * n, up ? up + r * n : NULL, n, y + r * n, range != NULL, act);
     }
-    return end_ranges(seen, rows, range);
+    return end_finite(seen, rows) | (range ? end_ranges(seen, rows, range) : 0);
 }
 
 ZQ_INLINE unsigned
@@ -494,16 +489,25 @@ exp_row(const float *x, int64_t n, float max, float *y)
     v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        FOUR {
-            const v16 e = v16_exp(v16_sub(v16_load(x + i + 16 * j), shift));
-            v16_store(y + i + 16 * j, e);
-            s[j] = v16_add(s[j], e);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j += EXP_WAYS) {
+            v16 e[EXP_WAYS];
+            for (int u = 0; u < EXP_WAYS; u++) {
+                e[u] = v16_sub(v16_load(x + i + 16 * (j + u)), shift);
+            }
+            v16_exps(e, EXP_WAYS);
+            for (int u = 0; u < EXP_WAYS; u++) {
+                v16_store(y + i + 16 * (j + u), e[u]);
+                s[j + u] = v16_add(s[j + u], e[u]);
+            }
         }
     }
     FOUR {
         const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
         if (m > 0) {
-            const v16 e = keep(v16_exp(v16_sub(v16_loadn(x + at, m), shift)), m, v16_zero());
+            v16 e = v16_sub(v16_loadn(x + at, m), shift);
+            v16_exps(&e, 1);
+            e = keep(e, m, v16_zero());
             v16_storen(y + at, e, m);
             s[j] = v16_add(s[j], e);
         }
