@@ -126,8 +126,8 @@ zq_layernorm_rows_f32__ref(const float *x, const float *residual, const float *g
 }
 
 unsigned
-zq_rmsnorm_rows_f32__ref(const float *x, const float *residual, const float *gamma, int64_t rows, int64_t n, float eps, float *y,
-                         zq_range *range)
+zq_rmsnorm_rows_f32__ref(const float *x, const float *residual, const float *gamma, int64_t rows, int64_t n, float eps,
+                         float *y, zq_range *range)
 {
     unsigned bad = 0;
     for (int64_t r = 0; r < rows; r++) {

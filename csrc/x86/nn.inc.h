@@ -355,7 +355,8 @@ rmsnorm_apply(const float *h, const float *gamma, int64_t n, float inv, float *y
 }
 
 ZQ_INLINE unsigned
-rmsnorm(const float *x, const float *residual, const float *gamma, int64_t rows, int64_t n, float eps, float *y, zq_range *range)
+rmsnorm(const float *x, const float *residual, const float *gamma, int64_t rows, int64_t n, float eps, float *y,
+        zq_range *range)
 {
     float lanes[ZQ_ROWS][16], inv[ZQ_ROWS];
     range_lanes seen[ZQ_ROWS];
