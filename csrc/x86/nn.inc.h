@@ -41,7 +41,40 @@ store16(float *p, v16 x, int64_t m)
     }
 }
 
-/* Ranges of rows, by v16_range.h; and the largest bit pattern without sign of what else has to be finite. No result depends
+/* Least and largest of 0 and what was seen, which holds no NaN; Inf shows at the ends. The accumulator is the second operand,
+ * so that it stays when a zero of the other sign is seen. */
+typedef struct {
+    v16 lo, hi;
+} v16_range;
+
+ZQ_INLINE v16_range
+v16_range_start(void)
+{
+    return (v16_range){v16_zero(), v16_zero()};
+}
+
+ZQ_INLINE v16_range
+v16_range_see(v16_range r, v16 x)
+{
+    return (v16_range){v16_min(x, r.lo), v16_max(x, r.hi)};
+}
+
+ZQ_INLINE v16_range
+v16_range_join(v16_range a, v16_range b)
+{
+    return (v16_range){v16_min(a.lo, b.lo), v16_max(a.hi, b.hi)};
+}
+
+/* Returns 1 where both ends are finite. */
+ZQ_INLINE int
+v16_range_end(v16_range r, float *lo, float *hi)
+{
+    *lo = v16_hmin(r.lo);
+    *hi = v16_hmax(r.hi);
+    return zq_is_finite(*lo) & zq_is_finite(*hi);
+}
+
+/* The range of what is stored, and the largest bit pattern without sign of what else has to be finite. No result depends
  * on the order, so a level takes as many ways as it has registers for. */
 typedef struct {
     v16_range range[RANGE_WAYS];
@@ -77,7 +110,7 @@ ranges_join(const ranges *r)
     return (range_lanes){v16_range_join(r->range[0], r->range[RANGE_WAYS - 1]), v16i_max(r->top[0], r->top[RANGE_WAYS - 1])};
 }
 
-/* The ranges of rows. Returns bit r where row r holds NaN or Inf. */
+/* The ranges of rows. Returns bit r where an end of row r is infinite. */
 ZQ_INLINE unsigned
 end_ranges(const range_lanes *lanes, int64_t rows, zq_range *range)
 {

@@ -3,7 +3,6 @@
 
 #if defined(__x86_64__)
 #include <math.h>
-#include <string.h>
 
 /* 6 x 16 floats: 12 accumulators, 2 vectors of b, 1 of a: 15 of 16 registers. */
 enum { MATMUL_MR = 6, MATMUL_NV = 1, RANGE_WAYS = 1, EXP_WAYS = 1 };

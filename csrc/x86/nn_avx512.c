@@ -3,7 +3,6 @@
 
 #if defined(__x86_64__)
 #include <math.h>
-#include <string.h>
 
 /* 12 x 32 floats: 24 accumulators, 2 vectors of b, 1 of a; 24 independent chains cover 2 fma x 4 cycles. */
 enum { MATMUL_MR = 12, MATMUL_NV = 2, RANGE_WAYS = 2, EXP_WAYS = 4 };

@@ -1,5 +1,5 @@
 /* Rows of float32 to codes and back, and bit streams, on v16; included once per level, which defines LEVEL(name).
- * Loops take 64 elements a step (to hide the latency of min, max and the conversion), then 16, then the
+ * Loops take 64 or 32 elements a step (to hide the latency of min, max and the conversion), then 16, then the
  * masked rest. Element-wise work and exact minima do not depend on the order, so any step size gives
  * the bits of ref/quantize.c. */
 
@@ -25,21 +25,34 @@ LEVEL(absmax_f32)(const float *x, int64_t n)
     return amax;
 }
 
+/* One register of the running minimum, maximum and largest bit pattern without sign (whose exponent tells NaN and
+ * Inf). The accumulator is the second operand: it stays when x is NaN or a zero of the other sign. */
+#define MINMAX_STEP(v, lo, hi, top)                              \
+    do {                                                         \
+        const v16 x_ = (v);                                      \
+        lo = v16_min(x_, lo);                                    \
+        hi = v16_max(x_, hi);                                    \
+        top = v16i_max(top, v16i_and(v16_bits(x_), no_sign));    \
+    } while (0)
+
 static int
 LEVEL(minmax_f32)(const float *x, int64_t n, float *lo, float *hi)
 {
-    v16_range a = v16_range_start(), b = a, c = a, d = a;
+    /* Two of each, not four: that is what sixteen AVX2 registers hold. */
+    const v16i no_sign = v16i_set1(0x7fffffff);
+    v16 l0 = v16_zero(), l1 = l0, h0 = l0, h1 = l0;
+    v16i t0 = v16i_zero(), t1 = t0;
     int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-        a = v16_range_see(a, v16_load(x + i));
-        b = v16_range_see(b, v16_load(x + i + 16));
-        c = v16_range_see(c, v16_load(x + i + 32));
-        d = v16_range_see(d, v16_load(x + i + 48));
+    for (; i + 32 <= n; i += 32) {
+        MINMAX_STEP(v16_load(x + i), l0, h0, t0);
+        MINMAX_STEP(v16_load(x + i + 16), l1, h1, t1);
     }
     for (; i < n; i += 16) {
-        a = v16_range_see(a, n - i >= 16 ? v16_load(x + i) : v16_loadn(x + i, n - i));
+        MINMAX_STEP(n - i >= 16 ? v16_load(x + i) : v16_loadn(x + i, n - i), l0, h0, t0);
     }
-    return v16_range_end(v16_range_join(v16_range_join(a, b), v16_range_join(c, d)), lo, hi);
+    *lo = v16_hmin(v16_min(l0, l1));
+    *hi = v16_hmax(v16_max(h0, h1));
+    return v16i_hmax(v16i_max(t0, t1)) < 0x7f800000;
 }
 
 /* Sixteen codes from values already divided by the scale. */

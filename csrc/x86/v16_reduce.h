@@ -17,6 +17,15 @@ v16_hmax(v16 a)
     return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
 
+ZQ_INLINE float
+v16_hmin(v16 a)
+{
+    const __m256 b = _mm256_min_ps(v16_lo(a), v16_hi(a));
+    __m128 c = _mm_min_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_min_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_min_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+
 ZQ_INLINE int32_t
 v16i_hmax(v16i a)
 {
@@ -34,5 +43,3 @@ v16i_hsum(v16i a)
     c = _mm_add_epi32(c, _mm_shuffle_epi32(c, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
 }
-
-#include "v16_range.h"
