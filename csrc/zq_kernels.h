@@ -60,6 +60,9 @@ typedef struct {
     float lo, hi;
 } zq_range;
 
+/* Most rows of one call of a kernel on rows: what hides the latency of their horizontal steps. */
+enum { ZQ_ROWS = 8 };
+
 /* clang-format off */
 #define ZQ_KERNELS(X) \
     /* ---- rows of float32 to codes and back (quantize) ---- */ \
@@ -86,25 +89,21 @@ typedef struct {
     /* and back; sign-extended to int8 when is_signed */ \
     X(unpack_bits, void, (const uint8_t *packed, int64_t n, int bits, int is_signed, uint8_t *codes)) \
     /* ---- Transformer operators on rows (norm, activation, attention) ---- */ \
-    /* h = x (+ residual if not NULL); y = (h - mean) / sqrt(var + eps) * gamma + beta. y may be x. Returns 1, or 0 \
-     * where h holds NaN or Inf (y is then undefined). A row whose sums overflow is rescaled first; n >= 1 */ \
-    X(layernorm_f32, int, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y)) \
-    /* h = x (+ residual); y = h / sqrt(mean h^2 + eps) * gamma. y may be x. Returns as layernorm */ \
+    /* Kernels named rows: `rows` <= ZQ_ROWS consecutive rows of n >= 1. They return a bit for each row, 0 where all is well; \
+     * y of other rows is undefined. range: one for each row, what minmax_f32 gives for y, or NULL. */ \
+    /* h = x (+ residual if not NULL); y = (h - mean) / sqrt(var + eps) * gamma + beta. y may be x; gamma and beta finite. \
+     * Bad: h holds NaN or Inf, or y does and range is asked for. A row whose sums overflow is rescaled first */ \
+    X(layernorm_rows_f32, unsigned, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t rows, int64_t n, float eps, float *y, zq_range *range)) \
+    /* h = x (+ residual); y = h / sqrt(mean h^2 + eps) * gamma. As layernorm */ \
+    X(rmsnorm_rows_f32, unsigned, (const float *x, const float *residual, const float *gamma, int64_t rows, int64_t n, float eps, float *y, zq_range *range)) \
+    /* one row; returns 1 where all is well */ \
     X(rmsnorm_f32, int, (const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y)) \
-    /* the same two with range = what minmax_f32 gives for y; 0 also where y is not finite */ \
-    X(layernorm_range_f32, int, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y, zq_range *range)) \
-    X(rmsnorm_range_f32, int, (const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y, zq_range *range)) \
-    /* y = act(x); y may be x. Returns 1 when all of x is finite, else 0 */ \
-    X(activation_f32, int, (const float *x, int64_t n, zq_activation act, float *y)) \
-    /* y = act(gate) * up; y may be gate or up. Returns 1 when both are finite, else 0 */ \
-    X(gated_f32, int, (const float *gate, const float *up, int64_t n, zq_activation act, float *y)) \
-    X(activation_range_f32, int, (const float *x, int64_t n, zq_activation act, float *y, zq_range *range)) \
-    X(gated_range_f32, int, (const float *gate, const float *up, int64_t n, zq_activation act, float *y, zq_range *range)) \
+    /* y = act(x) (* up if not NULL); y may be x or up. Bad: x or up holds NaN or Inf, or an end of the range is Inf */ \
+    X(activation_rows_f32, unsigned, (const float *x, const float *up, int64_t rows, int64_t n, zq_activation act, float *y, zq_range *range)) \
+    /* y = exp(x - max x) / sum, see zq_softmax; y may be x. Bad: x holds NaN or +Inf */ \
+    X(softmax_rows_f32, unsigned, (const float *x, int64_t rows, int64_t n, float *y)) \
     /* max over x of finite or -Inf values; -Inf for n = 0 */ \
     X(max_f32, float, (const float *x, int64_t n)) \
-    /* y = exp(x * scale - shift); returns the sum of y in the fixed order. y may be x. x may hold -Inf (y = 0) and NaN \
-     * (the sum is NaN) */ \
-    X(exp_sum_f32, float, (const float *x, int64_t n, float scale, float shift, float *y)) \
     /* y = x * s; y may be x */ \
     X(scale_f32, void, (const float *x, int64_t n, float s, float *y)) \
     /* y (cols, rows) = x (rows, cols) transposed */ \

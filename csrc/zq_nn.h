@@ -18,7 +18,7 @@ typedef struct {
 /* A row of x that holds NaN or Inf, or whose result cannot be quantized because it overflowed, is ZQ_ENONFINITE, and
  * *bad_row the first such row. Outputs are then undefined. y may be x. */
 
-/* h = x (+ residual); y = (h - mean) / sqrt(var + eps) * gamma + beta, per row of n. */
+/* h = x (+ residual); y = (h - mean) / sqrt(var + eps) * gamma + beta, per row of n; gamma and beta are finite. */
 zq_status zq_layernorm(const float *x, const float *residual, const float *gamma, const float *beta, int64_t m, int64_t n,
                        float eps, const zq_rows_out *out, int64_t *bad_row);
 zq_status zq_rmsnorm(const float *x, const float *residual, const float *gamma, int64_t m, int64_t n, float eps,
