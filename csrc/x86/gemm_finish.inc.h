@@ -72,7 +72,7 @@ run_tile(const zq_tile *t, const tile_fn tile)
     local.y = v;
     local.ldy = ZQ_NR;
     local.stream = 0;
-    local.nr = ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0 goes into the buffer */
+    local.nr = t->nr <= 16 ? 16 : ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0s */
     tile(&local);
     finish_tile(t, v);
 }
