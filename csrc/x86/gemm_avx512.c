@@ -17,19 +17,16 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 
 enum { MR = 12, MR_GROUP = 6, NV = 2 };
 
-/* For a panel's 128 bytes at b: prefetch what t->ahead asks for (see zq_tile), one line or two. With two it runs along
- * with b, at a distance that the loop keeps in a register. */
+/* Once per 128 bytes of a panel: prefetch what t->ahead asks for (see zq_tile), one line or two; *ahead moves along. */
 ZQ_INLINE void
-prefetch_ahead(const int far, const zq_tile *t, const void *b)
+prefetch_ahead(const int far, const zq_tile *t, const char **ahead)
 {
-    const char *panel = t->b, *at = b;
-    if (far == 1) {
-        _mm_prefetch(t->ahead + (at - panel) / 128 * t->ahead_step, _MM_HINT_T0);
-    }
-    else if (far == 2) {
-        const int64_t distance = t->ahead - panel;
-        _mm_prefetch(at + distance, _MM_HINT_T0);
-        _mm_prefetch(at + distance + 64, _MM_HINT_T0);
+    if (far) {
+        _mm_prefetch(*ahead, _MM_HINT_T0);
+        if (far == 2) {
+            _mm_prefetch(*ahead + 64, _MM_HINT_T0);
+        }
+        *ahead += far == 2 ? 128 : t->ahead_step;
     }
 }
 
@@ -41,21 +38,34 @@ broadcast4(const uint8_t *a)
     return _mm512_set1_epi32(v);
 }
 
+ZQ_INLINE void
+step_s8(const int mr, const int far, const zq_tile *t, const uint8_t *a, const int8_t *b, const char **ahead,
+        __m512i acc[MR][NV])
+{
+    const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
+    prefetch_ahead(far, t, ahead);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        const __m512i x = broadcast4(a + i * t->lda);
+        acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, b0);
+        acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, b1);
+    }
+}
+
 /* acc[i][v] = sum over k of a[i][k] * b[k][16 v + lane] */
 ZQ_INLINE void
 accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
 {
     const uint8_t *a = t->a;
     const int8_t *b = t->b;
-    for (int64_t k = 0; k < t->k; k += 4, b += 64 * NV) {
-        const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
-        prefetch_ahead(far, t, b);
-#pragma GCC unroll 16
-        for (int i = 0; i < mr; i++) {
-            const __m512i x = broadcast4(a + i * t->lda + k);
-            acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, b0);
-            acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, b1);
-        }
+    const char *ahead = t->ahead;
+    int64_t k = 0;
+    for (; mr <= 8 && k + 4 < t->k; k += 8, b += 128 * NV) { /* of few rows two steps, or the loop itself takes time */
+        step_s8(mr, far, t, a + k, b, &ahead, acc);
+        step_s8(mr, far, t, a + k + 4, b + 64 * NV, &ahead, acc);
+    }
+    for (; k < t->k; k += 4, b += 64 * NV) {
+        step_s8(mr, far, t, a + k, b, &ahead, acc);
     }
 }
 
@@ -225,7 +235,7 @@ step_group(const int mr, const zq_tile *t, int64_t k, const __m512i b[NV], __m51
  * too slow. Returns the panel pointer behind the group. */
 ZQ_INLINE const uint8_t *
 accumulate_group(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t g, const uint8_t *b,
-                 __m512i acc[MR_GROUP][NV])
+                 const char **ahead, __m512i acc[MR_GROUP][NV])
 {
     const int two = mr <= 4;
     const __m512i low = _mm512_set1_epi8(15);
@@ -250,12 +260,12 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
             next[0] = _mm512_and_si512(_mm512_srli_epi16(_mm512_load_si512(b), 4), low);
             next[1] = _mm512_and_si512(_mm512_srli_epi16(_mm512_load_si512(b + 64), 4), low);
         }
-        prefetch_ahead(far, t, b);
+        prefetch_ahead(far, t, ahead);
         b += 128;
         if (!four_bits) {
             next[0] = _mm512_load_si512(b);
             next[1] = _mm512_load_si512(b + 64);
-            prefetch_ahead(far, t, b);
+            prefetch_ahead(far, t, ahead);
             b += 128;
         }
         step_group(mr, t, k + 4, next, two ? second : acc);
@@ -290,6 +300,7 @@ tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
 {
     __m512 f[MR_GROUP][NV];
     const uint8_t *b = t->b;
+    const char *ahead = t->ahead;
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
         f[i][0] = f[i][1] = _mm512_setzero_ps();
@@ -298,8 +309,8 @@ tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
     for (int64_t g = 0; g < groups; g++) {
         __m512i acc[MR_GROUP][NV];
         const float *scale = (const float *)b;
-        prefetch_ahead(far, t, b);
-        b = accumulate_group(mr, four_bits, far, t, g, b + 4 * ZQ_NR, acc);
+        prefetch_ahead(far, t, &ahead);
+        b = accumulate_group(mr, four_bits, far, t, g, b + 4 * ZQ_NR, &ahead, acc);
         const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);
 #pragma GCC unroll 8
         for (int i = 0; i < mr; i++) {
@@ -327,13 +338,14 @@ tile_f32(const int mr, const int far, const zq_tile *t)
 {
     __m512 acc[MR][NV];
     const float *a = t->a, *b = t->b;
+    const char *ahead = t->ahead;
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
         acc[i][0] = acc[i][1] = _mm512_setzero_ps();
     }
     for (int64_t k = 0; k < t->k; k++, b += ZQ_NR) {
         const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
-        prefetch_ahead(far, t, b);
+        prefetch_ahead(far, t, &ahead);
 #pragma GCC unroll 16
         for (int i = 0; i < mr; i++) {
             const __m512 x = _mm512_set1_ps(a[i * t->lda + k]);
