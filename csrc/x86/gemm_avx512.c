@@ -1,5 +1,6 @@
 /* AVX-512 VNNI tiles: mr rows by one panel of 32 columns, two zmm wide. Accumulators stay in registers: 24 for
- * S8 and F32 (12 rows), 12 integer + 12 float for groups (6 rows). The epilogue's scale and bias are applied in
+ * S8 and F32 (12 rows), 12 integer + 12 float for groups (6 rows). A last panel of
+ * at most 16 columns is half as much work for S8. The epilogue's scale and bias are applied in
  * registers; activation and residual run over the tile just stored, which is still in L1. */
 #if defined(__x86_64__)
 #include "../zq_kernels.h"
