@@ -374,6 +374,23 @@ def test_every_size(axis, size):
     everywhere(lambda d=make(shape["m"], shape["n"], shape["k"]): run_all(d))
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 32, 33, 48, 49])
+def test_every_tile_height_with_last_panels_of_every_kind(n, guarded):
+    """At most 16 columns, more, all 32: stored from the registers, or after the activation; an odd and an even number of
+    steps over k. The exact product by NumPy is the truth, the levels agree on the rest."""
+    for k in (20, 24):
+        d = {name: guarded(a) for name, a in make(26, n, k).items()}
+        handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0].copy(), d["bias"])
+        for m in range(1, 27):
+            x = (d["q"][:m].copy(), d["sx"][:m].copy(), d["zx"][:m].copy())
+            for act, residual in ((0, None), (1, d["residual"][:m].copy())):
+                got = everywhere(lambda x=x, act=act, residual=residual: _core.linear_forward(handle, x, 0, act, residual, 0))
+                real = (x[0].astype(np.float64) - x[2][:, None]) * x[1][:, None]
+                want = real @ (d["codes"] * d["scales"][:, :1].astype(np.float64)).T + d["bias"]
+                want = want if residual is None else np.maximum(want, 0) + residual
+                assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
 @pytest.mark.parametrize("m,n,k", SIZES)
 def test_nothing_is_read_or_written_outside(m, n, k, guarded):
     """All operands end at a page that cannot be read."""

@@ -85,7 +85,8 @@ run_tile(const zq_tile *t, const tile_fn tile)
     const int64_t ldy = t->ldy;
     const int stream = t->stream, nr = t->nr;
     own->y = v;
-    own->ldy = own->nr = ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0 goes into the buffer */
+    own->ldy = ZQ_NR;
+    own->nr = nr <= 16 ? 16 : ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0s go into the buffer */
     own->stream = 0;
     own->bias = t->pairs ? no_bias : bias;
     prefetch_residual(t);
