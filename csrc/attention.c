@@ -48,24 +48,13 @@ d4_of(const attention *t)
     return zq_round_up(t->a->head_dim, 4);
 }
 
-/* Fetch ahead what lies beside: the next head of a row is the next job's, and what it needs is not in one stream. */
+/* Fetch ahead, into L2, what lies beside: the next head of a row is the next job's, and what it needs is not in one stream.
+ * Two lines per row come without help. */
 ZQ_INLINE void
 prefetch_next_head(const float *row, int64_t head_dim)
 {
-    for (int64_t i = 0; i < head_dim; i += 16) {
-        __builtin_prefetch(row + head_dim + i, 0, 3);
-    }
-}
-
-/* The rows that this job writes at its end. */
-static void
-prefetch_out(const item *w)
-{
-    const zq_attention_args *a = w->t->a;
-    for (int64_t r = 0; r < w->rows; r++) {
-        for (int64_t i = 0; i < a->head_dim; i += 16) {
-            __builtin_prefetch(a->out + (w->row + r) * a->ld_out + w->head * a->head_dim + i, 1, 3);
-        }
+    for (int64_t i = 0; head_dim > 32 && i < head_dim; i += 16) {
+        __builtin_prefetch(row + head_dim + i, 0, 2);
     }
 }
 
@@ -298,7 +287,6 @@ attention_job(void *ctx, int64_t job)
     zq_begin_softmax(w.rows, a->scale * ZQ_LOG2E, w.max, w.sum, w.factor);
     /* row tiles differ by at most one row: a short one at the end would waste the kernel */
     const int64_t tiles = zq_ceil_div(w.rows, t->K->mr_matmul);
-    prefetch_out(&w);
     if (a->int8) {
         quantize_queries(&w, &t->trouble);
     }

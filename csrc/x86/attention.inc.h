@@ -216,6 +216,7 @@ ZQ_INLINE void
 quantize_head(const float *x, int64_t n, v16 inv, v16 round, uint8_t *q)
 {
     int64_t j = 0;
+#pragma GCC unroll 4
     for (; j + 16 <= n; j += 16) {
         v16i_store_b8(q + j, v16_bits(v16_add(v16_mul(v16_load(x + j), inv), round)));
     }
@@ -233,6 +234,7 @@ quantize_sixteen(const float *x, int64_t rows, int64_t n, int64_t ldx, v16 round
     float found[16], inv[16];
     for (int64_t i = 0; i < 16; i++) {
         top[i] = v16i_zero();
+#pragma GCC unroll 4
         for (int64_t j = 0; i < rows && j < n; j += 16) {
             top[i] = v16i_max(top[i], v16_abs_bits(load16(x + i * ldx + j, n - j)));
         }
@@ -244,8 +246,8 @@ quantize_sixteen(const float *x, int64_t rows, int64_t n, int64_t ldx, v16 round
     }
 }
 
-static void
-quantize_heads_f32_b8(const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)
+ZQ_INLINE void
+quantize_heads(const float *x, int64_t rows, const int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)
 {
     const v16 round = v16_set1(ZQ_CODE_ROUND + (float)bias);
     int64_t i = 0;
@@ -254,6 +256,17 @@ quantize_heads_f32_b8(const float *x, int64_t rows, int64_t n, int64_t ldx, int 
     }
     if (i < rows) {
         quantize_sixteen(x + i * ldx, rows - i, n, ldx, round, q + i * ldq, ldq, scale + i);
+    }
+}
+
+/* The usual widths are constants: loops of one to four vectors cost less than their branches. */
+static void
+quantize_heads_f32_b8(const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)
+{
+    switch (n) {
+    case 32: quantize_heads(x, rows, 32, ldx, bias, q, ldq, scale); break;
+    case 64: quantize_heads(x, rows, 64, ldx, bias, q, ldq, scale); break;
+    default: quantize_heads(x, rows, n, ldx, bias, q, ldq, scale);
     }
 }
 
