@@ -82,11 +82,7 @@ store_f32(const run *w, const kv_view *page, const float *k, const float *v, int
 {
     const int64_t d = w->t->c->head_dim, dp = w->t->dp, at = w->position % ZQ_KV_PAGE;
     w->t->K->transpose_f32(k, w->count, d, d, page->kt + at / ZQ_PANEL * ZQ_PANEL * d + at % ZQ_PANEL, ZQ_PANEL);
-    for (int64_t i = 0; i < w->count; i++) {
-        float *row = page->v + (at + i) * dp;
-        memcpy(row, v + i * ld_v, (size_t)d * sizeof *row);
-        memset(row + d, 0, (size_t)(dp - d) * sizeof *row);
-    }
+    w->t->K->copy_rows_f32(v, w->count, d, ld_v, page->v + at * dp, dp);
 }
 
 static void
@@ -323,12 +319,9 @@ end_block(const block *w, zq_trouble *trouble)
 {
     const kv_pass *t = w->t;
     const int64_t d = t->c->head_dim;
-    for (int64_t r = 0; r < w->queries * t->group; r++) {
-        float *out = t->a->out + (w->row + r / t->group) * t->a->ld_out + (w->head * t->group + r % t->group) * d;
-        t->K->scale_f32(w->o + r * t->dp, d, 1.0f / w->sum[r], out);
-        for (int64_t i = 0; i < d; i++) {
-            out[i] += 0.0f; /* -0 becomes 0 */
-        }
+    for (int64_t i = 0; i < w->queries; i++) {
+        float *out = t->a->out + (w->row + i) * t->a->ld_out + w->head * t->group * d;
+        t->K->divide_rows_f32(w->o + i * t->group * t->dp, t->group, d, t->dp, w->sum + i * t->group, out, d);
     }
     look_at_rows(t, w->o, w->queries, t->group * t->dp, w->row, trouble);
     look_at_rows(t, w->sum, w->queries, t->group, w->row, trouble);

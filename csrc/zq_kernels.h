@@ -109,7 +109,7 @@ typedef struct {
     X(scale_f32, void, (const float *x, int64_t n, float s, float *y)) \
     /* y (rows, n) = x (rows, n), filled up with zeros to a multiple of 16 columns */ \
     X(copy_rows_f32, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, float *y, int64_t ldy)) \
-    /* y (rows, n): row i of x times 1 / l[i] */ \
+    /* y (rows, n): row i of x times 1 / l[i], and no -0 */ \
     X(divide_rows_f32, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, const float *l, float *y, int64_t ldy)) \
     /* y (cols, rows) = x (rows, cols) transposed */ \
     X(transpose_f32, void, (const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)) \

@@ -52,7 +52,10 @@ void
 zq_divide_rows_f32__ref(const float *x, int64_t rows, int64_t n, int64_t ldx, const float *l, float *y, int64_t ldy)
 {
     for (int64_t r = 0; r < rows; r++) {
-        zq_scale_f32__ref(x + r * ldx, n, 1.0f / l[r], y + r * ldy);
+        const float f = 1.0f / l[r];
+        for (int64_t j = 0; j < n; j++) {
+            y[r * ldy + j] = x[r * ldx + j] * f + 0.0f;
+        }
     }
 }
 

@@ -78,7 +78,7 @@ divide_rows_f32(const float *x, int64_t rows, int64_t n, int64_t ldx, const floa
     for (int64_t r = 0; r < rows; r++) {
         const v16 f = v16_set1(1.0f / l[r]);
         for (int64_t j = 0; j < n; j += 16) {
-            store16(y + r * ldy + j, v16_mul(load16(x + r * ldx + j, n - j), f), n - j);
+            store16(y + r * ldy + j, v16_add(v16_mul(load16(x + r * ldx + j, n - j), f), v16_zero()), n - j);
         }
     }
 }
@@ -440,8 +440,8 @@ matmul_tile(const zq_tile *t, int64_t col, int64_t ldb, int accumulate, const in
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) {
             bk[j] = v16_load(b + k * ldb + 16 * j);
-            if (mr <= 8) { /* so few rows wait for memory: a decoding step reads every page of keys once */
-                _mm_prefetch((const char *)(b + (k + 12) * ldb + 16 * j), _MM_HINT_T0);
+            if (mr <= 8) { /* so few rows wait for memory: a decoding step reads every page of keys once, 4 KiB ahead */
+                _mm_prefetch((const char *)(b + k * ldb + 16 * j + 1024), _MM_HINT_T0);
             }
         }
 #pragma GCC unroll 16
