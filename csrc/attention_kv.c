@@ -278,7 +278,7 @@ prefetch_next_part(const block *w, int64_t mr, int64_t key, int64_t from, int64_
         return;
     }
     const kv_view *page = &w->page[(next < to ? next : from) / ZQ_KV_PAGE];
-    prefetch(of_v || next >= to ? page->v : page->kt, 1024);
+    prefetch(of_v || next >= to ? page->v : page->kt, zq_min(1024, ZQ_KV_PAGE * w->t->c->head_dim));
 }
 
 /* One tile of keys for rows r .. r + mr - 1, each of which sees some of it. */
