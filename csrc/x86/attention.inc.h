@@ -281,7 +281,8 @@ pack_rows_s8(const uint8_t *q, int64_t rows, int64_t n, uint8_t *panels, int32_t
         for (int64_t j = 0; j < here; j += 16) {
             v16i sum = v16i_zero();
             for (int64_t k = 0; k < n; k += 4) {
-                sum = v16i_dot4(sum, v16i_set1((int32_t)0x80808080), v16i_load((const int32_t *)(const void *)(panel + k * ZQ_NR) + j));
+                const v16i words = v16i_load((const int32_t *)(const void *)(panel + k * ZQ_NR) + j);
+                sum = v16i_dot4(sum, v16i_set1((int32_t)0x80808080), words);
             }
             v16i_store(colsum + i + j, v16i_sub(v16i_zero(), sum));
         }

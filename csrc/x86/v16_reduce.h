@@ -44,7 +44,8 @@ v16i_hsum(v16i a)
     return _mm_cvtsi128_si32(_mm_add_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
 }
 
-/* Eight rows of eight lanes: the maximum of row i in lane i. Each step halves the lanes of a row and sets two rows side by side. */
+/* Eight rows of eight lanes: the maximum of row i in lane i. Each step halves the lanes of a row and sets two rows side by
+ * side. */
 ZQ_INLINE __m256i
 v8i_hmax8(const __m256i *r)
 {
