@@ -106,6 +106,10 @@ enum { ZQ_ROWS = 8 };
     X(max_f32, float, (const float *x, int64_t n)) \
     /* y = x * s; y may be x */ \
     X(scale_f32, void, (const float *x, int64_t n, float s, float *y)) \
+    /* y (rows, n) = x (rows, n), filled up with zeros to a multiple of 16 columns */ \
+    X(copy_rows_f32, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, float *y, int64_t ldy)) \
+    /* y (rows, n): row i of x times 1 / l[i], and no -0 */ \
+    X(divide_rows_f32, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, const float *l, float *y, int64_t ldy)) \
     /* y (cols, rows) = x (rows, cols) transposed */ \
     X(transpose_f32, void, (const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)) \
     /* y = the heads of one token, head_dim elements each, with the first 2 * half of each rotated (zq_rope); cos, sin \
@@ -131,11 +135,15 @@ enum { ZQ_ROWS = 8 };
     /* t->y (mr, nr) = (float)(colsum[j] + sum a b) * scale[j] [+ y when accumulate]: a u8, b s8 in panels of 32 columns, `panel` \
      * bytes apart, each (k / 4, 32, 4). k a multiple of 4, mr <= mr_matmul, nr a multiple of 16; colsum and scale (nr) */ \
     X(matmul_u8s8, void, (const zq_tile *t, int64_t panel, int accumulate)) \
-    /* rows of n floats, ldx apart: q = rint(x / scale) + bias, scale = max|x| / 127 per row; bias up to a multiple of 4; sum of \
-     * the codes without it. NaN and Inf show in the scale */ \
-    X(quantize_heads_f32_b8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale, int32_t *sum)) \
-    /* x (rows, n), n a multiple of 32, as the b of matmul_u8s8 with k = rows filled up with zeros; scale = max|x| / 127 per column */ \
-    X(pack_columns_f32_s8, void, (const float *x, int64_t rows, int64_t n, uint8_t *q, float *scale))
+    /* rows of n floats, ldx apart: q = rint(x / scale) + bias (0 or 128), scale = max|x| / 127 per row; bias up to a multiple of \
+     * 4. NaN and Inf show in the scale */ \
+    X(quantize_heads_f32_b8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)) \
+    /* codes (rows, n), n a multiple of 4, as the columns of b of matmul_u8s8 with k = n; colsum = -128 * their sum per row, which \
+     * takes a bias of 128 out of the products. Columns and sums from `rows` up to a multiple of 16 hold anything */ \
+    X(pack_rows_s8, void, (const uint8_t *q, int64_t rows, int64_t n, uint8_t *panels, int32_t *colsum)) \
+    /* x (rows, n), ldx apart, as the b of matmul_u8s8 with k = rows filled up with zeros, and so are columns up to a multiple of \
+     * 32; scale = max|x| / 127 per column */ \
+    X(pack_columns_f32_s8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, uint8_t *q, float *scale))
 /* clang-format on */
 
 typedef struct zq_kernels {
