@@ -198,10 +198,10 @@ def test_encoder(tmp_path: Path) -> None:
                      "--threads", "1", tmp_path=tmp_path)
     assert "left out" not in text, text
     engines = {r["engine"] for r in rows if "engine" in r}
-    assert engines == {"zquant fp32", "zquant w8a8", "zquant w4/8a8"}
+    assert engines == {"zquant fp32", "zquant w8a8", "zquant w8a8+attn8", "zquant w4/8a8"}
     assert {r["case"] for r in rows if "case" in r} == {"1x8", "2x4"}
     shares = [float(line.split("layers ")[1].split()[0]) for line in text.splitlines() if "outside the linear layers" in line]
-    assert len(shares) == 3 * 2
+    assert len(shares) == 4 * 2
     assert all(0 < share < 100 for share in shares)
     assert "peak memory of quantizing to w8a8" in text
 
