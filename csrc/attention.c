@@ -5,9 +5,9 @@
  * A query row goes over tiles of ZQ_KEY_TILE visible keys in order. With s the scores q k of a tile, m the running
  * maximum of s, l the running sum and o the running sum of p v:
  *     m' = max(m, max s)   c = 2^((m - m') f)   p = 2^((s - m') f)   l = l c + sum p   o = o c + p V
- * with f = scale / ln 2, and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result depends on its own
- * query and the visible keys of its sequence only: which rows share a job, a tile of registers or a thread never
- * shows in the bits. */
+ * with f = scale / ln 2, and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result
+ * depends on its own query and the visible keys of its sequence only: which rows share a job, a tile of registers or
+ * a thread never shows in the bits. */
 #include "attention_tile.h"
 
 typedef struct {
@@ -141,8 +141,9 @@ static zq_softmax_tile
 softmax_of(const item *w, int64_t r, int64_t mr)
 {
     const int64_t dp = w->t->dp;
-    return (zq_softmax_tile){.s = w->s, .rows = mr, .keys = w->keys, .lds = ZQ_KEY_TILE, .factor = w->factor + r, .max = w->max + r,
-                             .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp, .p = w->p8, .ldp = ZQ_KEY_TILE};
+    return (zq_softmax_tile){.s = w->s, .rows = mr, .keys = w->keys, .lds = ZQ_KEY_TILE, .factor = w->factor + r,
+                             .max = w->max + r, .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp, .p = w->p8,
+                             .ldp = ZQ_KEY_TILE};
 }
 
 /* One key tile for query rows r .. r + mr - 1. */
@@ -168,13 +169,13 @@ tile_rows_int8(const item *w, int64_t r, int64_t mr, int first)
 {
     const zq_kernels *K = w->t->K;
     const int64_t dp = w->t->dp, d4 = d4_of(w->t), keys4 = zq_round_up(w->keys, 4);
-    const zq_tile scores = {.mr = (int)mr, .nr = (int)zq_round_up(w->keys, 16), .k = d4, .a = w->q8 + r * d4, .lda = d4, .b = w->kp,
-                            .colsum = w->k_sum, .scale = w->k_scale, .y = w->s, .ldy = ZQ_KEY_TILE};
+    const zq_tile scores = {.mr = (int)mr, .nr = (int)zq_round_up(w->keys, 16), .k = d4, .a = w->q8 + r * d4, .lda = d4,
+                            .b = w->kp, .colsum = w->k_sum, .scale = w->k_scale, .y = w->s, .ldy = ZQ_KEY_TILE};
     K->matmul_u8s8(&scores, ZQ_PANEL * d4, 0);
     const zq_softmax_tile softmax = softmax_of(w, r, mr);
     K->softmax_tile_u8(&softmax);
-    const zq_tile values = {.mr = (int)mr, .nr = (int)dp, .k = keys4, .a = w->p8, .lda = ZQ_KEY_TILE, .b = w->v8, .colsum = w->zeros,
-                            .scale = w->v_scale, .y = w->o + r * dp, .ldy = dp};
+    const zq_tile values = {.mr = (int)mr, .nr = (int)dp, .k = keys4, .a = w->p8, .lda = ZQ_KEY_TILE, .b = w->v8,
+                            .colsum = w->zeros, .scale = w->v_scale, .y = w->o + r * dp, .ldy = dp};
     K->matmul_u8s8(&values, ZQ_NR * keys4, !first);
 }
 

@@ -286,7 +286,8 @@ static void
 tile_rows(const block *w, int64_t r, int64_t mr)
 {
     const kv_pass *t = w->t;
-    const int64_t d = t->c->head_dim, dp = t->dp, first = w->position + r / t->group, last = w->position + (r + mr - 1) / t->group;
+    const int64_t d = t->c->head_dim, dp = t->dp, first = w->position + r / t->group,
+                  last = w->position + (r + mr - 1) / t->group;
     const int64_t to = zq_min(ZQ_KEY_TILE, last + 1 - w->tile);
     const int64_t from = zq_max(0, first_key(t, first) - w->tile) / ZQ_KV_PAGE * ZQ_KV_PAGE;
     for (int64_t key = from; key < to; key += ZQ_KV_PAGE) {
@@ -511,7 +512,8 @@ rotary_job(void *ctx, int64_t job)
     for (int64_t i = job * j->rows_per_job; i < end; i++) {
         const int64_t at = j->position[i] * rope->half;
         float *y = j->y + i * width;
-        j->K->rotary_f32(j->x + i * width, j->heads, j->head_dim, rope->half, rope->interleaved, rope->cos + at, rope->sin + at, y);
+        j->K->rotary_f32(j->x + i * width, j->heads, j->head_dim, rope->half, rope->interleaved, rope->cos + at,
+                         rope->sin + at, y);
         if (!(j->K->absmax_f32(y, width) <= FLT_MAX)) {
             zq_note_bad_row(&j->trouble, i);
         }

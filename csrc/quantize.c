@@ -132,7 +132,8 @@ zq_quantize_token(const zq_kernels *K, const float *x, int64_t k, zq_quant mode,
 }
 
 int
-zq_quantize_token16(const zq_kernels *K, const float *x, int64_t k, uint8_t *high, uint8_t *low, float scale[2], int32_t zero[2])
+zq_quantize_token16(const zq_kernels *K, const float *x, int64_t k, uint8_t *high, uint8_t *low, float scale[2],
+                    int32_t zero[2])
 {
     const float amax = K->absmax_f32(x, k);
     if (!(amax <= FLT_MAX)) {

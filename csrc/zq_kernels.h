@@ -124,25 +124,27 @@ enum { ZQ_ROWS = 8 };
     X(center_groups_b8, void, (const uint8_t *q, int64_t n, int64_t group, int32_t offset, uint8_t *s, int32_t *start)) \
     X(gemm_f32, void, (const zq_tile *t)) \
     /* ---- tiles of attention ---- */ \
-    /* t->y (mr, nr) = a (mr, k) b (k, nr) [+ y when accumulate]: element (k, j) of b is t->b[j / 32 * panel + k * ldb + j % 32]; \
-     * each element is one chain of fma in the order of k; no epilogue. mr <= mr_matmul; nr a multiple of 16 */ \
+    /* t->y (mr, nr) = a (mr, k) b (k, nr) [+ y when accumulate]: element (k, j) of b is \
+     * t->b[j / 32 * panel + k * ldb + j % 32]; each element is one chain of fma in the order of k; no epilogue. \
+     * mr <= mr_matmul; nr a multiple of 16 */ \
     X(matmul_f32, void, (const zq_tile *t, int64_t ldb, int64_t panel, int accumulate)) \
     /* m' = max(m, max s), where it rose l and o *= 2^((m - m') factor); s = p = 2^((s - m') factor), l += sum p in the fixed \
      * order. NaN and Inf in s show in l */ \
     X(softmax_tile_f32, void, (const zq_softmax_tile *t)) \
     /* the same, but p = rint(255 * 2^(...)), zeros up to a multiple of 4 keys, and l sums these codes; s stays */ \
     X(softmax_tile_u8, void, (const zq_softmax_tile *t)) \
-    /* t->y (mr, nr) = (float)(colsum[j] + sum a b) * scale[j] [+ y when accumulate]: a u8, b s8 in panels of 32 columns, `panel` \
-     * bytes apart, each (k / 4, 32, 4). k a multiple of 4, mr <= mr_matmul, nr a multiple of 16; colsum and scale (nr) */ \
+    /* t->y (mr, nr) = (float)(colsum[j] + sum a b) * scale[j] [+ y when accumulate]: a u8, b s8 in panels of 32 columns, \
+     * `panel` bytes apart, each (k / 4, 32, 4). k a multiple of 4, mr <= mr_matmul, nr a multiple of 16; colsum and scale \
+     * (nr) */ \
     X(matmul_u8s8, void, (const zq_tile *t, int64_t panel, int accumulate)) \
-    /* rows of n floats, ldx apart: q = rint(x / scale) + bias (0 or 128), scale = max|x| / 127 per row; bias up to a multiple of \
-     * 4. NaN and Inf show in the scale */ \
+    /* rows of n floats, ldx apart: q = rint(x / scale) + bias (0 or 128), scale = max|x| / 127 per row; bias up to a \
+     * multiple of 4. NaN and Inf show in the scale */ \
     X(quantize_heads_f32_b8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)) \
-    /* codes (rows, n), n a multiple of 4, as the columns of b of matmul_u8s8 with k = n; colsum = -128 * their sum per row, which \
-     * takes a bias of 128 out of the products. Columns and sums from `rows` up to a multiple of 16 hold anything */ \
+    /* codes (rows, n), n a multiple of 4, as the columns of b of matmul_u8s8 with k = n; colsum = -128 * their sum per row, \
+     * which takes a bias of 128 out of the products. Columns and sums from `rows` up to a multiple of 16 hold anything */ \
     X(pack_rows_s8, void, (const uint8_t *q, int64_t rows, int64_t n, uint8_t *panels, int32_t *colsum)) \
-    /* x (rows, n), ldx apart, as the b of matmul_u8s8 with k = rows filled up with zeros, and so are columns up to a multiple of \
-     * 32; scale = max|x| / 127 per column */ \
+    /* x (rows, n), ldx apart, as the b of matmul_u8s8 with k = rows filled up with zeros, and so are columns up to a \
+     * multiple of 32; scale = max|x| / 127 per column */ \
     X(pack_columns_f32_s8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, uint8_t *q, float *scale))
 /* clang-format on */
 

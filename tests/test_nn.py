@@ -32,7 +32,8 @@ def flat(result):
 
 def same_bits(a, b):
     a, b = flat(a), flat(b)
-    return len(a) == len(b) and all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in zip(a, b))
+    return len(a) == len(b) and all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+                                    for x, y in zip(a, b))
 
 
 def everywhere(run, *args, **kwargs):
@@ -54,7 +55,8 @@ def everywhere(run, *args, **kwargs):
 def assert_close(got, want, atol=0.0, rtol=0.0):
     error = np.abs(np.asarray(got, np.float64) - want)
     bound = atol + rtol * np.abs(want)
-    assert (error <= bound).all(), f"error {np.nanmax(error - bound)} beyond the bound at {np.unravel_index(np.argmax(error - bound), error.shape)}"
+    assert (error <= bound).all(), (f"error {np.nanmax(error - bound)} beyond the bound at "
+                                    f"{np.unravel_index(np.argmax(error - bound), error.shape)}")
 
 
 def test_the_comparators_see_a_planted_fault():
@@ -78,7 +80,8 @@ def test_the_comparators_see_a_planted_fault():
 def floats(n=40000):
     """Every exponent, both signs, and the ranges where the functions bend."""
     bits = np.random.default_rng(1).integers(0, 2**32, n, dtype=np.uint32).view(np.float32)
-    edges = np.array([0.0, -0.0, 5.625, -5.625, 6.0625, -6.0625, 89.5, -89.5, 86.98, 87.0, -86.98, -87.0, 88.7, 1e-45, -1e-45, 3.4e38, -3.4e38], np.float32)
+    edges = np.array([0.0, -0.0, 5.625, -5.625, 6.0625, -6.0625, 89.5, -89.5, 86.98, 87.0, -86.98, -87.0, 88.7,
+                      1e-45, -1e-45, 3.4e38, -3.4e38], np.float32)
     ramps = [np.linspace(-8, 8, n).astype(np.float32), np.linspace(-100, 100, n).astype(np.float32)]
     return np.concatenate([bits[np.isfinite(bits)], *ramps, np.nextafter(edges, np.float32(0)), edges])[None]
 

@@ -401,7 +401,8 @@ zq_check_inputs(zq_status status, int inputs, const zq_arg *a, const char *const
         }
     }
     if (status == ZQ_ENONFINITE) {
-        PyErr_Format(PyExc_ValueError, "%s: finite, but the result overflows float32 in row %lld", names[0], (long long)bad_row);
+        PyErr_Format(PyExc_ValueError, "%s: finite, but the result overflows float32 in row %lld", names[0],
+                     (long long)bad_row);
         return -1;
     }
     return zq_check(status, names[0], bad_row);
@@ -461,7 +462,8 @@ zq_read_offsets(PyObject *o, int64_t rows, zq_arg *a)
         good = off[i] >= off[i - 1];
     }
     if (!good) {
-        PyErr_Format(PyExc_ValueError, "offsets: expected 0 = offsets[0] <= offsets[1] <= ... <= offsets[-1] = %lld", (long long)rows);
+        PyErr_Format(PyExc_ValueError, "offsets: expected 0 = offsets[0] <= offsets[1] <= ... <= offsets[-1] = %lld",
+                     (long long)rows);
         return -1;
     }
     return 0;

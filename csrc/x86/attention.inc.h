@@ -189,7 +189,8 @@ softmax_tile_u8(const zq_softmax_tile *t)
     assert(t->rows <= MATMUL_MR);
     raise_max(t);
     for (int64_t i = 0; i < t->rows; i++) {
-        v16i_store(lanes[i], code_row(t->s + i * t->lds, t->keys, v16_set1(t->max[i]), v16_set1(t->factor[i]), t->p + i * t->ldp));
+        v16i_store(lanes[i], code_row(t->s + i * t->lds, t->keys, v16_set1(t->max[i]), v16_set1(t->factor[i]),
+                                      t->p + i * t->ldp));
     }
     for (int64_t i = 0; i < t->rows; i++) {
         t->sum[i] += (float)(int32_t)((uint32_t)v16i_hsum(v16i_load(lanes[i])) - extra);

@@ -78,7 +78,8 @@ run_tile(const zq_tile *t, const tile_fn tile)
         return;
     }
     _Alignas(64) float v[FINISH_ROWS * ZQ_NR];
-    /* Not a copy of *t: its fields were stored one by one a moment ago, and reading them back in vectors would wait for that. */
+    /* Not a copy of *t: its fields were stored one by one a moment ago, and reading them back in vectors would wait for
+     * that. */
     zq_tile *own = (zq_tile *)(uintptr_t)t;
     float *const y = t->y;
     const float *const bias = t->bias;

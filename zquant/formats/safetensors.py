@@ -232,7 +232,8 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.nda
     offset = 0
     for name in names:
         array = stored[name].array
-        header[name] = {"dtype": stored[name].dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        header[name] = {"dtype": stored[name].dtype, "shape": list(array.shape),
+                        "data_offsets": [offset, offset + array.nbytes]}
         offset += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
