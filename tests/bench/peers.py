@@ -81,9 +81,7 @@ class CoreClock:
     """Adds up the time spent inside the extension while the context lasts, by wrapping its functions."""
 
     def __init__(self) -> None:
-        self.inside = 0.0
-        self.calls = 0
-        self.by_name: dict[str, float] = {}
+        self.spent: dict[str, list[float]] = {}  # seconds and calls by function
 
     def __enter__(self) -> CoreClock:  # noqa: PYI034  (typing.Self came with 3.11)
         from zquant import _core
@@ -99,43 +97,48 @@ class CoreClock:
             setattr(self.core, name, function)
 
     def _timed(self, function: Any, name: str = "") -> Any:
+        mine, clock = self.spent.setdefault(name, [0.0, 0]), time.perf_counter
+
         def timed(*args: Any) -> Any:
-            start = time.perf_counter()
+            start = clock()
             try:
                 return function(*args)
             finally:
-                spent = time.perf_counter() - start
-                self.inside += spent
-                self.by_name[name] = self.by_name.get(name, 0.0) + spent
-                self.calls += 1
+                mine[0] += clock() - start
+                mine[1] += 1
 
         return timed
 
+    @property
+    def inside(self) -> float:
+        return sum(seconds for seconds, _ in self.spent.values())
+
     def share_outside(self, work: Callable[[], Any], cost: float) -> float:
         """The part of the wall time of one call of work() that is spent outside, without the wrappers' own time."""
-        self.inside, self.calls = 0.0, 0
+        for mine in self.spent.values():
+            mine[:] = 0.0, 0
         start = time.perf_counter()
         work()
-        wall = time.perf_counter() - start - self.calls * cost
+        wall = time.perf_counter() - start - sum(calls for _, calls in self.spent.values()) * cost
         return (wall - self.inside) / wall
 
     def shares(self, work: Callable[[], Any], cost: float) -> dict[str, float]:
         """The parts of the wall time of one call of work(): by function of the extension, and "Python" for the rest."""
-        self.by_name.clear()
         outside = self.share_outside(work, cost)
         scale = (1.0 - outside) / max(self.inside, 1e-12)
-        return {**{name: scale * spent for name, spent in self.by_name.items()}, "Python": outside}
+        used = {name: scale * seconds for name, (seconds, calls) in self.spent.items() if calls}
+        return {**used, "Python": outside}
 
     def cost(self, calls: int = 20000) -> float:
         """Seconds that a wrapper adds to a call outside of what it counts: the least of five tries."""
-        nothing = self._timed(lambda: None)
-        tries = []
+        nothing = self._timed(lambda: None, "nothing")
+        mine, tries = self.spent.pop("nothing"), []
         for _ in range(5):
-            self.inside = 0.0
+            mine[0] = 0.0
             start = time.perf_counter()
             for _ in range(calls):
                 nothing()
-            tries.append((time.perf_counter() - start - self.inside) / calls)
+            tries.append((time.perf_counter() - start - mine[0]) / calls)
         return min(tries)
 
 
