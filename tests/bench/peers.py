@@ -87,7 +87,8 @@ class CoreClock:
         from zquant import _core
 
         self.core = _core
-        self.functions = {n: f for n in dir(_core) if callable(f := getattr(_core, n)) and not n.startswith("_")}
+        self.functions = {n: f for n in dir(_core) if callable(f := getattr(_core, n)) and not n.startswith("_")
+                          and "sequence" not in n}  # a sequence stands for the interpreter: only what it calls counts
         for name, function in self.functions.items():
             setattr(_core, name, self._timed(function, name))
         return self

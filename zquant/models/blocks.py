@@ -236,9 +236,9 @@ class Block:
         self.scale = 1.0 / np.sqrt(linears["query"].out_features / heads).item()
         self.attention_norm, self.output_norm = norms["attention_norm"], norms["output_norm"]
         self._prepare_attention([linears[role] for role in ("query", "key", "value")])
-        self.attention, self.attention_in = _bind(linears["attention"])
-        self.intermediate, self.intermediate_in = _bind(linears["intermediate"])
-        self.output, self.output_in = _bind(linears["output"])
+        self.attention, self.attention_in, _ = _bind(linears["attention"])
+        self.intermediate, self.intermediate_in, _ = _bind(linears["intermediate"])
+        self.output, self.output_in, _ = _bind(linears["output"])
 
     def _prepare_attention(self, parts: Sequence[Linear]) -> None:
         """One product for q, k and v, unless an override gave them different formats."""
@@ -285,11 +285,13 @@ class Block:
 _ACTIVATION_NAMES, _QUANT_NAMES = list(ACTIVATIONS), list(QUANT)
 
 
-def _bind(linear: Linear) -> tuple[Callable, int]:
-    """The layer as f(x, activation, residual, quantize), numbers for names, and how it wants x quantized. The function
-    holds the packed weights only, so that the concatenated copy of a fused layer can go."""
+def _bind(linear: Linear) -> tuple[Callable, int, tuple[Any, int] | None]:
+    """The layer as f(x, activation, residual, quantize), numbers for names; how it wants x quantized; and the packed weights
+    and mode of ``_core.linear_forward``, where f is only that. f holds no more than these, so that the concatenated copy of
+    a fused layer can go."""
     handle, mode, forward = linear._packed(), QUANT[linear.quant], _core.linear_forward
     quant_in = linear._quant_in
     if linear.quant is None or linear._integer:
-        return lambda x, act=0, residual=None, quant=0: forward(handle, x, quant_in, act, residual, quant), mode
-    return (lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant])), mode
+        return (lambda x, act=0, residual=None, quant=0: forward(handle, x, quant_in, act, residual, quant), mode,
+                (handle, quant_in))
+    return (lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant])), mode, None

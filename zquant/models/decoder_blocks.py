@@ -13,6 +13,7 @@ from ..qtensor import QTensor
 from ..spec import QuantSpec
 from .blocks import Table, Tap, _bind
 from .decoder_family import Architecture
+from .sequence import Calls, Register
 
 __all__ = ["DecoderBlock", "Head", "Norm", "Projection", "per_head_rows"]
 
@@ -41,11 +42,12 @@ class Projection:
             if len(layers) == 1:
                 raise
             bound = [_bind(layer) for layer in layers]  # an override gave them different formats
-        parts = [part for part, _ in bound]
+        parts = [part for part, _, _ in bound]
         self.run: Callable = parts[0]
+        self.direct = bound[0][2] if len(bound) == 1 else None
         if len(parts) > 1:
             self.run = lambda x, *_: np.concatenate([part(x) for part in parts], axis=1)
-        modes = {mode for _, mode in bound}
+        modes = {mode for _, mode, _ in bound}
         self.mode = modes.pop() if len(modes) == 1 else 0
         for layer in layers:
             layer.release()
@@ -57,6 +59,13 @@ class Projection:
         if tap is not None:
             self._show(tap, x[0], self.run(given))
         return self.run(given, act, residual, quant)
+
+    def add(self, calls: Calls, x: Register, act: int = 0, residual: Register | None = None, quant: int = 0) -> Register:
+        """A call that does what __call__ does without a tap."""
+        if self.direct is None:
+            return calls.add(self.run, x, act, residual, quant)
+        handle, quant_in = self.direct
+        return calls.add(_core.linear_forward, handle, x, quant_in, act, residual, quant)
 
     def _show(self, tap: Tap, x: np.ndarray, y: np.ndarray) -> None:
         y = y if self.order is None else y[:, self.order]
@@ -76,14 +85,12 @@ class Norm:
             return _core.rms_norm(x, None, self.weight, self.eps, quant)
         return _core.layer_norm(x, None, self.weight, self.bias, self.eps, quant)
 
-    def bind(self, quant: int) -> Callable[[np.ndarray], Any]:
-        """A function from x to what a projection reads: the codes if ``quant`` asks for them, else the float32 rows."""
-        weight, bias, eps, which = self.weight, self.bias, self.eps, int(quant != 0)
-        if bias is None:
-            rms_norm = _core.rms_norm
-            return lambda x: rms_norm(x, None, weight, eps, quant)[which]
-        layer_norm = _core.layer_norm
-        return lambda x: layer_norm(x, None, weight, bias, eps, quant)[which]
+    def add(self, calls: Calls, x: Register, quant: int) -> Register:
+        """A call that gives what a projection reads: the codes if ``quant`` asks for them, else the float32 rows."""
+        which = int(quant != 0)
+        if self.bias is None:
+            return calls.add(_core.rms_norm, x, None, self.weight, self.eps, quant, item=which)
+        return calls.add(_core.layer_norm, x, None, self.weight, self.bias, self.eps, quant, item=which)
 
 
 def per_head_rows(a: Architecture) -> np.ndarray:
@@ -120,28 +127,22 @@ class DecoderBlock:
         self.plain = self._bind_plain()
 
     def _bind_plain(self) -> Callable[..., np.ndarray]:
-        """What __call__ does without a tap, as one closure over the kernels: the same calls with the same arguments. When
-        one token is decoded a kernel takes tens of microseconds, and every Python call around it shows."""
-        a, index, act = self.a, self.index, self.act
-        attend, gated, qkv, out, up, down = (_core.kv_attend, _core.gated, self.qkv.run, self.attention.run, self.up.run,
-                                             self.down.run)
-        gate = None if self.gate is None else self.gate.run
-        first, second = self.attention_norm.bind(self.qkv.mode), self.mlp_norm.bind(self.mlp_mode)
-        context, wide = self.attention.mode, self.down.mode
-        heads, q_norm, k_norm, eps, scale, window = (a.heads, self.q_norm, self.k_norm, a.eps, a.scales[index],
-                                                     a.windows[index])
-        parallel = a.order != "pre"
-
-        def run(x: np.ndarray, cache: Any, offsets: np.ndarray, cos: Any, sin: Any) -> np.ndarray:
-            attended = attend(cache, index, qkv(first(x), 0, None, 0), offsets, heads, cos, sin, False, q_norm, k_norm, eps,
-                              scale, window, context)
-            y = out(attended, 0, x, 0)
-            inner = second(x if parallel else y)
-            if gate is None:
-                return down(up(inner, act, None, wide), 0, y, 0)
-            return down(gated(gate(inner, 0, None, 0), up(inner, 0, None, 0), act, wide), 0, y, 0)
-
-        return run
+        """What __call__ does without a tap, as one sequence of kernels: the same calls with the same arguments. When one
+        token is decoded a kernel takes tens of microseconds, and every Python call around it shows."""
+        a, index = self.a, self.index
+        calls = Calls()
+        x, cache, offsets, cos, sin = (calls.input() for _ in range(5))
+        attended = calls.add(_core.kv_attend, cache, index, self.qkv.add(calls, self.attention_norm.add(calls, x, self.qkv.mode)),
+                             offsets, a.heads, cos, sin, False, self.q_norm, self.k_norm, a.eps, a.scales[index],
+                             a.windows[index], self.attention.mode)
+        y = self.attention.add(calls, attended, 0, x)
+        inner = self.mlp_norm.add(calls, y if a.order == "pre" else x, self.mlp_mode)
+        if self.gate is None:
+            wide = self.up.add(calls, inner, self.act, None, self.down.mode)
+        else:
+            wide = calls.add(_core.gated, self.gate.add(calls, inner), self.up.add(calls, inner), self.act, self.down.mode)
+        self.down.add(calls, wide, 0, y)
+        return calls.bind()
 
     def __call__(self, x: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any],
                  tap: Tap | None = None) -> np.ndarray:

@@ -1,0 +1,155 @@
+/* A fixed sequence of calls, run without the interpreter in between. Decoding one token, a kernel takes tens of microseconds
+ * and the interpreter, whose code the streamed weights have driven out of the caches, several more for every call. */
+#include "args.h"
+
+#include "bind.h"
+
+#define FAST(f) ((PyCFunction)(void (*)(void))(f))
+#define SEQUENCE "zquant.sequence"
+
+enum { MAX_REGISTERS = 32, MAX_ARGS = 24 };
+
+/* register[out] = function(args), or that result's element `item`; argument i is register[from[i]] unless that is negative. */
+typedef struct {
+    PyObject *function, *args;
+    int count, out, item;
+    int from[MAX_ARGS];
+} call;
+
+typedef struct {
+    int inputs, calls;
+    call call[];
+} sequence;
+
+static void
+free_sequence(PyObject *capsule)
+{
+    sequence *s = PyCapsule_GetPointer(capsule, SEQUENCE);
+    for (int i = 0; s && i < s->calls; i++) {
+        Py_XDECREF(s->call[i].function);
+        Py_XDECREF(s->call[i].args);
+    }
+    zq_free(s);
+}
+
+/* (function, args, from, out, item) into *c, checked: `known` registers hold something by then. */
+static int
+parse_call(PyObject *entry, int known, call *c)
+{
+    PyObject *function, *args, *from;
+    if (!PyArg_ParseTuple(entry, "OO!O!ii;a call is (function, args, from, out, item)", &function, &PyTuple_Type, &args,
+                          &PyTuple_Type, &from, &c->out, &c->item)) {
+        return -1;
+    }
+    c->count = (int)PyTuple_Size(args);
+    if (!PyCallable_Check(function) || c->count > MAX_ARGS || PyTuple_Size(from) != c->count || c->out < 0 || c->out > known ||
+        c->out >= MAX_REGISTERS) {
+        PyErr_Format(PyExc_ValueError, "calls: expected a function, up to %d arguments, as many registers, and the next register",
+                     MAX_ARGS);
+        return -1;
+    }
+    for (int i = 0; i < c->count; i++) {
+        int64_t r;
+        if (zq_int(PyTuple_GetItem(from, i), "calls: register", -1, known - 1, &r) < 0) {
+            return -1;
+        }
+        c->from[i] = (int)r;
+    }
+    Py_INCREF(function);
+    Py_INCREF(args);
+    c->function = function;
+    c->args = args;
+    return 0;
+}
+
+static PyObject *
+py_sequence(PyObject *self, PyObject *args)
+{
+    (void)self;
+    int inputs;
+    PyObject *calls;
+    if (!PyArg_ParseTuple(args, "iO!:sequence", &inputs, &PyList_Type, &calls)) {
+        return NULL;
+    }
+    const Py_ssize_t count = PyList_Size(calls);
+    if (inputs < 1 || inputs >= MAX_REGISTERS || count < 1) {
+        PyErr_Format(PyExc_ValueError, "sequence: expected 1 to %d inputs and at least one call", MAX_REGISTERS - 1);
+        return NULL;
+    }
+    sequence *s = zq_alloc(sizeof *s + (size_t)count * sizeof(call));
+    if (!s) {
+        return PyErr_NoMemory();
+    }
+    *s = (sequence){.inputs = inputs};
+    PyObject *capsule = PyCapsule_New(s, SEQUENCE, free_sequence);
+    if (!capsule) {
+        zq_free(s);
+        return NULL;
+    }
+    for (int known = inputs; s->calls < count; s->calls++) {
+        call *c = &s->call[s->calls];
+        if (parse_call(PyList_GetItem(calls, s->calls), known, c) < 0) {
+            Py_DECREF(capsule);
+            return NULL;
+        }
+        known = known > c->out + 1 ? known : c->out + 1;
+    }
+    return capsule;
+}
+
+/* A new reference, or NULL with an exception. */
+static PyObject *
+run_call(const call *c, PyObject *const *registers)
+{
+    PyObject *args = PyTuple_New(c->count);
+    for (int i = 0; args && i < c->count; i++) {
+        PyObject *arg = c->from[i] < 0 ? PyTuple_GetItem(c->args, i) : registers[c->from[i]];
+        Py_INCREF(arg);
+        (void)PyTuple_SetItem(args, i, arg);
+    }
+    PyObject *result = args ? PyObject_Call(c->function, args, NULL) : NULL;
+    Py_XDECREF(args);
+    if (!result || c->item < 0) {
+        return result;
+    }
+    PyObject *item = PyTuple_GetItem(result, c->item);
+    Py_XINCREF(item);
+    Py_DECREF(result);
+    return item;
+}
+
+static PyObject *
+py_run_sequence(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    (void)self;
+    const sequence *s = nargs ? PyCapsule_GetPointer(args[0], SEQUENCE) : NULL;
+    if (!s || nargs != s->inputs + 1) {
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "run_sequence: expected a sequence and its inputs");
+    }
+    PyObject *registers[MAX_REGISTERS] = {NULL}, *last = NULL;
+    for (int i = 0; i < s->inputs; i++) {
+        Py_INCREF(args[i + 1]);
+        registers[i] = args[i + 1];
+    }
+    for (int i = 0; i < s->calls; i++) {
+        PyObject *old = registers[s->call[i].out];
+        last = run_call(&s->call[i], registers);
+        registers[s->call[i].out] = last;
+        Py_XDECREF(old);
+        if (!last) {
+            break;
+        }
+    }
+    Py_XINCREF(last);
+    for (int i = 0; i < MAX_REGISTERS; i++) {
+        Py_XDECREF(registers[i]);
+    }
+    return last;
+}
+
+PyMethodDef zq_methods_sequence[] = {
+    {"sequence", py_sequence, METH_VARARGS,
+     "sequence(inputs, [(function, args, from, out, item), ...]) -> a capsule for run_sequence; zquant.models.sequence builds it"},
+    {"run_sequence", FAST(py_run_sequence), METH_FASTCALL, "run_sequence(sequence, *inputs) -> what the last call gives"},
+    {NULL, NULL, 0, NULL},
+};
