@@ -108,7 +108,10 @@ class QTensor:
         """
         if self.groups != 1 or self.zeros is not None:
             raise ValueError(f"QTensor.rows needs one symmetric scale per row, not {self.spec}")
-        return self.codes[index].astype(np.float32) * self.scales[index]
+        if index.shape == (1,):  # decoding: views, not copies; the same product
+            row = range(len(self.codes))[int(index[0])]
+            return self.codes[row:row + 1] * self.scales[row:row + 1]
+        return self.codes.take(index, axis=0).astype(np.float32) * self.scales.take(index, axis=0)
 
     def matmul(self, x: np.ndarray, bias: np.ndarray | None = None, activation: str | None = None,
                activations: QuantSpec | None = TOKEN_ASYMMETRIC) -> np.ndarray:

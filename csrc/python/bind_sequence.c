@@ -10,8 +10,11 @@
 enum { MAX_REGISTERS = 32, MAX_ARGS = 24 };
 
 /* register[out] = function(args), or that result's element `item`; argument i is register[from[i]] unless that is negative. */
+typedef PyObject *(*fast_function)(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
+
 typedef struct {
     PyObject *function, *args;
+    fast_function fast; /* what function is in C, where it is a kernel's wrapper; else NULL */
     int count, out, item;
     int from[MAX_ARGS];
 } call;
@@ -59,6 +62,10 @@ parse_call(PyObject *entry, int known, call *c)
     Py_INCREF(args);
     c->function = function;
     c->args = args;
+    c->fast = NULL;
+    if (PyObject_TypeCheck(function, &PyCFunction_Type) && PyCFunction_GetFlags(function) == METH_FASTCALL) {
+        c->fast = (fast_function)(void (*)(void))PyCFunction_GetFunction(function);
+    }
     return 0;
 }
 
@@ -97,18 +104,30 @@ py_sequence(PyObject *self, PyObject *args)
     return capsule;
 }
 
+/* function(*argv) with a tuple, for callables that are not the extension's own. */
+static PyObject *
+call_slowly(PyObject *function, PyObject *const *argv, int count)
+{
+    PyObject *args = PyTuple_New(count);
+    for (int i = 0; args && i < count; i++) {
+        Py_INCREF(argv[i]);
+        (void)PyTuple_SetItem(args, i, argv[i]);
+    }
+    PyObject *result = args ? PyObject_Call(function, args, NULL) : NULL;
+    Py_XDECREF(args);
+    return result;
+}
+
 /* A new reference, or NULL with an exception. */
 static PyObject *
 run_call(const call *c, PyObject *const *registers)
 {
-    PyObject *args = PyTuple_New(c->count);
-    for (int i = 0; args && i < c->count; i++) {
-        PyObject *arg = c->from[i] < 0 ? PyTuple_GetItem(c->args, i) : registers[c->from[i]];
-        Py_INCREF(arg);
-        (void)PyTuple_SetItem(args, i, arg);
+    PyObject *argv[MAX_ARGS];
+    for (int i = 0; i < c->count; i++) {
+        argv[i] = c->from[i] < 0 ? PyTuple_GetItem(c->args, i) : registers[c->from[i]];
     }
-    PyObject *result = args ? PyObject_Call(c->function, args, NULL) : NULL;
-    Py_XDECREF(args);
+    PyObject *result = c->fast ? c->fast(PyCFunction_GetSelf(c->function), argv, c->count)
+                               : call_slowly(c->function, argv, c->count);
     if (!result || c->item < 0) {
         return result;
     }

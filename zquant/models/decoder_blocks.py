@@ -124,7 +124,7 @@ class DecoderBlock:
         same = self.gate is None or self.gate.mode == self.up.mode
         self.mlp_mode = self.up.mode if same else 0
         self.act = ACTIVATIONS[a.activation]
-        self.plain = self._bind_plain()
+        self.plain = self._bind_plain() if a.order != "post" else self._call_plain
 
     def _bind_plain(self) -> Callable[..., np.ndarray]:
         """What __call__ does without a tap, as one sequence of kernels: the same calls with the same arguments. When one
@@ -144,13 +144,13 @@ class DecoderBlock:
         self.down.add(calls, wide, 0, y)
         return calls.bind()
 
+    def _call_plain(self, x: np.ndarray, cache: Any, offsets: np.ndarray, cos: Any, sin: Any) -> np.ndarray:
+        return self(x, cache, offsets, (cos, sin))
+
     def __call__(self, x: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any],
                  tap: Tap | None = None) -> np.ndarray:
         """x (tokens, hidden) to the block's output; keys and values are appended to the cache."""
-        order = self.a.order
-        if tap is None and order != "post":
-            return self.plain(x, cache, offsets, *rotation)
-        codes = tap is None  # taps want float32: the layers then quantize for themselves, to the same codes
+        order, codes = self.a.order, tap is None  # taps want float32: the layers then quantize for themselves, to the same codes
         inner = (x, None) if order == "post" else self.attention_norm(x, codes * self.qkv.mode)
         y = self._attend(inner, x, cache, offsets, rotation, tap)
         if order == "post":
