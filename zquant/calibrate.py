@@ -105,44 +105,43 @@ def calibrate(
     >>> stats["encoder.layer.0.attention.self.query"] is stats["encoder.layer.0.attention.self.value"]
     True
     """
-    wanted = check_needs(needs)
+    start, wanted = time.perf_counter(), check_needs(needs)
     _one_of("mode", mode, MODES)
-    quantizer = None
-    if mode == "sequential":
-        if scheme is None:
-            raise ValueError("mode: 'sequential' needs a scheme, which predecessors are quantized with")
-        from .quantize import Quantizer
-
-        quantizer = Quantizer(model, scheme, method)
-        wanted |= quantizer.method.needs
-    start = time.perf_counter()
+    quantizer = _quantizer(model, mode, scheme, method)
     sequences = read_sequences(model, data, samples=samples, seq_len=seq_len, seed=seed)
-    name = quantizer.scheme.name if quantizer is not None else ""
-    info = RunInfo(fingerprint(model), sequences.source, len(sequences.ids), sequences.tokens, sequences.seq_len, seed, mode, name)
-    network = getattr(model, "model", model) if quantizer is None else quantizer.start
-    walker = Walker(network, sequences.ids, wanted, sequential=mode == "sequential", rows=_count("rows", rows, 1),
-                    seed=seed, batch_tokens=_count("batch_tokens", batch_tokens, 1))
-    if file is None:
-        return _collect(walker, quantizer, info, start, progress)
-    with _writing(file, walker.shapes(), info) as write:
-        def visit(group: InputStatistics) -> Any:
-            write(group)
-            return None if quantizer is None else quantizer.visit(group)
-
-        walker.run(visit, progress)
-        write.finish(time.perf_counter() - start, walker.peak_bytes)
-    return Statistics.load(file)
-
-
-def _collect(walker: Walker, quantizer: Any, info: RunInfo, start: float, progress: bool | None) -> Statistics:
+    info = RunInfo(fingerprint(model), sequences.source, len(sequences.ids), sequences.tokens, sequences.seq_len, seed, mode,
+                   "" if quantizer is None else quantizer.scheme.name)
+    walker = Walker(getattr(model, "model", model) if quantizer is None else quantizer.start, sequences.ids,
+                    wanted if quantizer is None else wanted | quantizer.method.needs, sequential=quantizer is not None,
+                    rows=_count("rows", rows, 1), seed=seed, batch_tokens=_count("batch_tokens", batch_tokens, 1))
+    if file is not None:
+        with _writing(file, walker.shapes(), info) as write:
+            walker.run(_keeping(write, quantizer), progress)
+            write.finish(time.perf_counter() - start, walker.peak_bytes)
+        return Statistics.load(file)
     groups: list[InputStatistics] = []
+    walker.run(_keeping(groups.append, quantizer), progress)
+    return Statistics(groups, info, time.perf_counter() - start, walker.peak_bytes)
 
-    def visit(group: InputStatistics) -> Any:
-        groups.append(group)
+
+def _quantizer(model: Any, mode: str, scheme: str | Scheme | None, method: str | Method) -> Any:
+    """What the sequential mode replaces layers with; None for the parallel mode."""
+    if mode == "parallel":
+        return None
+    if scheme is None:
+        raise ValueError("mode: 'sequential' needs a scheme, which predecessors are quantized with")
+    from .quantize import Quantizer
+
+    return Quantizer(model, scheme, method)
+
+
+def _keeping(keep: Callable[[InputStatistics], None], quantizer: Any) -> Visitor:
+    """A visitor that keeps the statistics, and quantizes where the mode is sequential."""
+    def visit(group: InputStatistics) -> Mapping[str, Linear] | None:
+        keep(group)
         return None if quantizer is None else quantizer.visit(group)
 
-    walker.run(visit, progress)
-    return Statistics(groups, info, time.perf_counter() - start, walker.peak_bytes)
+    return visit
 
 
 def _one_of(what: str, value: Any, known: Sequence[str]) -> None:
@@ -183,9 +182,9 @@ def read_sequences(model: Any, data: Any, *, samples: int = 128, seq_len: int | 
         return Sequences(_random(network, samples, seq_len, rng), "random", seq_len)
     rows, source = _rows(data)
     if source == "text" and not hasattr(network, "new_cache"):
-        rows = [line for text in rows for line in text.splitlines() if line.strip()] if isinstance(data, (str, os.PathLike)) \
-            else [text for text in rows if text.strip()]
-        rows = _drawn(rows, samples, rng)  # before they are tokenized
+        if isinstance(data, (str, os.PathLike)):
+            rows = rows[0].splitlines()
+        rows = _drawn([text for text in rows if text.strip()], samples, rng)  # before they are tokenized
         found = _tokenizer(model, seq_len)(rows) if rows else []
     else:
         ids = _documents(network, rows, source)

@@ -108,7 +108,7 @@ class Accumulator:
     """
 
     def __init__(self, layers: Sequence[str], k: int, needs: Collection[str], picks: np.ndarray | None = None) -> None:
-        self.layers, self.k, self.needs, self.tokens = tuple(layers), k, needs, 0
+        self.layers, self.k, self.needs, self.tokens = tuple(layers), k, frozenset(needs), 0
         block = 512 if k <= EXACT else 2048
         self._buffer, self._filled = np.empty((block, k), np.float32), 0
         self._low, self._high = np.full(k, np.inf, np.float32), np.full(k, -np.inf, np.float32)
@@ -240,7 +240,8 @@ class Statistics(Mapping[str, InputStatistics]):
         for layer in layers:
             missing = sorted(set(needs) - self._by_layer.get(layer, {}).keys())
             if missing:
-                raise ValueError(f"statistics: of {layer} there is no {', '.join(missing)}; calibrate with needs={sorted(needs)}")
+                raise ValueError(f"statistics: of {layer} there is no {', '.join(missing)}; "
+                                 f"calibrate with needs={sorted(needs)}")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file, beside ``path`` and renamed when complete."""

@@ -142,8 +142,8 @@ class DecoderSteps(Steps):
         a, outer = model.dims, model.family.outer
         widened = a.embedding != a.hidden
         before = ((model.prefix + outer["project_in"],),) if widened else ()
-        after = ((model.prefix + outer["project_out"],),) if widened else ()
-        after += () if a.tied else ((model.family.head,),)
+        ends = ([model.prefix + outer["project_out"]] if widened else []) + ([] if a.tied else [model.family.head])
+        after = tuple((name,) for name in ends)
         self.units = [Unit("embeddings", before, self._embeddings)]
         self.units += [self._block(model, i) for i in range(a.layers)]
         self.units += [Unit("head", after, self._head)] if after else []
