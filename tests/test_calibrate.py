@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import re
 import tracemalloc
@@ -266,6 +267,23 @@ def test_the_walk_stops_when_it_is_told(tmp_path):
 class _Interrupted(Toy):
     def quantize(self, w, spec, stats=None):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", [decoder, encoder])
+def test_the_bar_ends_where_it_says(tmp_path, monkeypatch, mode, make):
+    counts = []
+
+    def bar(items, what, show, total, unit):
+        for i, item in enumerate(items):
+            yield item
+        counts.append((i + 1, total))
+
+    monkeypatch.setattr(importlib.import_module("zquant.calibrate"), "bar", bar)
+    for ids in (ids_of(), ids_of(30)):
+        zq.calibrate(make(tmp_path), ids, mode=mode, scheme="w8a8", batch_tokens=50)
+        zq.quantize(make(tmp_path), "w8a8", Toy(), calib=ids, mode=mode)
+    assert len(counts) == 4 and all(done == total > 1 for done, total in counts)
 
 
 # -- memory

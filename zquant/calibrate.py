@@ -313,9 +313,8 @@ class Walker:
 
     def run(self, visit: Visitor, progress: bool | None = None) -> None:
         """Walk; an exception (KeyboardInterrupt too) ends it and leaves the model as it was."""
-        passes = 0
-        for unit in self.units:
-            passes += 1 + (sum(map(self._is_wanted, unit.stages)) if self.sequential else 0)
+        stages = sum(self._is_wanted(stage) for unit in self.units for stage in unit.stages)
+        passes = len(self.units) + (stages - 1 if self.sequential else 0)
         before, highest = _peak_rss(), 0
         total = passes * len(self.steps.batches)
         for _ in bar(self._ticks(visit), "calibrate", progress, total=total, unit="batch"):
@@ -331,7 +330,8 @@ class Walker:
                 for index, stage in enumerate(unit.stages):
                     if self._is_wanted(stage):
                         yield from self._one_stage(unit, index, x, visit)
-                yield from self._pass(unit, x, {})
+                if unit is not self.units[-1]:  # nobody reads what the last one computes
+                    yield from self._pass(unit, x, {})
                 continue
             found = {i: self._accumulator(unit, stage) for i, stage in enumerate(unit.stages) if self._is_wanted(stage)}
             yield from self._pass(unit, x, found)
@@ -345,7 +345,7 @@ class Walker:
                 given = _advance(unit, steps)
                 if index in found:
                     found[index].add(given)
-            out = _advance(unit, steps)
+            out = None if unit is self.units[-1] else _advance(unit, steps)
             if out is not None:
                 x[batch.first:batch.last] = out
             yield

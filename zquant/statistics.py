@@ -158,7 +158,7 @@ class Accumulator:
         self._flush()
         arrays: dict[str, np.ndarray] = {}
         if "absmax" in self.needs:
-            arrays["absmax"] = np.maximum(-self._low, self._high)
+            arrays["absmax"] = np.maximum(np.abs(self._low), np.abs(self._high))
         if "minmax" in self.needs:
             arrays["minmax"] = np.stack([self._low, self._high])
         if "mean_abs" in self.needs:
