@@ -5,9 +5,9 @@
  * A query row goes over tiles of ZQ_KEY_TILE visible keys in order. With s the scores q k of a tile, m the running
  * maximum of s, l the running sum and o the running sum of p v:
  *     m' = max(m, max s)   c = 2^((m - m') f)   p = 2^((s - m') f)   l = l c + sum p   o = o c + p V
- * with f = scale / ln 2, and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result depends on its own
- * query and the visible keys of its sequence only: which rows share a job, a tile of registers or a thread never
- * shows in the bits. */
+ * with f = scale / ln 2, and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result
+ * depends on its own query and the visible keys of its sequence only: which rows share a job, a tile of registers or
+ * a thread never shows in the bits. */
 #include "attention_tile.h"
 
 typedef struct {
@@ -28,6 +28,8 @@ typedef struct {
     int64_t keys;            /* in the tile */
     float *kt;               /* panels of K^T */
     float *v;                /* (ZQ_KEY_TILE, dp) */
+    const float *v_at;       /* the tile's rows of V, ld_v apart: w->v, or where they lie when all keys are visible */
+    int64_t ld_v;
     float *s;                /* (mr, ZQ_KEY_TILE) scores, then p */
     float *o;                /* (rows, dp) */
     float *max, *sum;        /* (rows): m and l */
@@ -46,65 +48,61 @@ d4_of(const attention *t)
     return zq_round_up(t->a->head_dim, 4);
 }
 
-/* Fetch ahead what lies beside: the next head of a row is the next job's, and what it needs is not in one stream. */
+/* Fetch ahead, into L2, what lies beside: the next head of a row is the next job's, and what it needs is not in one stream.
+ * Two lines per row come without help. */
 ZQ_INLINE void
 prefetch_next_head(const float *row, int64_t head_dim)
 {
-    for (int64_t i = 0; i < head_dim; i += 16) {
-        __builtin_prefetch(row + head_dim + i, 0, 3);
+    for (int64_t i = 0; head_dim > 32 && i < head_dim; i += 16) {
+        __builtin_prefetch(row + head_dim + i, 0, 2);
     }
 }
 
-/* The rows that this job writes at its end. */
-static void
-prefetch_out(const item *w)
+/* Rows of V that are read once (int8: packed) or so few that they stay in L1 need no copy, if none between them is hidden
+ * and no columns have to be filled up. */
+static int
+reads_v_in_place(const item *w)
 {
     const zq_attention_args *a = w->t->a;
-    for (int64_t r = 0; r < w->rows; r++) {
-        for (int64_t i = 0; i < a->head_dim; i += 16) {
-            __builtin_prefetch(a->out + (w->row + r) * a->ld_out + w->head * a->head_dim + i, 1, 3);
-        }
-    }
+    return !a->key_mask && (a->int8 || (w->end - w->next_key + w->keys <= ZQ_PANEL && w->t->dp == a->head_dim));
 }
 
-/* Visible keys [from, to) become columns keys.. of K^T and rows keys.. of V. They do not cross a panel. */
+/* Visible keys [from, to) become columns keys.. of K^T and rows keys.. of V. They do not cross a panel of K^T. */
 static void
 gather_run(item *w, int64_t from, int64_t to)
 {
     const zq_attention_args *a = w->t->a;
     const int64_t d = a->head_dim, dp = w->t->dp, d4 = d4_of(w->t), at = from * a->ld_kv + w->head * d;
     if (a->int8) {
-        w->t->K->quantize_heads_f32_b8(a->k + at, to - from, d, a->ld_kv, 0, w->k8 + w->keys * d4, d4, w->k_scale + w->keys,
-                                       w->k_sum + w->keys);
+        w->t->K->quantize_heads_f32_b8(a->k + at, to - from, d, a->ld_kv, 0, w->k8 + w->keys * d4, d4, w->k_scale + w->keys);
     }
     else {
         float *panel = w->kt + w->keys / ZQ_PANEL * ZQ_PANEL * d + w->keys % ZQ_PANEL;
         w->t->K->transpose_f32(a->k + at, to - from, d, a->ld_kv, panel, ZQ_PANEL);
     }
+    if (reads_v_in_place(w)) {
+        w->v_at = a->v + at;
+        w->ld_v = a->ld_kv;
+    }
+    else {
+        w->t->K->copy_rows_f32(a->v + at, to - from, d, a->ld_kv, w->v + w->keys * dp, dp);
+        w->v_at = w->v;
+        w->ld_v = dp;
+    }
     for (int64_t i = 0; i < to - from; i++) {
-        float *row = w->v + (w->keys + i) * dp;
-        memcpy(row, a->v + at + i * a->ld_kv, (size_t)d * sizeof *row);
-        memset(row + d, 0, (size_t)(dp - d) * sizeof *row);
         prefetch_next_head(a->k + at + i * a->ld_kv, d);
         prefetch_next_head(a->v + at + i * a->ld_kv, d);
     }
     w->keys += to - from;
 }
 
-/* int8: the tile's codes as matmul_u8s8 reads them; a word of four codes is moved as a float is. */
+/* int8: the tile's codes as matmul_u8s8 reads them. */
 static void
 pack_tile(item *w, zq_trouble *trouble)
 {
     const zq_kernels *K = w->t->K;
-    const int64_t d4 = d4_of(w->t);
-    for (int64_t key = 0; key < w->keys; key += ZQ_PANEL) {
-        K->transpose_f32((const float *)(const void *)(w->k8 + key * d4), zq_min(ZQ_PANEL, w->keys - key), d4 / 4, d4 / 4,
-                         (float *)(void *)(w->kp + key * d4), ZQ_PANEL);
-    }
-    for (int64_t key = 0; key < w->keys; key++) {
-        w->k_sum[key] *= -128;
-    }
-    K->pack_columns_f32_s8(w->v, w->keys, w->t->dp, w->v8, w->v_scale);
+    K->pack_rows_s8(w->k8, w->keys, d4_of(w->t), w->kp, w->k_sum);
+    K->pack_columns_f32_s8(w->v_at, w->keys, w->t->a->head_dim, w->ld_v, w->v8, w->v_scale);
     if (!(K->absmax_f32(w->k_scale, w->keys) <= 1e25f && K->absmax_f32(w->v_scale, w->t->dp) <= FLT_MAX)) {
         zq_note_bad_row(trouble, w->row);
     }
@@ -116,7 +114,7 @@ gather_tile(item *w, zq_trouble *trouble)
 {
     const uint8_t *mask = w->t->a->key_mask;
     for (w->keys = 0; w->keys < ZQ_KEY_TILE && w->next_key < w->end;) {
-        const int64_t from = w->next_key, room = ZQ_PANEL - w->keys % ZQ_PANEL;
+        const int64_t from = w->next_key, room = w->t->a->int8 ? ZQ_KEY_TILE - w->keys : ZQ_PANEL - w->keys % ZQ_PANEL;
         int64_t to = from;
         while (to < w->end && to - from < room && (!mask || mask[to])) {
             to++;
@@ -143,8 +141,9 @@ static zq_softmax_tile
 softmax_of(const item *w, int64_t r, int64_t mr)
 {
     const int64_t dp = w->t->dp;
-    return (zq_softmax_tile){.s = w->s, .rows = mr, .keys = w->keys, .lds = ZQ_KEY_TILE, .factor = w->factor + r, .max = w->max + r,
-                             .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp, .p = w->p8, .ldp = ZQ_KEY_TILE};
+    return (zq_softmax_tile){.s = w->s, .rows = mr, .keys = w->keys, .lds = ZQ_KEY_TILE, .factor = w->factor + r,
+                             .max = w->max + r, .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp, .p = w->p8,
+                             .ldp = ZQ_KEY_TILE};
 }
 
 /* One key tile for query rows r .. r + mr - 1. */
@@ -157,9 +156,9 @@ tile_rows_f32(const item *w, int64_t r, int64_t mr, int first)
     zq_score_panels(w->t->K, q, a->ld_q, mr, a->head_dim, w->kt, w->keys, w->s);
     const zq_softmax_tile softmax = softmax_of(w, r, mr);
     w->t->K->softmax_tile_f32(&softmax);
-    const zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .k = w->keys, .a = w->s, .lda = ZQ_KEY_TILE, .b = w->v,
+    const zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .k = w->keys, .a = w->s, .lda = ZQ_KEY_TILE, .b = w->v_at,
                           .y = w->o + r * dp, .ldy = dp};
-    w->t->K->matmul_f32(&tile, dp, ZQ_NR, !first);
+    w->t->K->matmul_f32(&tile, w->ld_v, ZQ_NR, !first);
     for (int64_t i = 0; first && i < mr; i++) {
         prefetch_next_head(q + i * a->ld_q, a->head_dim);
     }
@@ -170,13 +169,13 @@ tile_rows_int8(const item *w, int64_t r, int64_t mr, int first)
 {
     const zq_kernels *K = w->t->K;
     const int64_t dp = w->t->dp, d4 = d4_of(w->t), keys4 = zq_round_up(w->keys, 4);
-    const zq_tile scores = {.mr = (int)mr, .nr = (int)zq_round_up(w->keys, 16), .k = d4, .a = w->q8 + r * d4, .lda = d4, .b = w->kp,
-                            .colsum = w->k_sum, .scale = w->k_scale, .y = w->s, .ldy = ZQ_KEY_TILE};
+    const zq_tile scores = {.mr = (int)mr, .nr = (int)zq_round_up(w->keys, 16), .k = d4, .a = w->q8 + r * d4, .lda = d4,
+                            .b = w->kp, .colsum = w->k_sum, .scale = w->k_scale, .y = w->s, .ldy = ZQ_KEY_TILE};
     K->matmul_u8s8(&scores, ZQ_PANEL * d4, 0);
     const zq_softmax_tile softmax = softmax_of(w, r, mr);
     K->softmax_tile_u8(&softmax);
-    const zq_tile values = {.mr = (int)mr, .nr = (int)dp, .k = keys4, .a = w->p8, .lda = ZQ_KEY_TILE, .b = w->v8, .colsum = w->zeros,
-                            .scale = w->v_scale, .y = w->o + r * dp, .ldy = dp};
+    const zq_tile values = {.mr = (int)mr, .nr = (int)dp, .k = keys4, .a = w->p8, .lda = ZQ_KEY_TILE, .b = w->v8,
+                            .colsum = w->zeros, .scale = w->v_scale, .y = w->o + r * dp, .ldy = dp};
     K->matmul_u8s8(&values, ZQ_NR * keys4, !first);
 }
 
@@ -186,8 +185,7 @@ quantize_queries(item *w, zq_trouble *trouble)
 {
     const zq_attention_args *a = w->t->a;
     const float *q = a->q + w->row * a->ld_q + w->head * a->head_dim, f = a->scale * ZQ_LOG2E;
-    int32_t unused[ZQ_ITEM_ROWS];
-    w->t->K->quantize_heads_f32_b8(q, w->rows, a->head_dim, a->ld_q, 128, w->q8, d4_of(w->t), w->factor, unused);
+    w->t->K->quantize_heads_f32_b8(q, w->rows, a->head_dim, a->ld_q, 128, w->q8, d4_of(w->t), w->factor);
     w->t->K->scale_f32(w->factor, w->rows, f, w->factor);
     for (int64_t r = 0; r < w->rows; r++) {
         prefetch_next_head(q + r * a->ld_q, a->head_dim);
@@ -223,13 +221,12 @@ write_rows(item *w, int any_keys, zq_trouble *trouble)
     if (any_keys) {
         look_at_rows(w, trouble);
     }
-    for (int64_t r = 0; r < w->rows; r++) {
-        float *out = a->out + (w->row + r) * a->ld_out + w->head * d;
-        if (!any_keys) {
-            memset(out, 0, (size_t)d * sizeof *out);
-            continue;
-        }
-        w->t->K->scale_f32(w->o + r * dp, d, 1.0f / w->sum[r], out);
+    float *out = a->out + w->row * a->ld_out + w->head * d;
+    if (any_keys) {
+        w->t->K->divide_rows_f32(w->o, w->rows, d, dp, w->sum, out, a->ld_out);
+    }
+    for (int64_t r = 0; !any_keys && r < w->rows; r++) {
+        memset(out + r * a->ld_out, 0, (size_t)d * sizeof *out);
     }
 }
 
@@ -291,7 +288,6 @@ attention_job(void *ctx, int64_t job)
     zq_begin_softmax(w.rows, a->scale * ZQ_LOG2E, w.max, w.sum, w.factor);
     /* row tiles differ by at most one row: a short one at the end would waste the kernel */
     const int64_t tiles = zq_ceil_div(w.rows, t->K->mr_matmul);
-    prefetch_out(&w);
     if (a->int8) {
         quantize_queries(&w, &t->trouble);
     }

@@ -82,11 +82,7 @@ store_f32(const run *w, const kv_view *page, const float *k, const float *v, int
 {
     const int64_t d = w->t->c->head_dim, dp = w->t->dp, at = w->position % ZQ_KV_PAGE;
     w->t->K->transpose_f32(k, w->count, d, d, page->kt + at / ZQ_PANEL * ZQ_PANEL * d + at % ZQ_PANEL, ZQ_PANEL);
-    for (int64_t i = 0; i < w->count; i++) {
-        float *row = page->v + (at + i) * dp;
-        memcpy(row, v + i * ld_v, (size_t)d * sizeof *row);
-        memset(row + d, 0, (size_t)(dp - d) * sizeof *row);
-    }
+    w->t->K->copy_rows_f32(v, w->count, d, ld_v, page->v + at * dp, dp);
 }
 
 static void
@@ -263,16 +259,40 @@ softmax_tile(const block *w, int64_t r, int64_t mr, int64_t from, int64_t to)
     }
 }
 
+/* Fetch ahead n floats. */
+static void
+prefetch(const float *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += 16) {
+        __builtin_prefetch(x + i, 0, 3);
+    }
+}
+
+/* A decoding step waits for memory. The product fetches ahead what is behind its page; what begins the part that it reads
+ * after page i of a tile (of K; of V) is elsewhere: page i + 1, or at the end of K the first of V. */
+static void
+prefetch_next_part(const block *w, int64_t mr, int64_t key, int64_t from, int64_t to, int of_v)
+{
+    const int64_t next = key + ZQ_KV_PAGE;
+    if (mr > 8 || w->t->c->int8 || (of_v && next >= to)) {
+        return;
+    }
+    const kv_view *page = &w->page[(next < to ? next : from) / ZQ_KV_PAGE];
+    prefetch(of_v || next >= to ? page->v : page->kt, zq_min(1024, ZQ_KV_PAGE * w->t->c->head_dim));
+}
+
 /* One tile of keys for rows r .. r + mr - 1, each of which sees some of it. */
 static void
 tile_rows(const block *w, int64_t r, int64_t mr)
 {
     const kv_pass *t = w->t;
-    const int64_t d = t->c->head_dim, dp = t->dp, first = w->position + r / t->group, last = w->position + (r + mr - 1) / t->group;
+    const int64_t d = t->c->head_dim, dp = t->dp, first = w->position + r / t->group,
+                  last = w->position + (r + mr - 1) / t->group;
     const int64_t to = zq_min(ZQ_KEY_TILE, last + 1 - w->tile);
     const int64_t from = zq_max(0, first_key(t, first) - w->tile) / ZQ_KV_PAGE * ZQ_KV_PAGE;
     for (int64_t key = from; key < to; key += ZQ_KV_PAGE) {
         const int64_t keys = zq_min(ZQ_KV_PAGE, to - key);
+        prefetch_next_part(w, mr, key, from, to, 0);
         zq_score_panels(t->K, w->q + r * d, d, mr, d, page_kt(w, &w->page[key / ZQ_KV_PAGE], keys, w->kt8), keys, w->s + key);
     }
     softmax_tile(w, r, mr, from, to);
@@ -280,6 +300,7 @@ tile_rows(const block *w, int64_t r, int64_t mr)
     for (int64_t key = from; key < to; key += ZQ_KV_PAGE) {
         tile.k = zq_min(ZQ_KV_PAGE, to - key);
         tile.a = w->s + key;
+        prefetch_next_part(w, mr, key, from, to, 1);
         tile.b = page_v(w, &w->page[key / ZQ_KV_PAGE], tile.k, w->v8);
         t->K->matmul_f32(&tile, dp, ZQ_NR, 1);
     }
@@ -311,6 +332,7 @@ begin_block(const block *w, zq_trouble *trouble)
     const int64_t d = t->c->head_dim, rows = w->queries * t->group;
     const float *q = t->a->qkv + w->row * t->a->ld_qkv + w->head * t->group * d;
     for (int64_t i = 0; i < w->queries; i++) {
+        prefetch(q + zq_min(i + 2, w->queries - 1) * t->a->ld_qkv, t->group * d);
         prepare_heads(t, q + i * t->a->ld_qkv, t->group, t->a->q_norm, w->position + i, w->q + i * t->group * d);
     }
     look_at_rows(t, w->q, w->queries, t->group * d, w->row, trouble);
@@ -323,12 +345,9 @@ end_block(const block *w, zq_trouble *trouble)
 {
     const kv_pass *t = w->t;
     const int64_t d = t->c->head_dim;
-    for (int64_t r = 0; r < w->queries * t->group; r++) {
-        float *out = t->a->out + (w->row + r / t->group) * t->a->ld_out + (w->head * t->group + r % t->group) * d;
-        t->K->scale_f32(w->o + r * t->dp, d, 1.0f / w->sum[r], out);
-        for (int64_t i = 0; i < d; i++) {
-            out[i] += 0.0f; /* -0 becomes 0 */
-        }
+    for (int64_t i = 0; i < w->queries; i++) {
+        float *out = t->a->out + (w->row + i) * t->a->ld_out + w->head * t->group * d;
+        t->K->divide_rows_f32(w->o + i * t->group * t->dp, t->group, d, t->dp, w->sum + i * t->group, out, d);
     }
     look_at_rows(t, w->o, w->queries, t->group * t->dp, w->row, trouble);
     look_at_rows(t, w->sum, w->queries, t->group, w->row, trouble);
@@ -493,7 +512,8 @@ rotary_job(void *ctx, int64_t job)
     for (int64_t i = job * j->rows_per_job; i < end; i++) {
         const int64_t at = j->position[i] * rope->half;
         float *y = j->y + i * width;
-        j->K->rotary_f32(j->x + i * width, j->heads, j->head_dim, rope->half, rope->interleaved, rope->cos + at, rope->sin + at, y);
+        j->K->rotary_f32(j->x + i * width, j->heads, j->head_dim, rope->half, rope->interleaved, rope->cos + at,
+                         rope->sin + at, y);
         if (!(j->K->absmax_f32(y, width) <= FLT_MAX)) {
             zq_note_bad_row(&j->trouble, i);
         }

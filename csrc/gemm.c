@@ -48,7 +48,8 @@ typedef struct {
     int64_t kpad;     /* k as the kernels see it */
     int64_t lda;      /* bytes between quantized rows */
     int64_t split;    /* rows that the kernels see per row of x: 2 for TOKEN_16, else 1 */
-    int64_t tiles;    /* row tiles over all of m */
+    int64_t tiles;    /* row tiles over all of m: */
+    int64_t rows, longer; /* rows of a tile; the first `longer` ones have one more */
     int64_t chunks;   /* row chunks (by rows) */
     int64_t panels;
     int64_t panel_jobs; /* runs of panels (by columns) */
@@ -72,8 +73,15 @@ typedef struct {
 static int64_t
 tile_start(const gemm_job *g, int64_t tile)
 {
-    const int64_t rows = g->m / g->tiles, longer = g->m % g->tiles;
-    return tile * rows + zq_min(tile, longer);
+    return tile * g->rows + zq_min(tile, g->longer);
+}
+
+static void
+set_tiles(gemm_job *g, int64_t tiles)
+{
+    g->tiles = tiles;
+    g->rows = g->m / tiles;
+    g->longer = g->m % tiles;
 }
 
 static void
@@ -185,10 +193,9 @@ run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int
         t.zcorr = w->zcorr + col;
         t.ld_start = g->groups;
     }
-    const int64_t rows = g->m / g->tiles, longer = g->m % g->tiles;
     for (int64_t tile = t0, row = tile_start(g, t0), next; tile < t1; tile++, row = next) {
         const int64_t at = (row - base) * g->split;
-        next = row + rows + (tile < longer);
+        next = row + g->rows + (tile < g->longer);
         t.mr = (int)((next - row) * g->split);
         if (g->far) {
             look_ahead(&t, tile - t0, t1 - t0, p + 1 < end ? w->panel_bytes : 0);
@@ -419,7 +426,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.panels = zq_ceil_div(w->n, ZQ_NR);
     g.prepare_in = w->kind != ZQ_W_F32 && (x->f32 || g.groups);
     g.split = x->f32 && x->quant == ZQ_QUANT_TOKEN_16 ? 2 : 1;
-    g.tiles = zq_ceil_div(m, mr / g.split);
+    set_tiles(&g, zq_ceil_div(m, mr / g.split));
     g.far = g.panels * w->panel_bytes >= FAR_BYTES;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
     g.stream_out = !g.quantize_out && m * out->ld_y * 4 >= STREAM_BYTES && out->ld_y % 16 == 0 && (uintptr_t)out->y % 64 == 0;
@@ -429,7 +436,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     if (threads == 1 || (g.tiles >= (int64_t)threads * MIN_TILES && !once)) {
         g.chunks = count_chunks(&g, threads);
         if (g.chunks == threads) { /* one chunk each: equal chunks, since nobody can take more later */
-            g.tiles = zq_round_up(g.tiles, threads);
+            set_tiles(&g, zq_round_up(g.tiles, threads));
         }
         zq_parallel_for(g.chunks, chunk_job, &g);
     }

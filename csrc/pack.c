@@ -68,7 +68,8 @@ zq_linear_bytes(const zq_linear *w)
 static zq_status
 start(zq_linear *w, zq_weight_kind kind, int64_t n, int64_t k, int64_t group, int64_t panel_bytes, const float *bias)
 {
-    const int grouped = kind == ZQ_W_S8_GROUP || kind == ZQ_W_S4_GROUP, zero = !grouped ? 0 : kind == ZQ_W_S4_GROUP ? 0x88 : 0x80;
+    const int grouped = kind == ZQ_W_S8_GROUP || kind == ZQ_W_S4_GROUP,
+              zero = !grouped ? 0 : kind == ZQ_W_S4_GROUP ? 0x88 : 0x80;
     const int64_t panels = panel_count(n), columns = panels * ZQ_NR;
     *w = (zq_linear){.kind = kind, .n = n, .k = k, .group = group, .panel_bytes = panel_bytes};
     w->panels = zq_alloc((size_t)(panels * panel_bytes));
@@ -228,7 +229,8 @@ zq_linear_pack_group(zq_linear *w, const int8_t *codes, const float *scales, int
     if (k > ZQ_MAX_K || has_code_below(codes, n * k, four ? -8 : -127) || has_code_above(codes, n * k, four ? 7 : 127)) {
         return ZQ_ERANGE;
     }
-    const int64_t bytes = zq_ceil_div(k, group) * ZQ_NR * (int64_t)sizeof(float) + zq_round_up(k, ZQ_KSTEP) * ZQ_NR / (four ? 2 : 1);
+    const int64_t bytes =
+        zq_ceil_div(k, group) * ZQ_NR * (int64_t)sizeof(float) + zq_round_up(k, ZQ_KSTEP) * ZQ_NR / (four ? 2 : 1);
     const zq_status s = start(w, four ? ZQ_W_S4_GROUP : ZQ_W_S8_GROUP, n, k, group, bytes, bias);
     if (s == ZQ_OK) {
         zq_parallel_for(panel_count(n), pack_group_panel, &(pack_job){.w = w, .codes = codes, .scales = scales});

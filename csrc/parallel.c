@@ -38,7 +38,8 @@ static struct {
      * the caller closes it when no job is left and waits only for those inside: one that lost its CPU before it
      * entered costs nothing. The fields above may change while nobody is inside. */
     atomic_ullong state;
-} pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .sleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .state = CLOSED};
+} pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .sleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER,
+          .state = CLOSED};
 
 static atomic_int threads_wanted; /* 0: not yet set */
 static _Thread_local int inside_region;

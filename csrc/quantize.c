@@ -86,36 +86,30 @@ rows_end(const jobs *j, int64_t job)
 
 /* ---- tokens ------------------------------------------------------------------------------------- */
 
-static void
-token_sym(const zq_kernels *K, const float *x, int64_t k, float amax, uint8_t *q, float *scale, int32_t *zero)
+static float
+token_sym(float amax, float *scale, int32_t *zero)
 {
     const float s = absmax_scale(amax, 127.0f);
     *scale = s > 0 ? s : 1.0f;
     *zero = 128;
-    K->quantize_mul_f32_b8(x, k, s > 0 ? 127.0f / amax : 0.0f, 128, q);
+    return s > 0 ? 127.0f / amax : 0.0f;
 }
 
-static void
-token_asym(const zq_kernels *K, const float *x, int64_t k, float lo, float hi, uint8_t *q, float *scale, int32_t *zero)
+static float
+token_asym(float lo, float hi, float *scale, int32_t *zero)
 {
     const float s = range_scale(lo, hi, 255.0f), range = hi - lo;
     const float inv = !(s > 0) ? 0.0f : range > FLT_MAX ? 1.0f / s : 255.0f / range;
     *scale = s > 0 ? s : 1.0f;
     *zero = zero_code(-lo * inv, 255);
-    K->quantize_mul_f32_b8(x, k, inv, *zero, q);
+    return inv;
 }
 
-void
-zq_quantize_token_in(const zq_kernels *K, const float *x, int64_t k, zq_quant mode, float lo, float hi, uint8_t *q, float *scale,
-                     int32_t *zero)
+float
+zq_token_scale(zq_quant mode, float lo, float hi, float *scale, int32_t *zero)
 {
     assert(mode == ZQ_QUANT_TOKEN_SYM || mode == ZQ_QUANT_TOKEN_ASYM);
-    if (mode == ZQ_QUANT_TOKEN_SYM) {
-        token_sym(K, x, k, -lo > hi ? -lo : hi, q, scale, zero);
-    }
-    else {
-        token_asym(K, x, k, lo, hi, q, scale, zero);
-    }
+    return mode == ZQ_QUANT_TOKEN_SYM ? token_sym(-lo > hi ? -lo : hi, scale, zero) : token_asym(lo, hi, scale, zero);
 }
 
 int
@@ -132,12 +126,14 @@ zq_quantize_token(const zq_kernels *K, const float *x, int64_t k, zq_quant mode,
     else if (!K->minmax_f32(x, k, &lo, &hi)) {
         return 0;
     }
-    zq_quantize_token_in(K, x, k, mode, lo, hi, q, scale, zero);
+    const float inv = zq_token_scale(mode, lo, hi, scale, zero);
+    K->quantize_mul_f32_b8(x, k, inv, *zero, q);
     return 1;
 }
 
 int
-zq_quantize_token16(const zq_kernels *K, const float *x, int64_t k, uint8_t *high, uint8_t *low, float scale[2], int32_t zero[2])
+zq_quantize_token16(const zq_kernels *K, const float *x, int64_t k, uint8_t *high, uint8_t *low, float scale[2],
+                    int32_t zero[2])
 {
     const float amax = K->absmax_f32(x, k);
     if (!(amax <= FLT_MAX)) {

@@ -60,6 +60,9 @@ typedef struct {
     float lo, hi;
 } zq_range;
 
+/* Most rows of one call of a kernel on rows: what hides the latency of their horizontal steps. */
+enum { ZQ_ROWS = 8 };
+
 /* clang-format off */
 #define ZQ_KERNELS(X) \
     /* ---- rows of float32 to codes and back (quantize) ---- */ \
@@ -86,27 +89,27 @@ typedef struct {
     /* and back; sign-extended to int8 when is_signed */ \
     X(unpack_bits, void, (const uint8_t *packed, int64_t n, int bits, int is_signed, uint8_t *codes)) \
     /* ---- Transformer operators on rows (norm, activation, attention) ---- */ \
-    /* h = x (+ residual if not NULL); y = (h - mean) / sqrt(var + eps) * gamma + beta. y may be x. Returns 1, or 0 \
-     * where h holds NaN or Inf (y is then undefined). A row whose sums overflow is rescaled first; n >= 1 */ \
-    X(layernorm_f32, int, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y)) \
-    /* h = x (+ residual); y = h / sqrt(mean h^2 + eps) * gamma. y may be x. Returns as layernorm */ \
+    /* Kernels named rows: `rows` <= ZQ_ROWS consecutive rows of n >= 1. They return a bit for each row, 0 where all is well; \
+     * y of other rows is undefined. range: one for each row, what minmax_f32 gives for y, or NULL. */ \
+    /* h = x (+ residual if not NULL); y = (h - mean) / sqrt(var + eps) * gamma + beta. y may be x; gamma and beta finite. \
+     * Bad: h holds NaN or Inf, or y does and range is asked for. A row whose sums overflow is rescaled first */ \
+    X(layernorm_rows_f32, unsigned, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t rows, int64_t n, float eps, float *y, zq_range *range)) \
+    /* h = x (+ residual); y = h / sqrt(mean h^2 + eps) * gamma. As layernorm */ \
+    X(rmsnorm_rows_f32, unsigned, (const float *x, const float *residual, const float *gamma, int64_t rows, int64_t n, float eps, float *y, zq_range *range)) \
+    /* one row; returns 1 where all is well */ \
     X(rmsnorm_f32, int, (const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y)) \
-    /* the same two with range = what minmax_f32 gives for y; 0 also where y is not finite */ \
-    X(layernorm_range_f32, int, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y, zq_range *range)) \
-    X(rmsnorm_range_f32, int, (const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y, zq_range *range)) \
-    /* y = act(x); y may be x. Returns 1 when all of x is finite, else 0 */ \
-    X(activation_f32, int, (const float *x, int64_t n, zq_activation act, float *y)) \
-    /* y = act(gate) * up; y may be gate or up. Returns 1 when both are finite, else 0 */ \
-    X(gated_f32, int, (const float *gate, const float *up, int64_t n, zq_activation act, float *y)) \
-    X(activation_range_f32, int, (const float *x, int64_t n, zq_activation act, float *y, zq_range *range)) \
-    X(gated_range_f32, int, (const float *gate, const float *up, int64_t n, zq_activation act, float *y, zq_range *range)) \
+    /* y = act(x) (* up if not NULL); y may be x or up. Bad: x or up holds NaN or Inf, or an end of the range is Inf */ \
+    X(activation_rows_f32, unsigned, (const float *x, const float *up, int64_t rows, int64_t n, zq_activation act, float *y, zq_range *range)) \
+    /* y = exp(x - max x) / sum, see zq_softmax; y may be x. Bad: x holds NaN or +Inf */ \
+    X(softmax_rows_f32, unsigned, (const float *x, int64_t rows, int64_t n, float *y)) \
     /* max over x of finite or -Inf values; -Inf for n = 0 */ \
     X(max_f32, float, (const float *x, int64_t n)) \
-    /* y = exp(x * scale - shift); returns the sum of y in the fixed order. y may be x. x may hold -Inf (y = 0) and NaN \
-     * (the sum is NaN) */ \
-    X(exp_sum_f32, float, (const float *x, int64_t n, float scale, float shift, float *y)) \
     /* y = x * s; y may be x */ \
     X(scale_f32, void, (const float *x, int64_t n, float s, float *y)) \
+    /* y (rows, n) = x (rows, n), filled up with zeros to a multiple of 16 columns */ \
+    X(copy_rows_f32, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, float *y, int64_t ldy)) \
+    /* y (rows, n): row i of x times 1 / l[i], and no -0 */ \
+    X(divide_rows_f32, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, const float *l, float *y, int64_t ldy)) \
     /* y (cols, rows) = x (rows, cols) transposed */ \
     X(transpose_f32, void, (const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)) \
     /* y = the heads of one token, head_dim elements each, with the first 2 * half of each rotated (zq_rope); cos, sin \
@@ -121,22 +124,28 @@ typedef struct {
     X(center_groups_b8, void, (const uint8_t *q, int64_t n, int64_t group, int32_t offset, uint8_t *s, int32_t *start)) \
     X(gemm_f32, void, (const zq_tile *t)) \
     /* ---- tiles of attention ---- */ \
-    /* t->y (mr, nr) = a (mr, k) b (k, nr) [+ y when accumulate]: element (k, j) of b is t->b[j / 32 * panel + k * ldb + j % 32]; \
-     * each element is one chain of fma in the order of k; no epilogue. mr <= mr_matmul; nr a multiple of 16 */ \
+    /* t->y (mr, nr) = a (mr, k) b (k, nr) [+ y when accumulate]: element (k, j) of b is \
+     * t->b[j / 32 * panel + k * ldb + j % 32]; each element is one chain of fma in the order of k; no epilogue. \
+     * mr <= mr_matmul; nr a multiple of 16 */ \
     X(matmul_f32, void, (const zq_tile *t, int64_t ldb, int64_t panel, int accumulate)) \
     /* m' = max(m, max s), where it rose l and o *= 2^((m - m') factor); s = p = 2^((s - m') factor), l += sum p in the fixed \
      * order. NaN and Inf in s show in l */ \
     X(softmax_tile_f32, void, (const zq_softmax_tile *t)) \
     /* the same, but p = rint(255 * 2^(...)), zeros up to a multiple of 4 keys, and l sums these codes; s stays */ \
     X(softmax_tile_u8, void, (const zq_softmax_tile *t)) \
-    /* t->y (mr, nr) = (float)(colsum[j] + sum a b) * scale[j] [+ y when accumulate]: a u8, b s8 in panels of 32 columns, `panel` \
-     * bytes apart, each (k / 4, 32, 4). k a multiple of 4, mr <= mr_matmul, nr a multiple of 16; colsum and scale (nr) */ \
+    /* t->y (mr, nr) = (float)(colsum[j] + sum a b) * scale[j] [+ y when accumulate]: a u8, b s8 in panels of 32 columns, \
+     * `panel` bytes apart, each (k / 4, 32, 4). k a multiple of 4, mr <= mr_matmul, nr a multiple of 16; colsum and scale \
+     * (nr) */ \
     X(matmul_u8s8, void, (const zq_tile *t, int64_t panel, int accumulate)) \
-    /* rows of n floats, ldx apart: q = rint(x / scale) + bias, scale = max|x| / 127 per row; bias up to a multiple of 4; sum of \
-     * the codes without it. NaN and Inf show in the scale */ \
-    X(quantize_heads_f32_b8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale, int32_t *sum)) \
-    /* x (rows, n), n a multiple of 32, as the b of matmul_u8s8 with k = rows filled up with zeros; scale = max|x| / 127 per column */ \
-    X(pack_columns_f32_s8, void, (const float *x, int64_t rows, int64_t n, uint8_t *q, float *scale))
+    /* rows of n floats, ldx apart: q = rint(x / scale) + bias (0 or 128), scale = max|x| / 127 per row; bias up to a \
+     * multiple of 4. NaN and Inf show in the scale */ \
+    X(quantize_heads_f32_b8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)) \
+    /* codes (rows, n), n a multiple of 4, as the columns of b of matmul_u8s8 with k = n; colsum = -128 * their sum per row, \
+     * which takes a bias of 128 out of the products. Columns and sums from `rows` up to a multiple of 16 hold anything */ \
+    X(pack_rows_s8, void, (const uint8_t *q, int64_t rows, int64_t n, uint8_t *panels, int32_t *colsum)) \
+    /* x (rows, n), ldx apart, as the b of matmul_u8s8 with k = rows filled up with zeros, and so are columns up to a \
+     * multiple of 32; scale = max|x| / 127 per column */ \
+    X(pack_columns_f32_s8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, uint8_t *q, float *scale))
 /* clang-format on */
 
 typedef struct zq_kernels {

@@ -18,7 +18,7 @@ typedef struct {
 /* A row of x that holds NaN or Inf, or whose result cannot be quantized because it overflowed, is ZQ_ENONFINITE, and
  * *bad_row the first such row. Outputs are then undefined. y may be x. */
 
-/* h = x (+ residual); y = (h - mean) / sqrt(var + eps) * gamma + beta, per row of n. */
+/* h = x (+ residual); y = (h - mean) / sqrt(var + eps) * gamma + beta, per row of n; gamma and beta are finite. */
 zq_status zq_layernorm(const float *x, const float *residual, const float *gamma, const float *beta, int64_t m, int64_t n,
                        float eps, const zq_rows_out *out, int64_t *bad_row);
 zq_status zq_rmsnorm(const float *x, const float *residual, const float *gamma, int64_t m, int64_t n, float eps,
@@ -36,8 +36,8 @@ enum { ZQ_INT8_HEAD_MAX = 65536 }; /* the products of a head's codes add up with
  * tiles (no (T, T) matrix). Sequence s owns rows offsets[s] .. offsets[s+1]-1 of q, k, v and out. q, k, v have row
  * strides ld_q, ld_kv (slices of one fused qkv matrix are fine); head h is columns h*d .. h*d+d-1. key_mask: one byte
  * per row, 0 = this key is hidden: as if its row were not there, bit for bit; or NULL. A query whose keys are all
- * hidden gets zeros. scale > 0. int8: both products are of 8-bit codes (attention.c has the scheme); also |k| beyond 1e27 is then
- * refused. ZQ_ENONFINITE: NaN or Inf came in, or scores overflowed; *bad_row is the query's row. */
+ * hidden gets zeros. scale > 0. int8: both products are of 8-bit codes (attention.c has the scheme); also |k| beyond
+ * 1e27 is then refused. ZQ_ENONFINITE: NaN or Inf came in, or scores overflowed; *bad_row is the query's row. */
 typedef struct {
     const float *q, *k, *v;
     int64_t ld_q, ld_kv;

@@ -14,9 +14,9 @@ zq_status zq_quantize_tokens(const float *x, int64_t m, int64_t k, int64_t ld_x,
 struct zq_kernels;
 int zq_quantize_token(const struct zq_kernels *K, const float *x, int64_t k, zq_quant mode, uint8_t *q, float *scale,
                       int32_t *zero);
-/* The same from the row's range, min(0, min x) and max(0, max x), both finite. */
-void zq_quantize_token_in(const struct zq_kernels *K, const float *x, int64_t k, zq_quant mode, float lo, float hi, uint8_t *q,
-                          float *scale, int32_t *zero);
+/* The first half of the same, from the row's range, min(0, min x) and max(0, max x), both finite: returns 1 / scale (0 for
+ * a row of zeros), with which quantize_mul_f32_b8 does the rest. */
+float zq_token_scale(zq_quant mode, float lo, float hi, float *scale, int32_t *zero);
 /* TOKEN_16: one row to int16 codes a = rint(x / scale), scale = max|x| / 32767, written as the two rows of bytes of
  * a + 32768 = 256 high + low: x = scale[0] (high - zero[0]) + scale[1] (low - zero[1]). Returns as above. */
 int zq_quantize_token16(const struct zq_kernels *K, const float *x, int64_t k, uint8_t *high, uint8_t *low, float scale[2],

@@ -47,12 +47,15 @@ def test_ceilings(tmp_path: Path) -> None:
 
     names = " ".join(r["name"] for r in rows)
     assert ("vpdpbusd zmm" in names) == ("avx512vnni" in _core.levels())
-    assert ("vpmaddwd" in names) == ("avx2" in _core.levels())
+    assert ("vpsignb" in names) == ("every 32 k" in names) == ("avx2" in _core.levels())
 
 
 @needs_cc
 def test_kernels(tmp_path: Path, harness: Any) -> None:
     import bench_kernels
+    import ceilings
+
+    from zquant import _core
 
     text, rows = run("bench_kernels.py", "--tiny", "--seconds", "0.01", "--threads", "1", tmp_path=tmp_path)
     assert all(ROW <= set(r) for r in rows)
@@ -65,6 +68,11 @@ def test_kernels(tmp_path: Path, harness: Any) -> None:
     elsewhere = {"avx2", "avxvnni", "epilogues", "minilm", "attention"}  # their goals are for other shapes or levels
     for name in set(bench_kernels.SECTIONS) - elsewhere:
         assert f"{name}: " in text
+    for name, kind in bench_kernels.LEVEL_KINDS.items():  # a level's percentages are of the instructions it runs
+        if name.split()[0] in _core.levels():
+            assert f"ceiling {name}: {ceilings.KIND_NAMES[kind]}" in text
+            (peak,) = (r["value"] for r in rows if r["name"] == f"peak {ceilings.KIND_NAMES[kind]}")
+            assert all(r["ceiling"] is None or r["ceiling"] < 2 * peak for r in rows if r["name"].startswith(name))
 
 
 @needs_cc
@@ -190,9 +198,11 @@ def test_encoder(tmp_path: Path) -> None:
                      "--threads", "1", tmp_path=tmp_path)
     assert "left out" not in text, text
     engines = {r["engine"] for r in rows if "engine" in r}
-    assert engines == {"zquant fp32", "zquant w8a8", "zquant w4/8a8"}
+    assert engines == {"zquant fp32", "zquant w8a8", "zquant w8a8+attn8", "zquant w4/8a8"}
     assert {r["case"] for r in rows if "case" in r} == {"1x8", "2x4"}
-    assert text.count("Python's share") == 3
+    shares = [float(line.split("layers ")[1].split()[0]) for line in text.splitlines() if "outside the linear layers" in line]
+    assert len(shares) == 4 * 2
+    assert all(0 < share < 100 for share in shares)
     assert "peak memory of quantizing to w8a8" in text
 
 

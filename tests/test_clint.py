@@ -143,7 +143,8 @@ def test_functions_are_short() -> None:
 
 
 def test_function_lengths_are_counted() -> None:
-    assert function_lengths("static int\nf(void)\n{\n    a;\n    b;\n}\nstruct s {\n    int x;\n};\nint g(void)\n{\n}\n") == [2, 0]
+    assert function_lengths("static int\nf(void)\n{\n    a;\n    b;\n}\nstruct s {\n    int x;\n};\n"
+                            "int g(void)\n{\n}\n") == [2, 0]
 
 
 @pytest.mark.parametrize("flag", ["-march=native", "-mtune=native", "-Ofast", "-ffast-math", "-funsafe-math"])

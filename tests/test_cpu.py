@@ -53,7 +53,8 @@ def test_use_restores_the_level_after_an_error():
         pass
 
 
-@pytest.mark.parametrize("bad,error", [(0, ValueError), (-1, ValueError), (257, ValueError), (1.5, TypeError), ("2", TypeError)])
+@pytest.mark.parametrize("bad,error", [(0, ValueError), (-1, ValueError), (257, ValueError), (1.5, TypeError),
+                                       ("2", TypeError)])
 def test_thread_counts_are_checked(bad, error):
     before = zq.get_num_threads()
     with pytest.raises(error, match="n: expected"):

@@ -284,7 +284,8 @@ def _module(kind, path=""):
 
 
 @pytest.mark.parametrize("modules, message", [
-    ([_module("Transformer"), _module("Dense", "2_Dense")], "module 'Dense' is not supported; known: Transformer, Pooling, Normalize"),
+    ([_module("Transformer"), _module("Dense", "2_Dense")],
+     "module 'Dense' is not supported; known: Transformer, Pooling, Normalize"),
     ([_module("Pooling", "1_Pooling")], "expected one Transformer, and first"),
     ([_module("Transformer"), _module("Transformer")], "expected one Transformer, and first"),
     ([_module("Transformer", "../elsewhere")], "is not a folder of this directory"),

@@ -61,8 +61,9 @@ def test_a_file_of_another_writer():
 
 
 TENSORS = {"f32": np.arange(6, dtype=np.float32).reshape(2, 3), "f64": np.array([1.5]), "f16": np.array([1.5, -2], np.float16),
-           "i8": np.array([-128, 127], np.int8), "u8": np.array([[255]], np.uint8), "i64": np.array(7), "i32": np.arange(3, dtype=np.int32),
-           "bool": np.array([True, False, True]), "empty": np.zeros((0, 4), np.float32), "name with ü": np.ones(1, np.int16)}
+           "i8": np.array([-128, 127], np.int8), "u8": np.array([[255]], np.uint8), "i64": np.array(7),
+           "i32": np.arange(3, dtype=np.int32), "bool": np.array([True, False, True]),
+           "empty": np.zeros((0, 4), np.float32), "name with ü": np.ones(1, np.int16)}
 
 
 @pytest.fixture
@@ -272,7 +273,8 @@ def test_config_of_two_formats_has_patterns():
     linears = layers(QuantSpec(8), TOKEN_ASYMMETRIC, "bert.")
     wide = layers(QuantSpec(4, granularity="group", group_size=16), TOKEN_ASYMMETRIC, "bert.")
     linears |= {name.replace("fc", "wide"): layer for name, layer in wide.items() if "fc" in name}
-    config = ct.quantization_config(linears, {"bert.embeddings.word": RTN().quantize(np.ones((3, 4), np.float32), QuantSpec(8))})
+    config = ct.quantization_config(linears, {
+        "bert.embeddings.word": RTN().quantize(np.ones((3, 4), np.float32), QuantSpec(8))})
     assert config["format"] == "mixed-precision"
     assert config["ignore"] == ["bert.pooler.dense", "pooler.dense"]
     targets = [group["targets"] for group in config["config_groups"].values()]
@@ -294,7 +296,8 @@ def test_packing_of_the_published_vector():
     assert ct.pack_layer("m", weight, True)["m.weight_packed"].view(np.uint32).tolist() == [[0x76543210]]
     weight = RTN().quantize(np.zeros((1, 32), np.float32), QuantSpec(3))
     object.__setattr__(weight, "codes", (np.arange(32) % 8 - 4).astype(np.int8)[None])
-    assert ct.pack_layer("m", weight, True)["m.weight_packed"].view(np.uint32).tolist() == [[0x88FAC688, 0xC688FAC6, 0xFAC688FA]]
+    assert ct.pack_layer("m", weight, True)["m.weight_packed"].view(np.uint32).tolist() == [
+        [0x88FAC688, 0xC688FAC6, 0xFAC688FA]]
 
 
 FC = "encoder.layer.0.fc"

@@ -227,7 +227,8 @@ def test_int16_by_name_and_in_every_batch():
         codes = np.clip(d["codes"], -7, 7)
         whole = ops.linear_grouped(d["x"], codes, d["scales"], 32, bits, d["bias"], "silu", activations="int16")
         for lo, hi in ((0, 1), (1, 3), (8, 24), (69, 70)):
-            part = ops.linear_grouped(d["x"][lo:hi].copy(), codes, d["scales"], 32, bits, d["bias"], "silu", activations="int16")
+            part = ops.linear_grouped(d["x"][lo:hi].copy(), codes, d["scales"], 32, bits, d["bias"], "silu",
+                                      activations="int16")
             assert same_bits(part, whole[lo:hi].copy())
     scale = np.ascontiguousarray(d["scales"][:, 0])
     y = ops.linear_w8a8(d["x"], d["codes"], scale, d["bias"], activations="int16")
@@ -273,8 +274,10 @@ def test_outputs_on_a_static_grid(m, n, k):
     d = make(m, n, k)
     rng = np.random.default_rng(n)
     y = ops.linear_w8a8(d["x"], d["codes"], d["scales"][:, 0], d["bias"], "silu")
-    for scale, zero in ((np.float32(0.7), np.int32(100)), ((rng.random(n) * 3 + 0.1).astype(np.float32), rng.integers(0, 256, n).astype(np.int32))):
-        got = everywhere(lambda: ops.linear_w8a8(d["x"], d["codes"], d["scales"][:, 0], d["bias"], "silu", quantize=(scale, zero)))
+    for scale, zero in ((np.float32(0.7), np.int32(100)),
+                        ((rng.random(n) * 3 + 0.1).astype(np.float32), rng.integers(0, 256, n).astype(np.int32))):
+        got = everywhere(lambda: ops.linear_w8a8(d["x"], d["codes"], d["scales"][:, 0], d["bias"], "silu",
+                                                 quantize=(scale, zero)))
         want = np.clip(np.rint(y / scale) + zero, 0, 255).astype(np.uint8)
         assert got.dtype == np.uint8 and np.array_equal(got, want)
 
@@ -288,7 +291,8 @@ def test_requantized_outputs_by_name():
     q, scale, zero = ops.linear(d["x"], d["w"], d["bias"], quantize="asymmetric")
     assert q.dtype == np.uint8
     assert np.abs((q.astype(np.int32) - zero[:, None]) * scale[:, None] - y).max() <= scale.max() * 0.5001
-    for bad in ("int8", (np.float32(0), 0), (np.float32(1), 256), (np.ones(3, np.float32), np.zeros(3)), (np.float32(np.nan), 0)):
+    for bad in ("int8", (np.float32(0), 0), (np.float32(1), 256), (np.ones(3, np.float32), np.zeros(3)),
+                (np.float32(np.nan), 0)):
         with pytest.raises(ValueError, match="quantize|scale"):
             ops.linear(d["x"], d["w"], quantize=bad)
 
@@ -298,8 +302,10 @@ def test_rows_do_not_depend_on_the_batch():
     handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])
     grouped = _core.linear_pack_group(d["codes"], np.ones((96, 4), np.float32), 56, 8, None)
     dense = _core.linear_pack_f32(d["w"], d["bias"])
-    for run in (lambda x: _core.linear_forward(handle, x, 2, 2, None, 0), lambda x: _core.linear_forward(grouped, x, 1, 0, None, 0),
-                lambda x: _core.linear_forward(handle, x, 3, 2, None, 0), lambda x: _core.linear_forward(grouped, x, 3, 0, None, 0),
+    for run in (lambda x: _core.linear_forward(handle, x, 2, 2, None, 0),
+                lambda x: _core.linear_forward(grouped, x, 1, 0, None, 0),
+                lambda x: _core.linear_forward(handle, x, 3, 2, None, 0),
+                lambda x: _core.linear_forward(grouped, x, 3, 0, None, 0),
                 lambda x: _core.linear_forward(dense, x, 0, 3, None, 0)):
         whole = run(d["x"])
         for lo, hi in ((0, 1), (3, 8), (100, 141), (299, 300)):
@@ -328,7 +334,8 @@ def test_weights_beyond_the_second_level_cache(kind):
 
 def test_no_rows():
     d = make(1, 40, 24)
-    for handle, quant in ((_core.linear_pack_f32(d["w"], None), 0), (_core.linear_pack_s8(d["codes"], d["scales"][:, 0], None), 2)):
+    for handle, quant in ((_core.linear_pack_f32(d["w"], None), 0),
+                          (_core.linear_pack_s8(d["codes"], d["scales"][:, 0], None), 2)):
         assert _core.linear_forward(handle, np.zeros((0, 24), np.float32), quant, 0, None, 0).shape == (0, 40)
         q, scale, zero = _core.linear_forward(handle, np.zeros((0, 24), np.float32), quant, 0, None, 1)
         assert q.shape == (0, 40) and scale.shape == zero.shape == (0,)
@@ -348,7 +355,8 @@ def test_strided_unaligned_and_swapped_inputs():
     record["v"] = d["x"]
     for x in (wide[:, ::2], np.asfortranarray(d["x"]), unaligned, d["x"].astype(">f4"), frozen, record["v"]):
         assert same_bits(ops.linear(x, d["w"], d["bias"]), want)
-        assert same_bits(ops.linear_w8a8(x, d["codes"], d["scales"][:, 0]), ops.linear_w8a8(d["x"], d["codes"], d["scales"][:, 0]))
+        assert same_bits(ops.linear_w8a8(x, d["codes"], d["scales"][:, 0]),
+                         ops.linear_w8a8(d["x"], d["codes"], d["scales"][:, 0]))
     q = np.zeros((9, 100), np.uint8)[:, 5:45]
     q[:] = d["q"]
     handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], None)
@@ -372,6 +380,23 @@ def run_all(d, group=None):
 def test_every_size(axis, size):
     shape = {"m": 3, "n": 17, "k": 21, axis: size}
     everywhere(lambda d=make(shape["m"], shape["n"], shape["k"]): run_all(d))
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 32, 33, 48, 49])
+def test_every_tile_height_with_last_panels_of_every_kind(n, guarded):
+    """At most 16 columns, more, all 32: stored from the registers, or after the activation; an odd and an even number of
+    steps over k. The exact product by NumPy is the truth, the levels agree on the rest."""
+    for k in (20, 24):
+        d = {name: guarded(a) for name, a in make(26, n, k).items()}
+        handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0].copy(), d["bias"])
+        for m in range(1, 27):
+            x = (d["q"][:m].copy(), d["sx"][:m].copy(), d["zx"][:m].copy())
+            for act, residual in ((0, None), (1, d["residual"][:m].copy())):
+                got = everywhere(lambda x=x, act=act, residual=residual: _core.linear_forward(handle, x, 0, act, residual, 0))
+                real = (x[0].astype(np.float64) - x[2][:, None]) * x[1][:, None]
+                want = real @ (d["codes"] * d["scales"][:, :1].astype(np.float64)).T + d["bias"]
+                want = want if residual is None else np.maximum(want, 0) + residual
+                assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("m,n,k", SIZES)
@@ -413,7 +438,8 @@ def test_bad_arguments_are_named():
         (ValueError, r"w: expected 2 dimensions, got 1", lambda: ops.linear(d["x"], d["w"][0])),
         (ValueError, "x: expected 16 features, got 15", lambda: ops.linear(d["x"][:, :15], d["w"])),
         (ValueError, r"bias: expected shape \(6,\), got \(5,\)", lambda: ops.linear(d["x"], d["w"], d["bias"][:5])),
-        (ValueError, r"residual: expected shape \(4, 6\), got \(3, 6\)", lambda: ops.linear(d["x"], d["w"], residual=d["residual"][:3])),
+        (ValueError, r"residual: expected shape \(4, 6\), got \(3, 6\)",
+         lambda: ops.linear(d["x"], d["w"], residual=d["residual"][:3])),
         (ValueError, "activation: expected one of", lambda: ops.linear(d["x"], d["w"], activation="swish")),
         (ValueError, r"scale: expected shape \(6,\)", lambda: ops.linear_w8a8(d["x"], d["codes"], scale[:4])),
         (ValueError, "codes: -128 is not allowed", lambda: ops.linear_w8a8(d["x"], np.full((6, 16), -128, np.int8), scale)),
@@ -421,7 +447,8 @@ def test_bad_arguments_are_named():
         (ValueError, "group: expected a multiple of 8", lambda: ops.linear_grouped(d["x"], d["codes"], d["scales"], 12, 8)),
         (ValueError, "group: expected at least 1, got 0", lambda: ops.linear_grouped(d["x"], d["codes"], d["scales"], 0, 8)),
         (ValueError, "bits: expected 4 or 8, got 5", lambda: ops.linear_grouped(d["x"], d["codes"], d["scales"], 16, 5)),
-        (ValueError, "codes: outside -8..7", lambda: ops.linear_grouped(d["x"], np.full((6, 16), 8, np.int8), d["scales"], 16, 4)),
+        (ValueError, "codes: outside -8..7",
+         lambda: ops.linear_grouped(d["x"], np.full((6, 16), 8, np.int8), d["scales"], 16, 4)),
         (ValueError, "codes: 66001 input features", lambda: ops.linear_w8a8(
             np.zeros((1, 66001), np.float32), np.zeros((1, 66001), np.int8), np.ones(1, np.float32))),
     ]
@@ -458,8 +485,8 @@ def test_nan_and_inf_are_refused_with_the_row(bad):
 def test_private_functions_survive_nonsense():
     d = make(4, 6, 16)
     handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], None)
-    nonsense = [None, 4, "x", (), (1, 2, 3), (d["q"],), (d["q"], d["sx"], None), (d["q"], d["sx"][:2], d["zx"]), object(), d["q"],
-                (d["q"], d["sx"], d["zx"] + 300), np.zeros((2, 2, 2), np.float32)]
+    nonsense = [None, 4, "x", (), (1, 2, 3), (d["q"],), (d["q"], d["sx"], None), (d["q"], d["sx"][:2], d["zx"]), object(),
+                d["q"], (d["q"], d["sx"], d["zx"] + 300), np.zeros((2, 2, 2), np.float32)]
     for value in nonsense:
         with pytest.raises((TypeError, ValueError)):
             _core.linear_forward(handle, value, 0, 0, None, 0)

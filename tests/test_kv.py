@@ -16,7 +16,8 @@ from zquant import KVCache, _core, ops
 
 EPS = 1e-6
 # heads, kv heads, head_dim: groups of 1 to 40, dimensions that fill vectors and that do not
-SHAPES = [(1, 1, 1), (2, 1, 16), (4, 1, 32), (8, 1, 64), (4, 4, 20), (6, 3, 80), (2, 2, 128), (3, 1, 33), (32, 4, 16), (40, 1, 8)]
+SHAPES = [(1, 1, 1), (2, 1, 16), (4, 1, 32), (8, 1, 64), (4, 4, 20), (6, 3, 80), (2, 2, 128), (3, 1, 33), (32, 4, 16),
+          (40, 1, 8)]
 
 
 def tables(positions, half):
@@ -28,7 +29,8 @@ class Setting:
     """One attention layer's arguments, and random input for it."""
 
     def __init__(self, heads, kv_heads, d, tokens=512, rope=None, norm=False, window=0, int8=False, interleaved=False):
-        self.heads, self.kv_heads, self.d, self.window, self.int8, self.interleaved = heads, kv_heads, d, window, int8, interleaved
+        self.heads, self.kv_heads, self.d, self.window, self.int8, self.interleaved = (
+            heads, kv_heads, d, window, int8, interleaved)
         self.cos, self.sin = (None, None) if rope is None else tables(tokens, rope)
         self.norms = (make(d, seed=7), make(d, seed=8)) if norm else (None, None)
 
@@ -323,7 +325,8 @@ def test_awkward_arrays_give_the_same_bits(nasty_arrays):
 
 
 def test_kernels_do_not_read_behind_the_end(isa, guarded):
-    for heads, kv_heads, d, half, n in [(1, 1, 1, 0, 1), (4, 2, 5, 2, 33), (2, 1, 33, 16, 40), (8, 1, 16, 8, 65), (2, 2, 20, 7, 7)]:
+    for heads, kv_heads, d, half, n in [(1, 1, 1, 0, 1), (4, 2, 5, 2, 33), (2, 1, 33, 16, 40), (8, 1, 16, 8, 65),
+                                         (2, 2, 20, 7, 7)]:
         for int8 in (False, True):
             s = Setting(heads, kv_heads, d, norm=True, int8=int8)
             s.cos, s.sin = (guarded(t) for t in tables(n, half))
@@ -506,10 +509,14 @@ def test_the_good_arguments_are_good():
     (ValueError, "x: 8 columns cannot be shared out to 3 heads", lambda: ops.rotary(Z, P, *tables(10, 1), 3)),
     (ValueError, "cos: 4 columns are more than half of head_dim 4", lambda: ops.rotary(Z, P, *tables(10, 4), 2)),
     (ValueError, "q: expected 3 dimensions", lambda: ops.causal_attention(Z, Z, Z, 1)),
-    (ValueError, "num_heads: 8 columns of q cannot be shared out to 3 heads", lambda: ops.causal_attention(Z[None], Z[None], Z[None], 3)),
-    (ValueError, "num_kv_heads: expected a divisor of num_heads 4, got 3", lambda: ops.causal_attention(Z[None], Z[None], Z[None], 4, 3)),
-    (ValueError, r"k: expected shape \(1, 2, 4\), got \(1, 2, 8\)", lambda: ops.causal_attention(Z[None], Z[None], Z[None], 2, 1)),
-    (ValueError, "lengths: expected 0 to 2, got 3 to 3", lambda: ops.causal_attention(Z[None], Z[None], Z[None], 2, lengths=[3])),
+    (ValueError, "num_heads: 8 columns of q cannot be shared out to 3 heads",
+     lambda: ops.causal_attention(Z[None], Z[None], Z[None], 3)),
+    (ValueError, "num_kv_heads: expected a divisor of num_heads 4, got 3",
+     lambda: ops.causal_attention(Z[None], Z[None], Z[None], 4, 3)),
+    (ValueError, r"k: expected shape \(1, 2, 4\), got \(1, 2, 8\)",
+     lambda: ops.causal_attention(Z[None], Z[None], Z[None], 2, 1)),
+    (ValueError, "lengths: expected 0 to 2, got 3 to 3",
+     lambda: ops.causal_attention(Z[None], Z[None], Z[None], 2, lengths=[3])),
     (ValueError, "window: expected 0 to", lambda: ops.causal_attention(Z[None], Z[None], Z[None], 2, window=-2)),
 ])
 def test_wrong_arguments_are_named(error, message, call):

@@ -110,7 +110,8 @@ def test_small_and_empty(method, shape):
 
 
 @pytest.mark.parametrize("make", [lambda b: QuantSpec(b), lambda b: QuantSpec(b, granularity="group", group_size=16),
-                                  lambda b: QuantSpec(b, symmetric=False), lambda b: QuantSpec(b, granularity="row_block", blocks=3)])
+                                  lambda b: QuantSpec(b, symmetric=False),
+                                  lambda b: QuantSpec(b, granularity="row_block", blocks=3)])
 def test_error_falls_as_bits_rise(method, make):
     w = weights(24, 96)
     errors = [np.mean((method.quantize(w, make(bits)).dequantize() - w) ** 2) for bits in range(2, 9)]

@@ -136,7 +136,8 @@ def test_the_comparison_notices(fault, tiny):
         a, b = (f"encoder.layer.1.attention.self.{part}.weight" for part in ("query", "value"))
         tensors[a], tensors[b] = tensors[b], tensors[a]
     elif fault == "one bias off by 1e-3":
-        tensors["encoder.layer.0.output.dense.bias"] = tensors["encoder.layer.0.output.dense.bias"] + np.eye(1, HIDDEN, 5)[0] * 1e-3
+        tensors["encoder.layer.0.output.dense.bias"] = (
+            tensors["encoder.layer.0.output.dense.bias"] + np.eye(1, HIDDEN, 5)[0] * 1e-3)
     else:
         tensors["embeddings.position_embeddings.weight"] = np.roll(tensors["embeddings.position_embeddings.weight"], 1, 0)
     with pytest.raises(AssertionError):

@@ -32,7 +32,8 @@ def flat(result):
 
 def same_bits(a, b):
     a, b = flat(a), flat(b)
-    return len(a) == len(b) and all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in zip(a, b))
+    return len(a) == len(b) and all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+                                    for x, y in zip(a, b))
 
 
 def everywhere(run, *args, **kwargs):
@@ -54,7 +55,8 @@ def everywhere(run, *args, **kwargs):
 def assert_close(got, want, atol=0.0, rtol=0.0):
     error = np.abs(np.asarray(got, np.float64) - want)
     bound = atol + rtol * np.abs(want)
-    assert (error <= bound).all(), f"error {np.nanmax(error - bound)} beyond the bound at {np.unravel_index(np.argmax(error - bound), error.shape)}"
+    assert (error <= bound).all(), (f"error {np.nanmax(error - bound)} beyond the bound at "
+                                    f"{np.unravel_index(np.argmax(error - bound), error.shape)}")
 
 
 def test_the_comparators_see_a_planted_fault():
@@ -78,7 +80,8 @@ def test_the_comparators_see_a_planted_fault():
 def floats(n=40000):
     """Every exponent, both signs, and the ranges where the functions bend."""
     bits = np.random.default_rng(1).integers(0, 2**32, n, dtype=np.uint32).view(np.float32)
-    edges = np.array([0.0, -0.0, 5.625, -5.625, 6.0625, -6.0625, 89.5, -89.5, 86.98, 87.0, -86.98, -87.0, 88.7, 1e-45, -1e-45, 3.4e38, -3.4e38], np.float32)
+    edges = np.array([0.0, -0.0, 5.625, -5.625, 6.0625, -6.0625, 89.5, -89.5, 86.98, 87.0, -86.98, -87.0, 88.7,
+                      1e-45, -1e-45, 3.4e38, -3.4e38], np.float32)
     ramps = [np.linspace(-8, 8, n).astype(np.float32), np.linspace(-100, 100, n).astype(np.float32)]
     return np.concatenate([bits[np.isfinite(bits)], *ramps, np.nextafter(edges, np.float32(0)), edges])[None]
 
@@ -400,6 +403,35 @@ def test_values_that_are_not_finite_are_refused_with_their_row(isa, threads, bad
             ops.softmax(poisoned)
     with pytest.raises(ValueError, match="^weight: NaN or Inf in row 0$"):
         ops.layer_norm(x, poisoned[place[0]], w)
+
+
+@pytest.mark.parametrize("m,n", [(1, 7), (7, 16), (9, 130), (17, 384), (10, 1000), (3, 3100)])
+def test_a_row_does_not_depend_on_the_rows_beside_it(isa, m, n):
+    """Kernels take several rows at once; every third one here is so large that the norms have to rescale it."""
+    x, r, w, b = make(m, n), make(m, n, seed=1), make(n, seed=2), make(n, seed=3)
+    x[1::3] *= HUGE
+    calls = [lambda a, c: _core.softmax(a)]
+    for mode in (0, 1, 2):
+        calls += [lambda a, c, mode=mode: _core.layer_norm(a, None, w, b, 1e-5, mode),
+                  lambda a, c, mode=mode: _core.layer_norm(a, c, w, b, 1e-5, mode),
+                  lambda a, c, mode=mode: _core.rms_norm(a, None, w, 1e-5, mode),
+                  lambda a, c, mode=mode: _core.rms_norm(a, c, w, 1e-5, mode),
+                  lambda a, c, mode=mode: _core.activation(a, 4, mode), lambda a, c, mode=mode: _core.gated(a, c, 2, mode)]
+    for call in calls:
+        together = flat(call(x, r))
+        alone = [flat(call(x[i:i + 1], r[i:i + 1])) for i in range(m)]
+        assert same_bits(together, [np.concatenate(parts) for parts in zip(*alone)])
+
+
+@pytest.mark.parametrize("place", range(0, 19, 2))
+def test_the_first_bad_row_is_named_wherever_it_is_in_a_batch(isa, place):
+    x, w = make(19, 64), np.ones(64, np.float32)
+    x[place, 5] = x[18, 0] = np.nan
+    for mode in (0, 2):
+        for call in (lambda m: _core.layer_norm(x, None, w, w, 1e-5, m), lambda m: _core.rms_norm(x, None, w, 1e-5, m),
+                     lambda m: _core.activation(x, 2, m)):
+            with pytest.raises(ValueError, match=f"x: NaN or Inf in row {place}$"):
+                call(mode)
 
 
 def test_overflow_of_a_finite_input_is_an_error_and_never_nan():

@@ -36,7 +36,8 @@ QLINEAR_MATMUL = [
 # Integers of less than a byte to float: unpack and dequantize with scale 1. From float: Cast wraps modulo 2^bits where
 # quantizers saturate, so only its second half maps, integers in bytes to a stream of their low bits.
 NARROW = ("INT2", "INT4", "UINT2", "UINT4")
-CAST_FROM_NARROW = [f"test_cast_{t}_to_{to}" for t in NARROW for to in ("FLOAT", "FLOAT16", t.replace("2", "8").replace("4", "8"))]
+CAST_FROM_NARROW = [f"test_cast_{t}_to_{to}" for t in NARROW
+                    for to in ("FLOAT", "FLOAT16", t.replace("2", "8").replace("4", "8"))]
 CAST_TO_NARROW = [f"test_cast_{of}_to_{t}" for t in NARROW for of in ("FLOAT", "FLOAT16")]
 RUN = QUANTIZE + DEQUANTIZE + DYNAMIC + MATMUL + QLINEAR_MATMUL + CAST_FROM_NARROW + CAST_TO_NARROW
 
@@ -106,7 +107,8 @@ def equal(got, tensor: onnx_reader.Tensor) -> None:
 
 def layout(node, scale: np.ndarray) -> dict:
     """axis and block_size of a QuantizeLinear or DequantizeLinear; ONNX ignores the axis of a single scale."""
-    return {} if scale.size == 1 else {"axis": node.attributes.get("axis", 1), "block_size": node.attributes.get("block_size", 0)}
+    return {} if scale.size == 1 else {
+        "axis": node.attributes.get("axis", 1), "block_size": node.attributes.get("block_size", 0)}
 
 
 @pytest.mark.parametrize("name", QUANTIZE)

@@ -209,7 +209,8 @@ def test_float_linear_takes_codes_too():
     codes = Linear("id", RTN().quantize(np.eye(40, dtype=np.float32), CHANNEL), None, TOKEN_SYMMETRIC)(x, quantize="asymmetric")
     assert isinstance(codes, tuple) and layer.quant is None
     q, scale, zero = codes
-    np.testing.assert_array_equal(layer(codes), layer((q.astype(np.float32) - zero[:, None].astype(np.float32)) * scale[:, None]))
+    np.testing.assert_array_equal(layer(codes),
+                                  layer((q.astype(np.float32) - zero[:, None].astype(np.float32)) * scale[:, None]))
 
 
 def test_codes_of_minus_128_run_in_float32_on_the_same_values():
@@ -224,7 +225,8 @@ def test_codes_of_minus_128_run_in_float32_on_the_same_values():
         assert layer(x, quantize=layer.quant)[0].dtype == np.uint8
 
 
-@pytest.mark.parametrize("spec", [None, CHANNEL, GROUP4, QuantSpec(8, granularity="row_block", blocks=4), ASYMMETRIC[1]], ids=str)
+@pytest.mark.parametrize("spec", [None, CHANNEL, GROUP4, QuantSpec(8, granularity="row_block", blocks=4), ASYMMETRIC[1]],
+                         ids=str)
 def test_fuse_is_the_outputs_side_by_side(spec):
     layers = []
     for i, name in enumerate("qkv"):

@@ -64,9 +64,11 @@ def test_the_comparison_can_fail():
 
 def test_the_guard_page_stops_reads_behind_the_end():
     """The last byte can be read; the next one ends the process."""
-    code = "import conftest, ctypes, numpy as np; a = conftest.guard(np.zeros(5, np.int8)); ctypes.string_at(a.ctypes.data + {}, 1)"
+    code = ("import conftest, ctypes, numpy as np; a = conftest.guard(np.zeros(5, np.int8)); "
+            "ctypes.string_at(a.ctypes.data + {}, 1)")
     ran = [
-        subprocess.run([sys.executable, "-c", code.format(i)], cwd=Path(__file__).parent, env={**os.environ, "PYTHONPATH": ROOT})
+        subprocess.run([sys.executable, "-c", code.format(i)], cwd=Path(__file__).parent,
+                       env={**os.environ, "PYTHONPATH": ROOT})
         for i in (4, 5)
     ]
     assert ran[0].returncode == 0 and ran[1].returncode != 0
@@ -572,14 +574,17 @@ def test_other_types_are_refused_by_name(name, bad):
         (lambda x: ops.quantize_linear(x, SCALE3, axis=1), ValueError, r"scale: expected shape \(5,\), got \(3,\)"),
         (lambda x: ops.quantize_linear(x, SCALE3, axis=2), ValueError, "axis: expected -2 to 1, got 2"),
         (lambda x: ops.quantize_linear(x, SCALE3.astype(float), axis=0), TypeError, "scale: expected .*float32, got float64"),
-        (lambda x: ops.quantize_linear(x, SCALE3, axis=0, block_size=2), ValueError, "scale: blocks need an axis and a scale of 2"),
+        (lambda x: ops.quantize_linear(x, SCALE3, axis=0, block_size=2),
+         ValueError, "scale: blocks need an axis and a scale of 2"),
         (lambda x: ops.quantize_linear(x, 1.0, 128), ValueError, "zero_point: expected -128 to 127, got 128 to 128"),
         (lambda x: ops.quantize_linear(x, 1.0, 0.5), TypeError, "zero_point: expected integers, got float64"),
         (lambda x: ops.quantize_linear(x, 1.0, ZERO3), ValueError, r"zero_point: expected shape \(\), got \(3,\)"),
         (lambda x: ops.quantize_linear(x, 1.0, dtype="int3"), ValueError, "dtype: expected one of int2, .*, got int3"),
         (lambda x: ops.quantize_linear(x, 1.0, block_size=-1), ValueError, "block_size: expected at least 0, got -1"),
-        (lambda x: ops.dequantize_per_token(x.astype(np.int8), SCALE3[:2]), ValueError, r"scale: expected shape \(3,\), got \(2,\)"),
-        (lambda x: ops.dequantize_weight(x.astype(np.int8), SCALE3[:2]), ValueError, r"scales: expected shape \(3, 1\), got \(2, 1\)"),
+        (lambda x: ops.dequantize_per_token(x.astype(np.int8), SCALE3[:2]),
+         ValueError, r"scale: expected shape \(3,\), got \(2,\)"),
+        (lambda x: ops.dequantize_weight(x.astype(np.int8), SCALE3[:2]),
+         ValueError, r"scales: expected shape \(3, 1\), got \(2, 1\)"),
         (lambda x: ops.dequantize_weight(x.astype(np.uint8), SCALE3), TypeError, "codes: expected int8, got uint8"),
         (lambda x: ops.pack(x.astype(np.int8), 9), ValueError, "bits: expected 2 to 8, got 9"),
         (lambda x: ops.pack(x.astype(np.int8)[None], 4), ValueError, "codes: expected 1 to 2 dimensions, got 3"),
@@ -590,9 +595,11 @@ def test_other_types_are_refused_by_name(name, bad):
         (lambda x: _core.quantize_tokens(x[0], 1, False), ValueError, "x: expected 2 dimensions, got 1"),
         (lambda x: _core.quantize_tokens(x, 3, False), ValueError, "mode: expected 1 to 2, got 3"),
         (lambda x: _core.quantize_tokens(x, 1), TypeError, "quantize_tokens: expected 3 arguments, got 2"),
-        (lambda x: _core.quantize_static(x, SCALE3[:1], np.int32([9]), -8, 7, True), ValueError, "zero_point: expected -8 to 7, got 9"),
+        (lambda x: _core.quantize_static(x, SCALE3[:1], np.int32([9]), -8, 7, True),
+         ValueError, "zero_point: expected -8 to 7, got 9"),
         (lambda x: _core.quantize_static(x, SCALE3[:1], np.int32([0]), 0, 256, False), ValueError, "qmax: expected 0 to 255"),
-        (lambda x: _core.quantize_static(x, SCALE3, ZERO3, 0, 255, False), ValueError, r"scale: expected shape \(5,\), got \(3,\)"),
+        (lambda x: _core.quantize_static(x, SCALE3, ZERO3, 0, 255, False),
+         ValueError, r"scale: expected shape \(5,\), got \(3,\)"),
     ],
 )
 def test_refusals_say_what_and_why(call, error, text):

@@ -110,7 +110,8 @@ def test_saving_into_a_file_is_refused(tiny, tmp_path):
 
 
 def test_half_precision_tensors_stay_as_they_came(tmp_path):
-    tensors = {name: Stored((value.view(np.uint32) >> 16).astype(np.uint16), "BF16") for name, value in tensors_of("bert").items()}
+    tensors = {name: Stored((value.view(np.uint32) >> 16).astype(np.uint16), "BF16")
+               for name, value in tensors_of("bert").items()}
     source = write(tmp_path / "bf16", config_of("bert"), {})
     write_safetensors(source / "model.safetensors", tensors)
     q = zq.quantize(zq.load(source), "w8a8+e32")
@@ -166,7 +167,8 @@ def test_a_transformer_in_its_own_folder(minilm, tmp_path):
     (root / "1_Pooling" / "config.json").write_bytes((minilm.path / "1_Pooling" / "config.json").read_bytes())
     q = zq.quantize(zq.SentenceEncoder(root), "w8a8")
     saved = q.save(tmp_path / "saved")
-    assert not (saved / "config.json").exists() and "quantization_config" in (saved / "0_Transformer" / "config.json").read_text()
+    assert (not (saved / "config.json").exists()
+            and "quantization_config" in (saved / "0_Transformer" / "config.json").read_text())
     np.testing.assert_array_equal(zq.SentenceEncoder(saved).encode(["a b"]), q.encode(["a b"]))
 
 

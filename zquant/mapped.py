@@ -38,7 +38,8 @@ def release(array: np.ndarray) -> bool:
         base = base.base if isinstance(base, np.ndarray) else base.obj
     if not isinstance(base, mmap.mmap) or array.size == 0 or not hasattr(mmap, "MADV_DONTNEED"):
         return False
-    low, high = np.lib.array_utils.byte_bounds(array) if hasattr(np.lib, "array_utils") else np.byte_bounds(array)  # type: ignore[attr-defined]
+    low, high = (np.lib.array_utils.byte_bounds(array) if hasattr(np.lib, "array_utils")
+                 else np.byte_bounds(array))  # type: ignore[attr-defined]
     origin = np.frombuffer(base, np.uint8).__array_interface__["data"][0]
     first = -(-(low - origin) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: neighbours may be in use
     last = (high - origin) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -124,8 +124,8 @@ class QTensor:
             None, "relu", "gelu", "gelu_tanh" or "silu".
         activations
             Format of the rows of x: uint8 per token with a zero point by default; ``QuantSpec(8, granularity="token",
-            dynamic=True)`` is symmetric int8; None keeps x at int16 precision (symmetric weights) or multiplies float32 x with the dequantized
-            weights (asymmetric ones, and groups that the integer kernels do not take).
+            dynamic=True)`` is symmetric int8; None keeps x at int16 precision (symmetric weights) or multiplies float32 x
+            with the dequantized weights (asymmetric ones, and groups that the integer kernels do not take).
 
         Returns
         -------

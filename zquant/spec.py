@@ -222,8 +222,9 @@ class Scheme(_Data):
         ``w<bits>a8``, ``w<bits>a16`` (weights only) or ``w<bits>/<bits>a8`` (feed-forward / attention: ZeroQuant's
         mixed precision), then any of ``-sym`` (symmetric int8 activations; else asymmetric uint8), ``-g<size>`` (weights
         in groups along the input), ``-b<blocks>`` (blocks of whole rows), ``+e32`` (float word embeddings; else int8 per
-        row, as in ZeroQuant; ``+e8`` says so explicitly), ``+attn8`` (encoders: int8 attention). 8-bit weights have one scale per channel, fewer bits one per
-        64 inputs unless a suffix says otherwise; in mixed schemes the suffix is for the feed-forward layers.
+        row, as in ZeroQuant; ``+e8`` says so explicitly), ``+attn8`` (encoders: int8 attention). 8-bit weights have one
+        scale per channel, fewer bits one per 64 inputs unless a suffix says otherwise; in mixed schemes the suffix is for
+        the feed-forward layers.
 
         >>> Scheme.parse("w8a8-sym").activations
         QuantSpec(granularity='token', dynamic=True)

@@ -202,7 +202,8 @@ read_rope(PyObject *const *args, int64_t head_dim, zq_arg a[2], zq_rope *rope)
         return -1;
     }
     if (!a[0].arr != !a[1].arr) {
-        PyErr_Format(PyExc_ValueError, "%s: expected an array, as %s is one", a[0].arr ? "sin" : "cos", a[0].arr ? "cos" : "sin");
+        PyErr_Format(PyExc_ValueError, "%s: expected an array, as %s is one", a[0].arr ? "sin" : "cos",
+                     a[0].arr ? "cos" : "sin");
         return -1;
     }
     if (!a[0].arr) {
@@ -226,7 +227,8 @@ check_positions(const zq_arg *a, int64_t positions)
     const int64_t *p = a->data;
     for (int64_t i = 0; i < a->size; i++) {
         if (p[i] < 0 || p[i] >= positions) {
-            PyErr_Format(PyExc_ValueError, "positions: cos has rows 0 to %lld, got %lld", (long long)positions - 1, (long long)p[i]);
+            PyErr_Format(PyExc_ValueError, "positions: cos has rows 0 to %lld, got %lld", (long long)positions - 1,
+                         (long long)p[i]);
             return -1;
         }
     }
@@ -362,7 +364,8 @@ static int
 read_attend(PyObject *const *args, const zq_kv *kv, int64_t *layer, zq_arg *a, zq_kv_attention *t)
 {
     if (zq_int(args[A_LAYER], "layer", 0, kv->layers - 1, layer) < 0 || zq_in(args[A_QKV], "qkv", ZQ_F32, 2, 2, &a[QKV]) < 0 ||
-        read_heads(args[A_HEADS], kv, a[QKV].dim[1], t) < 0 || zq_read_offsets(args[A_OFFSETS], a[QKV].dim[0], &a[OFFSETS]) < 0 ||
+        read_heads(args[A_HEADS], kv, a[QKV].dim[1], t) < 0 ||
+        zq_read_offsets(args[A_OFFSETS], a[QKV].dim[0], &a[OFFSETS]) < 0 ||
         read_rope(args + A_COS, kv->head_dim, &a[COS], &t->rope) < 0 ||
         read_norm(args[A_QNORM], "q_norm", kv->head_dim, &a[QNORM], &t->q_norm) < 0 ||
         read_norm(args[A_KNORM], "k_norm", kv->head_dim, &a[KNORM], &t->k_norm) < 0 || zq_read_eps(args[A_EPS], &t->eps) < 0 ||

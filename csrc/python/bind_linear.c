@@ -207,7 +207,8 @@ parse_codes(PyObject *tuple, zq_arg a[3], zq_rows *x)
     if (PyArray_Check(q) && PyArray_NDIM((PyArrayObject *)q) == 2 && is_padded(q, PyArray_DIM((PyArrayObject *)q, 1))) {
         Py_INCREF(q);
         PyArrayObject *arr = (PyArrayObject *)q;
-        a[0] = (zq_arg){.arr = arr, .data = PyArray_DATA(arr), .ndim = 2, .dim = {PyArray_DIM(arr, 0), PyArray_DIM(arr, 1), 1, 1}};
+        a[0] = (zq_arg){.arr = arr, .data = PyArray_DATA(arr), .ndim = 2,
+                        .dim = {PyArray_DIM(arr, 0), PyArray_DIM(arr, 1), 1, 1}};
     }
     else if (pad_codes(q, &a[0]) < 0) {
         return -1;
@@ -252,7 +253,8 @@ parse_rows(const zq_linear *w, PyObject *o, int64_t quant, zq_arg a[3], zq_rows 
         x->ld_f32 = a[0].dim[1];
         x->quant = (zq_quant)quant;
         if (w->kind != ZQ_W_F32 && quant == ZQ_QUANT_NONE) {
-            PyErr_SetString(PyExc_ValueError, "quant_in: integer weights need 1 (symmetric), 2 (asymmetric) or 3 (int16) for float32 rows");
+            PyErr_SetString(PyExc_ValueError,
+                            "quant_in: integer weights need 1 (symmetric), 2 (asymmetric) or 3 (int16) for float32 rows");
             return -1;
         }
     }
@@ -318,6 +320,22 @@ parse_quant_out(PyObject *o, int64_t n, zq_arg a[2], zq_out *out)
     return 0;
 }
 
+/* Other Python threads run meanwhile, except during products so short (some 20 us with vector kernels, where Python
+ * switches threads every 5 ms) that giving up the lock and taking it again shows in their time. */
+static zq_status
+forward_unlocked(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out, int64_t *bad_row)
+{
+    enum { SHORT_PRODUCTS = 8 << 20 };
+    if ((double)m * (double)w->n * (double)w->k <= SHORT_PRODUCTS) {
+        return zq_linear_forward(w, x, m, out, bad_row);
+    }
+    zq_status s;
+    Py_BEGIN_ALLOW_THREADS
+    s = zq_linear_forward(w, x, m, out, bad_row);
+    Py_END_ALLOW_THREADS
+    return s;
+}
+
 static PyObject *
 py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -349,11 +367,8 @@ py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     }
     out.residual = a[RES].data;
     out.y = a[Y].data;
-    zq_status s;
     int64_t bad_row = 0;
-    Py_BEGIN_ALLOW_THREADS
-    s = zq_linear_forward(w, &x, m, &out, &bad_row);
-    Py_END_ALLOW_THREADS
+    const zq_status s = forward_unlocked(w, &x, m, &out, &bad_row);
     if (zq_check(s, x.f32 ? "x" : "y", bad_row) == 0) {
         result = out.quant == ZQ_QUANT_NONE     ? zq_give(&a[Y])
                  : out.quant == ZQ_QUANT_STATIC ? zq_give(&a[OUT])
@@ -457,7 +472,8 @@ PyMethodDef zq_methods_linear[] = {
     {"linear_pack_s8", FAST(py_pack_s8), METH_FASTCALL, "linear_pack_s8(codes, scale, bias) -> handle"},
     {"linear_pack_group", FAST(py_pack_group), METH_FASTCALL, "linear_pack_group(codes, scales, group, bits, bias) -> handle"},
     {"linear_forward", FAST(py_forward), METH_FASTCALL,
-     "linear_forward(handle, x, quant_in, act, residual, quant_out) -> y or (q, scale, zero), or q when quant_out is (scale, zero)"},
+     "linear_forward(handle, x, quant_in, act, residual, quant_out) -> y or (q, scale, zero), "
+     "or q when quant_out is (scale, zero)"},
     {"linear_bytes", py_bytes, METH_O, "linear_bytes(handle) -> bytes of packed weights"},
     {"gemm_s32", FAST(py_gemm_s32), METH_FASTCALL, "gemm_s32(a, handle, zero) -> int32 (m, n)"},
     {"check_finite", FAST(py_check_finite), METH_FASTCALL, "check_finite(x, name): ValueError that names the first bad row"},

@@ -41,8 +41,9 @@ py_layer_norm(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     float eps;
     int64_t quant, bad = 0;
     zq_rows_out out;
-    if (zq_count("layer_norm", nargs, NARGS) < 0 || zq_read_eps(args[EPS], &eps) < 0 || zq_read_quant(args[QUANT], &quant) < 0 ||
-        zq_in(args[X], "x", ZQ_F32, 2, 2, &a[X]) < 0 || read_like(args[RESIDUAL], "residual", 1, &a[X], &a[RESIDUAL]) < 0 ||
+    if (zq_count("layer_norm", nargs, NARGS) < 0 || zq_read_eps(args[EPS], &eps) < 0 ||
+        zq_read_quant(args[QUANT], &quant) < 0 || zq_in(args[X], "x", ZQ_F32, 2, 2, &a[X]) < 0 ||
+        read_like(args[RESIDUAL], "residual", 1, &a[X], &a[RESIDUAL]) < 0 ||
         zq_read_vector(args[GAMMA], "weight", a[X].dim[1], &a[GAMMA]) < 0 ||
         zq_read_vector(args[BETA], "bias", a[X].dim[1], &a[BETA]) < 0 ||
         zq_new_rows(a[X].dim[0], a[X].dim[1], 1, quant, &a[OUT], &out) < 0) {
@@ -289,7 +290,8 @@ PyMethodDef zq_methods_nn[] = {
     {"activation", FAST(py_activation), METH_FASTCALL, "activation(x, act, quant) -> y or codes"},
     {"gated", FAST(py_gated), METH_FASTCALL, "gated(gate, up, act, quant) -> y or codes: act(gate) * up"},
     {"softmax", py_softmax, METH_O, "softmax(x) -> y, over rows"},
-    {"attention", FAST(py_attention), METH_FASTCALL, "attention(q, k, v, offsets, heads, scale, key_mask | None[, int8]) -> out"},
+    {"attention", FAST(py_attention), METH_FASTCALL,
+     "attention(q, k, v, offsets, heads, scale, key_mask | None[, int8]) -> out"},
     {"attention_fused", FAST(py_attention_fused), METH_FASTCALL,
      "attention_fused(qkv, offsets, heads, scale, key_mask | None, quant[, int8]) -> out or codes"},
     {NULL, NULL, 0, NULL},

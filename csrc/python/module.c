@@ -162,7 +162,10 @@ static PyModuleDef_Slot slots[] = {
 };
 
 static struct PyModuleDef def = {
-    PyModuleDef_HEAD_INIT, .m_name = "zquant._core", .m_doc = "C kernels of zquant; call them through zquant.ops.", .m_slots = slots,
+    PyModuleDef_HEAD_INIT,
+    .m_name = "zquant._core",
+    .m_doc = "C kernels of zquant; call them through zquant.ops.",
+    .m_slots = slots,
 };
 
 PyMODINIT_FUNC

@@ -39,6 +39,27 @@ zq_softmax_tile_f32__ref(const zq_softmax_tile *t)
 }
 
 void
+zq_copy_rows_f32__ref(const float *x, int64_t rows, int64_t n, int64_t ldx, float *y, int64_t ldy)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < zq_round_up(n, 16); c++) {
+            y[r * ldy + c] = c < n ? x[r * ldx + c] : 0.0f;
+        }
+    }
+}
+
+void
+zq_divide_rows_f32__ref(const float *x, int64_t rows, int64_t n, int64_t ldx, const float *l, float *y, int64_t ldy)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        const float f = 1.0f / l[r];
+        for (int64_t j = 0; j < n; j++) {
+            y[r * ldy + j] = x[r * ldx + j] * f + 0.0f;
+        }
+    }
+}
+
+void
 zq_transpose_f32__ref(const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)
 {
     for (int64_t r = 0; r < rows; r++) {
@@ -98,36 +119,46 @@ zq_matmul_u8s8__ref(const zq_tile *t, int64_t panel, int accumulate)
 
 void
 zq_quantize_heads_f32_b8__ref(const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq,
-                              float *scale, int32_t *sum)
+                              float *scale)
 {
     for (int64_t i = 0; i < rows; i++, x += ldx, q += ldq) {
         const float inv = zq_code_scale(zq_absmax_f32__ref(x, n), &scale[i]);
-        uint32_t total = 0;
         for (int64_t j = 0; j < zq_round_up(n, 4); j++) {
-            const uint32_t code = (uint32_t)zq_small_rint(j < n ? x[j] * inv : 0.0f);
-            q[j] = (uint8_t)(code + (uint32_t)bias);
-            total += code;
+            q[j] = (uint8_t)((uint32_t)zq_small_rint(j < n ? x[j] * inv : 0.0f) + (uint32_t)bias);
         }
-        sum[i] = (int32_t)total;
     }
 }
 
 void
-zq_pack_columns_f32_s8__ref(const float *x, int64_t rows, int64_t n, uint8_t *q, float *scale)
+zq_pack_rows_s8__ref(const uint8_t *q, int64_t rows, int64_t n, uint8_t *panels, int32_t *colsum)
+{
+    for (int64_t i = 0; i < rows; i++, q += n) {
+        uint8_t *column = panels + i / ZQ_NR * ZQ_NR * n + i % ZQ_NR * 4;
+        int32_t sum = 0;
+        for (int64_t k = 0; k < n; k++) {
+            column[k / 4 * 4 * ZQ_NR + k % 4] = q[k];
+            sum += (int8_t)q[k];
+        }
+        colsum[i] = -128 * sum;
+    }
+}
+
+void
+zq_pack_columns_f32_s8__ref(const float *x, int64_t rows, int64_t n, int64_t ldx, uint8_t *q, float *scale)
 {
     const int64_t rows4 = zq_round_up(rows, 4);
-    for (int64_t j = 0; j < n; j++) {
+    for (int64_t j = 0; j < zq_round_up(n, ZQ_NR); j++) {
         uint32_t top = 0;
         float absmax;
-        for (int64_t k = 0; k < rows; k++) {
-            const uint32_t bits = zq_bits(fabsf(x[k * n + j]));
+        for (int64_t k = 0; j < n && k < rows; k++) {
+            const uint32_t bits = zq_bits(fabsf(x[k * ldx + j]));
             top = bits > top ? bits : top;
         }
         memcpy(&absmax, &top, sizeof absmax);
         const float inv = zq_code_scale(absmax, &scale[j]);
         uint8_t *column = q + j / ZQ_NR * ZQ_NR * rows4 + j % ZQ_NR * 4;
         for (int64_t k = 0; k < rows4; k++) {
-            column[k / 4 * 4 * ZQ_NR + k % 4] = (uint8_t)zq_small_rint(k < rows ? x[k * n + j] * inv : 0.0f);
+            column[k / 4 * 4 * ZQ_NR + k % 4] = (uint8_t)zq_small_rint(k < rows && j < n ? x[k * ldx + j] * inv : 0.0f);
         }
     }
 }

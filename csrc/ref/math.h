@@ -180,6 +180,28 @@ zq_rsqrt(float var, float eps)
     return 1.0f / sqrtf(zq_maxf(FLT_MIN, var + eps));
 }
 
+/* ---- softmax: the scalar steps between its passes ------------------------------------------------------- */
+
+/* The maximum is subtracted before exp, so that the largest term is 1. A row without a finite element has no maximum;
+ * shifting it by 0 gives zeros for -Inf and shows +Inf and NaN in the sum. */
+ZQ_INLINE float
+zq_softmax_shift(float max)
+{
+    return max == -INFINITY ? 0.0f : max;
+}
+
+ZQ_INLINE float
+zq_softmax_factor(float sum)
+{
+    return sum > 0.0f ? 1.0f / sum : 0.0f;
+}
+
+ZQ_INLINE int
+zq_softmax_finite(float max, float sum)
+{
+    return max < INFINITY && sum <= FLT_MAX;
+}
+
 /* One head rotated where (a, b) are neighbours: see zq_rope. The same C at every level: no vector of sixteen lanes has its
  * partners in order. */
 ZQ_INLINE void

@@ -61,9 +61,8 @@ load_row(const float *x, const float *residual, int64_t n, float *y)
     }
 }
 
-int
-zq_layernorm_f32__ref(const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps,
-                      float *y)
+static int
+layernorm(const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y)
 {
     load_row(x, residual, n, y);
     zq_moments s;
@@ -104,56 +103,55 @@ zq_rmsnorm_f32__ref(const float *x, const float *residual, const float *gamma, i
     return zq_is_finite(second);
 }
 
-int
-zq_layernorm_range_f32__ref(const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps,
-                            float *y, zq_range *range)
+/* The range of a row where one is asked for; bit `row` where the row is bad. */
+static unsigned
+bad_bit(int finite, const float *y, int64_t n, int64_t row, zq_range *range)
 {
-    const int finite = zq_layernorm_f32__ref(x, residual, gamma, beta, n, eps, y);
-    return zq_minmax_f32__ref(y, n, &range->lo, &range->hi) && finite;
-}
-
-int
-zq_rmsnorm_range_f32__ref(const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y,
-                          zq_range *range)
-{
-    const int finite = zq_rmsnorm_f32__ref(x, residual, gamma, n, eps, y);
-    return zq_minmax_f32__ref(y, n, &range->lo, &range->hi) && finite;
-}
-
-int
-zq_activation_f32__ref(const float *x, int64_t n, zq_activation act, float *y)
-{
-    int finite = 1;
-    for (int64_t i = 0; i < n; i++) {
-        finite &= zq_is_finite(x[i]);
-        y[i] = zq_activate1(x[i], act);
+    if (range) {
+        finite &= zq_minmax_f32__ref(y, n, &range[row].lo, &range[row].hi);
     }
-    return finite;
+    return (unsigned)!finite << row;
 }
 
-int
-zq_gated_f32__ref(const float *gate, const float *up, int64_t n, zq_activation act, float *y)
+unsigned
+zq_layernorm_rows_f32__ref(const float *x, const float *residual, const float *gamma, const float *beta, int64_t rows,
+                           int64_t n, float eps, float *y, zq_range *range)
 {
-    int finite = 1;
-    for (int64_t i = 0; i < n; i++) {
-        finite &= zq_is_finite(gate[i]) & zq_is_finite(up[i]);
-        y[i] = zq_activate1(gate[i], act) * up[i];
+    unsigned bad = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        const int finite = layernorm(x + r * n, residual ? residual + r * n : NULL, gamma, beta, n, eps, y + r * n);
+        bad |= bad_bit(finite, y + r * n, n, r, range);
     }
-    return finite;
+    return bad;
 }
 
-int
-zq_activation_range_f32__ref(const float *x, int64_t n, zq_activation act, float *y, zq_range *range)
+unsigned
+zq_rmsnorm_rows_f32__ref(const float *x, const float *residual, const float *gamma, int64_t rows, int64_t n, float eps,
+                         float *y, zq_range *range)
 {
-    const int finite = zq_activation_f32__ref(x, n, act, y);
-    return zq_minmax_f32__ref(y, n, &range->lo, &range->hi) && finite;
+    unsigned bad = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        const int finite = zq_rmsnorm_f32__ref(x + r * n, residual ? residual + r * n : NULL, gamma, n, eps, y + r * n);
+        bad |= bad_bit(finite, y + r * n, n, r, range);
+    }
+    return bad;
 }
 
-int
-zq_gated_range_f32__ref(const float *gate, const float *up, int64_t n, zq_activation act, float *y, zq_range *range)
+unsigned
+zq_activation_rows_f32__ref(const float *x, const float *up, int64_t rows, int64_t n, zq_activation act, float *y,
+                            zq_range *range)
 {
-    const int finite = zq_gated_f32__ref(gate, up, n, act, y);
-    return zq_minmax_f32__ref(y, n, &range->lo, &range->hi) && finite;
+    unsigned bad = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        int finite = 1;
+        for (int64_t i = r * n; i < (r + 1) * n; i++) {
+            const float u = up ? up[i] : 1.0f;
+            finite &= zq_is_finite(x[i]) & zq_is_finite(u);
+            y[i] = zq_activate1(x[i], act) * u;
+        }
+        bad |= bad_bit(finite, y + r * n, n, r, range);
+    }
+    return bad;
 }
 
 float
@@ -169,13 +167,20 @@ zq_max_f32__ref(const float *x, int64_t n)
     return reduce(s, zq_maxf);
 }
 
-float
-zq_exp_sum_f32__ref(const float *x, int64_t n, float scale, float shift, float *y)
+unsigned
+zq_softmax_rows_f32__ref(const float *x, int64_t rows, int64_t n, float *y)
 {
-    for (int64_t i = 0; i < n; i++) {
-        y[i] = zq_exp(fmaf(x[i], scale, -shift));
+    unsigned bad = 0;
+    for (int64_t r = 0; r < rows; r++, x += n, y += n) {
+        const float max = zq_max_f32__ref(x, n), shift = zq_softmax_shift(max);
+        for (int64_t i = 0; i < n; i++) {
+            y[i] = zq_exp(x[i] - shift);
+        }
+        const float sum = row_sum(y, n);
+        zq_scale_f32__ref(y, n, zq_softmax_factor(sum), y);
+        bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
     }
-    return row_sum(y, n);
+    return bad;
 }
 
 void

@@ -16,6 +16,75 @@ v16_exp2(v16 t)
     return v16_mul(p, v16_from_bits(v16i_shl(v16_bits(k), 23)));
 }
 
+/* ---- moving rows ---- */
+
+/* 8 x 8 floats: pairs, then quads, then the 128-bit halves. */
+ZQ_INLINE void
+transpose_8x8(const float *x, int64_t ldx, float *y, int64_t ldy)
+{
+    __m256 r[8], p[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        r[i] = _mm256_loadu_ps(x + i * ldx);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 2) {
+        p[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(p[i], p[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0xee);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(y + i * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(y + (i + 4) * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
+
+static void
+transpose_f32(const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)
+{
+    const int64_t rows8 = rows & ~(int64_t)7, cols8 = cols & ~(int64_t)7;
+    for (int64_t r = 0; r < rows8; r += 8) {
+        for (int64_t c = 0; c < cols8; c += 8) {
+            transpose_8x8(x + r * ldx + c, ldx, y + c * ldy + r, ldy);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = r < rows8 ? cols8 : 0; c < cols; c++) {
+            y[c * ldy + r] = x[r * ldx + c];
+        }
+    }
+}
+
+static void
+copy_rows_f32(const float *x, int64_t rows, int64_t n, int64_t ldx, float *y, int64_t ldy)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t j = 0; j < n; j += 16) {
+            v16_store(y + r * ldy + j, load16(x + r * ldx + j, n - j));
+        }
+    }
+}
+
+static void
+divide_rows_f32(const float *x, int64_t rows, int64_t n, int64_t ldx, const float *l, float *y, int64_t ldy)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        const v16 f = v16_set1(1.0f / l[r]);
+        for (int64_t j = 0; j < n; j += 16) {
+            store16(y + r * ldy + j, v16_add(v16_mul(load16(x + r * ldx + j, n - j), f), v16_zero()), n - j);
+        }
+    }
+}
+
+/* ---- softmax ---- */
+
 /* m, l and o of the rows brought to the maximum of this tile too. l lacks the tile's own sum. A loop of its own, and so are
  * the three below: horizontal steps have long latencies, and only rows side by side hide them. */
 static void
@@ -120,17 +189,12 @@ softmax_tile_u8(const zq_softmax_tile *t)
     assert(t->rows <= MATMUL_MR);
     raise_max(t);
     for (int64_t i = 0; i < t->rows; i++) {
-        v16i_store(lanes[i], code_row(t->s + i * t->lds, t->keys, v16_set1(t->max[i]), v16_set1(t->factor[i]), t->p + i * t->ldp));
+        v16i_store(lanes[i], code_row(t->s + i * t->lds, t->keys, v16_set1(t->max[i]), v16_set1(t->factor[i]),
+                                      t->p + i * t->ldp));
     }
     for (int64_t i = 0; i < t->rows; i++) {
         t->sum[i] += (float)(int32_t)((uint32_t)v16i_hsum(v16i_load(lanes[i])) - extra);
     }
-}
-
-ZQ_INLINE v16i
-v16_small_rint(v16 x)
-{
-    return v16i_sub(v16_bits(v16_add(x, v16_set1(ZQ_CODE_ROUND))), v16_bits(v16_set1(ZQ_CODE_ROUND)));
 }
 
 ZQ_INLINE v16i
@@ -139,71 +203,140 @@ v16_abs_bits(v16 x)
     return v16i_and(v16_bits(x), v16i_set1(0x7fffffff));
 }
 
-static void
-quantize_head(const float *x, int64_t n, float inv, int bias, uint8_t *q, int32_t *sum)
+/* zq_code_scale of sixteen. */
+ZQ_INLINE v16
+code_scales(v16 absmax, float *scale)
 {
-    v16i total = v16i_zero();
-    const v16 f = v16_set1(inv);
+    const v16 least = v16_set1(127.0f * FLT_MIN), whole = v16_set1(127.0f);
+    v16_store(scale, v16_select_lt(absmax, least, v16_set1(1.0f), v16_div(absmax, whole)));
+    return v16_select_lt(absmax, least, v16_zero(), v16_div(whole, absmax));
+}
+
+/* Codes of one row. The bias is even, so that x + (ZQ_CODE_ROUND + bias) rounds as x + ZQ_CODE_ROUND does. */
+ZQ_INLINE void
+quantize_head(const float *x, int64_t n, v16 inv, v16 round, uint8_t *q)
+{
     int64_t j = 0;
+#pragma GCC unroll 4
     for (; j + 16 <= n; j += 16) {
-        const v16i code = v16_small_rint(v16_mul(v16_load(x + j), f));
-        v16i_store_b8(q + j, v16i_add(code, v16i_set1(bias)));
-        total = v16i_add(total, code);
+        v16i_store_b8(q + j, v16_bits(v16_add(v16_mul(v16_load(x + j), inv), round)));
     }
     if (j < n) {
-        const v16i code = v16_small_rint(v16_mul(v16_loadn(x + j, n - j), f));
-        v16i_storen_b8(q + j, v16i_add(code, v16i_set1(bias)), zq_round_up(n - j, 4));
-        total = v16i_add(total, code);
-    }
-    *sum = v16i_hsum(total);
-}
-
-static void
-quantize_heads_f32_b8(const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale,
-                      int32_t *sum)
-{
-    for (int64_t i = 0; i < rows; i++) { /* the scales first, so that their latencies overlap */
-        v16i top = v16i_zero();
-        for (int64_t j = 0; j < n; j += 16) {
-            top = v16i_max(top, v16_abs_bits(n - j < 16 ? v16_loadn(x + i * ldx + j, n - j) : v16_load(x + i * ldx + j)));
-        }
-        const int32_t bits = v16i_hmax(top);
-        memcpy(&scale[i], &bits, sizeof bits);
-    }
-    for (int64_t i = 0; i < rows; i++) {
-        const float inv = zq_code_scale(scale[i], &scale[i]);
-        quantize_head(x + i * ldx, n, inv, bias, q + i * ldq, &sum[i]);
+        const v16i code = v16_bits(v16_add(v16_mul(v16_loadn(x + j, n - j), inv), round));
+        v16i_storen_b8(q + j, code, zq_round_up(n - j, 4));
     }
 }
 
-/* Sixteen columns: four rows of codes make a word each. */
+/* Up to sixteen rows: the scales first, so that their latencies overlap. */
 ZQ_INLINE void
-pack_sixteen(const float *x, int64_t rows, int64_t n, uint8_t *q, float *scale)
+quantize_sixteen(const float *x, int64_t rows, int64_t n, int64_t ldx, v16 round, uint8_t *q, int64_t ldq, float *scale)
 {
-    v16i top = v16i_zero();
-    for (int64_t k = 0; k < rows; k++) {
-        top = v16i_max(top, v16_abs_bits(v16_load(x + k * n)));
-    }
-    const v16 absmax = v16_from_bits(top), least = v16_set1(127.0f * FLT_MIN), whole = v16_set1(127.0f);
-    v16_store(scale, v16_select_lt(absmax, least, v16_set1(1.0f), v16_div(absmax, whole)));
-    const v16 inv = v16_select_lt(absmax, least, v16_zero(), v16_div(whole, absmax));
-    const v16i low = v16i_set1(255);
-    for (int64_t k = 0; k < rows; k += 4, q += 4 * ZQ_NR) {
-        v16i word = v16i_zero();
+    v16i top[16];
+    float found[16], inv[16];
+    for (int64_t i = 0; i < 16; i++) {
+        top[i] = v16i_zero();
 #pragma GCC unroll 4
-        for (int u = 3; u >= 0; u--) {
-            const v16 row = k + u < rows ? v16_load(x + (k + u) * n) : v16_zero();
-            word = v16i_or(v16i_shl(word, 8), v16i_and(v16_small_rint(v16_mul(row, inv)), low));
+        for (int64_t j = 0; i < rows && j < n; j += 16) {
+            top[i] = v16i_max(top[i], v16_abs_bits(load16(x + i * ldx + j, n - j)));
         }
-        v16i_store((int32_t *)(void *)q, word);
+    }
+    v16_store(inv, code_scales(v16_from_bits(v16i_hmax16(top)), found));
+    memcpy(scale, found, (size_t)rows * sizeof *scale);
+    for (int64_t i = 0; i < rows; i++) {
+        quantize_head(x + i * ldx, n, v16_set1(inv[i]), round, q + i * ldq);
+    }
+}
+
+ZQ_INLINE void
+quantize_heads(const float *x, int64_t rows, const int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)
+{
+    const v16 round = v16_set1(ZQ_CODE_ROUND + (float)bias);
+    int64_t i = 0;
+    for (; i + 16 <= rows; i += 16) {
+        quantize_sixteen(x + i * ldx, 16, n, ldx, round, q + i * ldq, ldq, scale + i);
+    }
+    if (i < rows) {
+        quantize_sixteen(x + i * ldx, rows - i, n, ldx, round, q + i * ldq, ldq, scale + i);
+    }
+}
+
+/* The usual widths are constants: loops of one to four vectors cost less than their branches. */
+static void
+quantize_heads_f32_b8(const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)
+{
+    switch (n) {
+    case 32: quantize_heads(x, rows, 32, ldx, bias, q, ldq, scale); break;
+    case 64: quantize_heads(x, rows, 64, ldx, bias, q, ldq, scale); break;
+    default: quantize_heads(x, rows, n, ldx, bias, q, ldq, scale);
+    }
+}
+
+/* A word of four codes is moved as a float is. */
+static void
+pack_rows_s8(const uint8_t *q, int64_t rows, int64_t n, uint8_t *panels, int32_t *colsum)
+{
+    for (int64_t i = 0; i < rows; i += ZQ_NR) {
+        const int64_t here = zq_min(ZQ_NR, rows - i);
+        uint8_t *panel = panels + i * n;
+        transpose_f32((const float *)(const void *)(q + i * n), here, n / 4, n / 4, (float *)(void *)panel, ZQ_NR);
+        for (int64_t j = 0; j < here; j += 16) {
+            v16i sum = v16i_zero();
+            for (int64_t k = 0; k < n; k += 4) {
+                const v16i words = v16i_load((const int32_t *)(const void *)(panel + k * ZQ_NR) + j);
+                sum = v16i_dot4(sum, v16i_set1((int32_t)0x80808080), words);
+            }
+            v16i_store(colsum + i + j, v16i_sub(v16i_zero(), sum));
+        }
+    }
+}
+
+/* Four rows of codes make a word each; m of its sixteen columns are there. */
+ZQ_INLINE v16i
+pack_word(const float *x, int64_t rows, int64_t ldx, v16 inv, int64_t m)
+{
+    const v16i low = v16i_set1(255);
+    v16i word = v16i_zero();
+#pragma GCC unroll 4
+    for (int u = 3; u >= 0; u--) {
+        const v16 row = u < rows ? load16(x + u * ldx, m) : v16_zero();
+        word = v16i_or(v16i_shl(word, 8), v16i_and(v16_bits(v16_add(v16_mul(row, inv), v16_set1(ZQ_CODE_ROUND))), low));
+    }
+    return word;
+}
+
+/* Up to sixteen columns. */
+ZQ_INLINE void
+pack_sixteen(const float *x, int64_t rows, int64_t m, int64_t ldx, uint8_t *q, float *scale)
+{
+    v16i top[2] = {v16i_zero(), v16i_zero()};
+    int64_t k = 0;
+    for (; k + 2 <= rows; k += 2) {
+        top[0] = v16i_max(top[0], v16_abs_bits(load16(x + k * ldx, m)));
+        top[1] = v16i_max(top[1], v16_abs_bits(load16(x + (k + 1) * ldx, m)));
+    }
+    if (k < rows) {
+        top[0] = v16i_max(top[0], v16_abs_bits(load16(x + k * ldx, m)));
+    }
+    const v16 inv = code_scales(v16_from_bits(v16i_max(top[0], top[1])), scale);
+    for (k = 0; k + 4 <= rows; k += 4, q += 4 * ZQ_NR) {
+        v16i_store((int32_t *)(void *)q, pack_word(x + k * ldx, 4, ldx, inv, m));
+    }
+    if (k < rows) {
+        v16i_store((int32_t *)(void *)q, pack_word(x + k * ldx, rows - k, ldx, inv, m));
     }
 }
 
 static void
-pack_columns_f32_s8(const float *x, int64_t rows, int64_t n, uint8_t *q, float *scale)
+pack_columns_f32_s8(const float *x, int64_t rows, int64_t n, int64_t ldx, uint8_t *q, float *scale)
 {
-    for (int64_t j = 0; j < n; j += 16) {
-        pack_sixteen(x + j, rows, n, q + j / ZQ_NR * ZQ_NR * zq_round_up(rows, 4) + j % ZQ_NR * 4, scale + j);
+    for (int64_t j = 0; j < zq_round_up(n, ZQ_NR); j += 16) {
+        uint8_t *panel = q + j / ZQ_NR * ZQ_NR * zq_round_up(rows, 4) + j % ZQ_NR * 4;
+        if (j + 16 <= n) {
+            pack_sixteen(x + j, rows, 16, ldx, panel, scale + j);
+        }
+        else {
+            pack_sixteen(x + zq_min(j, n), rows, zq_max(0, n - j), ldx, panel, scale + j);
+        }
     }
 }
 
@@ -289,50 +422,6 @@ matmul_u8s8(const zq_tile *t, int64_t panel, int accumulate)
 
 /* ---- float32 ---- */
 
-/* 8 x 8 floats: pairs, then quads, then the 128-bit halves. */
-ZQ_INLINE void
-transpose_8x8(const float *x, int64_t ldx, float *y, int64_t ldy)
-{
-    __m256 r[8], p[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        r[i] = _mm256_loadu_ps(x + i * ldx);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i += 2) {
-        p[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
-        r[i + 1] = _mm256_shuffle_ps(p[i], p[i + 2], 0xee);
-        r[i + 2] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0x44);
-        r[i + 3] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0xee);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(y + i * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(y + (i + 4) * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-    }
-}
-
-static void
-transpose_f32(const float *x, int64_t rows, int64_t cols, int64_t ldx, float *y, int64_t ldy)
-{
-    const int64_t rows8 = rows & ~(int64_t)7, cols8 = cols & ~(int64_t)7;
-    for (int64_t r = 0; r < rows8; r += 8) {
-        for (int64_t c = 0; c < cols8; c += 8) {
-            transpose_8x8(x + r * ldx + c, ldx, y + c * ldy + r, ldy);
-        }
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t c = r < rows8 ? cols8 : 0; c < cols; c++) {
-            y[c * ldy + r] = x[r * ldx + c];
-        }
-    }
-}
-
 /* mr x 16 nv accumulators stay in registers; mr and nv are constants in every call. */
 ZQ_INLINE void
 matmul_tile(const zq_tile *t, int64_t col, int64_t ldb, int accumulate, const int mr, const int nv)
@@ -353,8 +442,8 @@ matmul_tile(const zq_tile *t, int64_t col, int64_t ldb, int accumulate, const in
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) {
             bk[j] = v16_load(b + k * ldb + 16 * j);
-            if (mr <= 8) { /* so few rows wait for memory: a decoding step reads every page of keys once */
-                _mm_prefetch((const char *)(b + (k + 12) * ldb + 16 * j), _MM_HINT_T0);
+            if (mr <= 8) { /* so few rows wait for memory: a decoding step reads every page of keys once, 4 KiB ahead */
+                _mm_prefetch((const char *)(b + k * ldb + 16 * j + 1024), _MM_HINT_T0);
             }
         }
 #pragma GCC unroll 16
@@ -419,7 +508,10 @@ fill_attention(zq_kernels *t)
     t->softmax_tile_u8 = softmax_tile_u8;
     t->matmul_u8s8 = matmul_u8s8;
     t->quantize_heads_f32_b8 = quantize_heads_f32_b8;
+    t->pack_rows_s8 = pack_rows_s8;
     t->pack_columns_f32_s8 = pack_columns_f32_s8;
+    t->copy_rows_f32 = copy_rows_f32;
+    t->divide_rows_f32 = divide_rows_f32;
     t->transpose_f32 = transpose_f32;
     t->matmul_f32 = matmul_f32;
     t->mr_matmul = MATMUL_MR;

@@ -1,8 +1,12 @@
 /* What the tiles of the two 256-bit levels (avx2, avxvnni) share: 3 rows by a whole panel of 32 columns. The 12
  * accumulators leave 4 registers. Half panels with 5 or 6 rows load less, but lose up to a tenth where the panel lies in
- * L2, which they read twice, every other line each time. */
-enum { MR = 3, NV = 4 };
+ * L2, which they read twice, every other line each time.
+ *
+ * Codes of four bits are worth it, as every load costs a shift and two masks as well: 6 rows by 16 columns, both halves of
+ * a panel in turn within a group, whose 2 KiB stay in L1. */
+enum { MR = 3, NV = 4, MR_GROUP = 6 };
 #define ROWS3(X, far) X(1, far) X(2, far) X(3, far)
+#define ROWS6(X, far) ROWS3(X, far) X(4, far) X(5, far) X(6, far)
 
 ZQ_INLINE __m256i
 load256(const void *p)
@@ -16,6 +20,25 @@ broadcast4(const uint8_t *a)
     int32_t v;
     memcpy(&v, a, 4);
     return _mm256_set1_epi32(v);
+}
+
+#define X16(v) {v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}
+static const _Alignas(32) int16_t low_nibbles[16] = X16(0x0f0f);
+
+/* A constant that stays in memory, as an operand: in loops that need all registers for something else. */
+ZQ_INLINE __m256i
+constant16(const int16_t *p)
+{
+    __asm__("" : "+r"(p));
+    return load256(p);
+}
+
+/* The low or the high nibbles of 32 bytes */
+ZQ_INLINE __m256i
+nibbles(const uint8_t *b, const int high)
+{
+    const __m256i w = load256(b);
+    return _mm256_and_si256(high ? _mm256_srli_epi16(w, 4) : w, constant16(low_nibbles));
 }
 
 /* From here on what p points to lies in memory, and nothing read before is still in a register. */
@@ -34,6 +57,21 @@ prefetch_ahead(const int far, const zq_tile *t, const void *b)
         _mm_prefetch(p, _MM_HINT_T0);
         if (far == 2) {
             _mm_prefetch(p + 64, _MM_HINT_T0);
+        }
+    }
+}
+
+/* The same for half a panel's 64 bytes at b: of one line, the first half asks for it; of two, each half for its own. */
+ZQ_INLINE void
+prefetch_half(const int far, const zq_tile *t, const uint8_t *b)
+{
+    if (far) {
+        const int64_t at = b - (const uint8_t *)t->b;
+        if (far == 2) {
+            _mm_prefetch(t->ahead + at, _MM_HINT_T0);
+        }
+        else {
+            _mm_prefetch(t->ahead + at / 128 * t->ahead_step, _MM_HINT_T0);
         }
     }
 }

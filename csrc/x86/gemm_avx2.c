@@ -27,7 +27,7 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX2)
 
 #include "gemm_256.inc.h"
 
-enum { MR_GROUP = 4, KB = 1024 };
+enum { KB = 1024 };
 
 /* ---- W8A8 ------------------------------------------------------------------------------------------- */
 
@@ -151,40 +151,86 @@ zq_gemm_u8s8_s32_3x32__avx2(const zq_tile *t, int32_t *y, int64_t ldy)
     }
 }
 
+static const _Alignas(32) int16_t ones[16] = X16(1);
+
 /* ---- groups ------------------------------------------------------------------------------------------ */
 
-/* 16 products deep in int16: vpmaddubsw is exact for codes of four bits, 15 * 128 * 2 = 3840, and eight of these fit. So: up
- * to 32 k (`steps` of 8) into int16, then vpmaddwd by ones and an addition to the sums. Both nibbles of a byte come out of
- * one load each: keeping them needs too many registers. */
+/* Four deep: one nibble of 16 columns' codes times activations, into int16. */
 ZQ_INLINE void
-chunk_u4(const int mr, int64_t lda, const uint8_t *a, int64_t steps, const uint8_t *b, v16i *sums)
+step_u4(const int mr, const int first, const int high, int64_t lda, const uint8_t *a, const uint8_t *b,
+        __m256i acc[MR_GROUP][2])
 {
-    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256i acc[MR_GROUP][2];
+    const __m256i w0 = nibbles(b, high), w1 = nibbles(b + 32, high);
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
-        acc[i][0] = acc[i][1] = _mm256_setzero_si256();
+        const __m256i x = broadcast4(a + i * lda + 4 * high);
+        const __m256i p0 = _mm256_maddubs_epi16(w0, x), p1 = _mm256_maddubs_epi16(w1, x);
+        acc[i][0] = first ? p0 : _mm256_add_epi16(acc[i][0], p0);
+        acc[i][1] = first ? p1 : _mm256_add_epi16(acc[i][1], p1);
+        /* gcc would add the products of both nibbles first, and keep all of the first nibbles' meanwhile */
+        __asm__("" : "+x"(acc[i][0]), "+x"(acc[i][1]));
     }
-    for (; steps > 0; steps--, a += ZQ_KSTEP, b += ZQ_NR * 4) {
-#pragma GCC unroll 2
-        for (int high = 0; high < 2; high++) {
-            const __m256i w0 = _mm256_and_si256(_mm256_srli_epi16(load256(b), 4 * high), low);
-            const __m256i w1 = _mm256_and_si256(_mm256_srli_epi16(load256(b + 32), 4 * high), low);
+    leave_registers(b);
+}
+
+/* 16 products deep in int16: vpmaddubsw is exact for codes of four bits, 15 * 128 * 2 = 3840, and eight of these fit. So: up
+ * to 32 k (`steps` of 8) into int16, then vpmaddwd by ones and an addition to the sums: the sequence that bench_kernels.py
+ * takes as the ceiling. The chunk as assembly, without gcc's copies, and codes unpacked once for 12 rows were no faster. */
+ZQ_INLINE void
+chunk_u4(const int mr, const int far, const zq_tile *t, const uint8_t *a, int64_t steps, const uint8_t *b, v16i *sums)
+{
+    __m256i acc[MR_GROUP][2];
+    prefetch_half(far, t, b);
+    step_u4(mr, 1, 0, t->lda, a, b, acc);
+    step_u4(mr, 0, 1, t->lda, a, b, acc);
+    while (--steps > 0) {
+        a += ZQ_KSTEP;
+        b += ZQ_NR * 4;
+        prefetch_half(far, t, b);
+        step_u4(mr, 0, 0, t->lda, a, b, acc);
+        step_u4(mr, 0, 1, t->lda, a, b, acc);
+    }
 #pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+        sums[i].lo = _mm256_add_epi32(sums[i].lo, _mm256_madd_epi16(acc[i][0], constant16(ones)));
+        sums[i].hi = _mm256_add_epi32(sums[i].hi, _mm256_madd_epi16(acc[i][1], constant16(ones)));
+    }
+    leave_registers(sums);
+}
+
+/* f = fma(sum of a group, its scale, f) over the groups. The sums lie in memory: int16 takes the registers. */
+ZQ_INLINE void
+tile_u4(const int mr, const int far, const zq_tile *t)
+{
+    v16 f[2][MR_GROUP];
+    v16i sums[MR_GROUP];
+    const uint8_t *panel = t->b, *a = t->a;
+    const int32_t *start = t->start;
+    for (int i = 0; i < mr; i++) {
+        f[0][i] = f[1][i] = v16_zero();
+    }
+    for (int64_t k = 0; k < t->k; k += t->group, start++) {
+        const uint8_t *b = panel + 4 * ZQ_NR;
+        const int64_t n = zq_min(t->group, t->k - k);
+        for (int half = 0; half < 2; half++) {
             for (int i = 0; i < mr; i++) {
-                const __m256i x = broadcast4(a + i * lda + 4 * high);
-                acc[i][0] = _mm256_add_epi16(acc[i][0], _mm256_maddubs_epi16(w0, x));
-                acc[i][1] = _mm256_add_epi16(acc[i][1], _mm256_maddubs_epi16(w1, x));
-                /* gcc would add the products of both nibbles first, and keep all of the first nibbles' meanwhile */
-                __asm__("" : "+x"(acc[i][0]), "+x"(acc[i][1]));
+                sums[i] = v16i_set1(start[i * t->ld_start]);
             }
             leave_registers(sums);
+            for (int64_t done = 0; done < n; done += 32) {
+                chunk_u4(mr, far, t, a + done, zq_min(n - done, 32) / ZQ_KSTEP, b + 64 * half + done * 16, sums);
+            }
+            const v16 scale = v16_load((const float *)panel + 16 * half);
+            for (int i = 0; i < mr; i++) {
+                f[half][i] = v16_fma(v16_from_i(sums[i]), scale, f[half][i]);
+            }
         }
+        a += n;
+        panel = b + n * 16;
     }
-#pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
-        sums[i].lo = _mm256_add_epi32(sums[i].lo, _mm256_madd_epi16(acc[i][0], ones));
-        sums[i].hi = _mm256_add_epi32(sums[i].hi, _mm256_madd_epi16(acc[i][1], ones));
+        store_group16(t, i, 0, f[0][i]);
+        store_group16(t, i, 16, f[1][i]);
     }
 }
 
@@ -213,57 +259,37 @@ group_u8(const int mr, int64_t lda, const uint8_t *a, int64_t n, const uint8_t *
     }
 }
 
-/* The n codes of one group: sums += activations times codes. */
-ZQ_INLINE void
-group_u4(const int mr, int64_t lda, const uint8_t *a, int64_t n, const uint8_t *b, v16i *sums)
-{
-    for (; n > 0; n -= 32, a += 32, b += 16 * ZQ_NR) {
-        chunk_u4(mr, lda, a, zq_min(n, 32) / ZQ_KSTEP, b, sums);
-    }
-}
-
-#define ROWS4(X) X(1) X(2) X(3) X(4)
-#define SUMS4(n) \
-    case n: group_u4(n, lda, a, count, b, sums); break;
 #define SUMS8(n, far) \
     case n: group_u8(n, lda, a, count, b, sums); break;
+#define G4(n, far) \
+    case n: tile_u4(n, far, t); break;
 
-/* Functions of their own: with the float sums of the groups beside them, the accumulators would be spilled. */
-static __attribute__((noinline)) void
-zq_gemm_s8u4_sums_4x16__avx2(int mr, int64_t lda, const uint8_t *a, int64_t count, const uint8_t *b, v16i *sums)
-{
-    switch (mr) { ROWS4(SUMS4) }
-}
-
+/* A function of its own: with the float sums of the groups beside them, the accumulators would be spilled. */
 static __attribute__((noinline)) void
 zq_gemm_s8u8_sums_3x16__avx2(int mr, int64_t lda, const uint8_t *a, int64_t count, const uint8_t *b, v16i *sums)
 {
     switch (mr) { ROWS3(SUMS8, 0) }
 }
 
-/* f = fma(sum of a group, its scale, f) over the groups, for columns j .. j + 16 */
+/* The same for codes of eight bits, columns j .. j + 16 */
 ZQ_INLINE void
-tile_group(const int four_bits, const zq_tile *t, int j)
+tile_u8(const zq_tile *t, int j)
 {
-    const int64_t bytes = ZQ_NR * (4 + (four_bits ? t->group / 2 : t->group));
+    const int64_t bytes = ZQ_NR * (4 + t->group);
     const uint8_t *panel = t->b, *a = t->a;
-    const int32_t *start = t->start;
     v16 f[MR_GROUP];
     v16i sums[MR_GROUP];
     for (int i = 0; i < t->mr; i++) {
         f[i] = v16_zero();
     }
-    for (int64_t k = 0; k < t->k; k += t->group, a += t->group, panel += bytes, start++) {
+    for (int64_t k = 0; k < t->k; k += t->group, a += t->group, panel += bytes) {
         const int64_t n = zq_min(t->group, t->k - k);
-        const uint8_t *b = panel + 4 * ZQ_NR + j * 4;
         for (int i = 0; i < t->mr; i++) {
-            sums[i] = four_bits ? v16i_set1(start[i * t->ld_start]) : v16i_zero();
+            sums[i] = v16i_zero();
         }
-        if (four_bits) {
-            zq_gemm_s8u4_sums_4x16__avx2(t->mr, t->lda, a, n, b, sums);
-        }
-        for (int i = 0; i < t->mr && !four_bits; i += MR) {
-            zq_gemm_s8u8_sums_3x16__avx2((int)zq_min(MR, t->mr - i), t->lda, a + i * t->lda, n, b, sums + i);
+        for (int i = 0; i < t->mr; i += MR) {
+            zq_gemm_s8u8_sums_3x16__avx2((int)zq_min(MR, t->mr - i), t->lda, a + i * t->lda, n, panel + 4 * ZQ_NR + j * 4,
+                                         sums + i);
         }
         const v16 scale = v16_load((const float *)panel + j);
         for (int i = 0; i < t->mr; i++) {
@@ -314,31 +340,29 @@ zq_gemm_u8s8_3x32__avx2(const zq_tile *t)
 }
 
 static void
-zq_gemm_s8u8_group_4x16_tile__avx2(const zq_tile *t)
+zq_gemm_s8u8_group_6x16_tile__avx2(const zq_tile *t)
 {
     for (int j = 0; j < t->nr; j += 16) {
-        tile_group(0, t, j);
+        tile_u8(t, j);
     }
 }
 
 static void
-zq_gemm_s8u8_group_4x16__avx2(const zq_tile *t)
+zq_gemm_s8u8_group_6x16__avx2(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_s8u8_group_4x16_tile__avx2);
+    run_tile(t, zq_gemm_s8u8_group_6x16_tile__avx2);
 }
 
 static void
-zq_gemm_s8u4_group_4x16_tile__avx2(const zq_tile *t)
+zq_gemm_s8u4_group_6x16_tile__avx2(const zq_tile *t)
 {
-    for (int j = 0; j < t->nr; j += 16) {
-        tile_group(1, t, j);
-    }
+    NEAR_OR_FAR(ROWS6, G4)
 }
 
 static void
-zq_gemm_s8u4_group_4x16__avx2(const zq_tile *t)
+zq_gemm_s8u4_group_6x16__avx2(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_s8u4_group_4x16_tile__avx2);
+    run_tile(t, zq_gemm_s8u4_group_6x16_tile__avx2);
 }
 
 static void
@@ -360,8 +384,8 @@ zq_fill_gemm__avx2(zq_kernels *t)
 {
     t->gemm_u8s8 = zq_gemm_u8s8_3x32__avx2;
     t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_3x32__avx2;
-    t->gemm_s8u8_group = zq_gemm_s8u8_group_4x16__avx2;
-    t->gemm_s8u4_group = zq_gemm_s8u4_group_4x16__avx2;
+    t->gemm_s8u8_group = zq_gemm_s8u8_group_6x16__avx2;
+    t->gemm_s8u4_group = zq_gemm_s8u4_group_6x16__avx2;
     t->center_groups_b8 = center_groups_b8__avx2;
     t->gemm_f32 = zq_gemm_f32_3x32__avx2;
     t->mr_u8s8 = t->mr_f32 = MR;

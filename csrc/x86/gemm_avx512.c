@@ -1,5 +1,6 @@
 /* AVX-512 VNNI tiles: mr rows by one panel of 32 columns, two zmm wide. Accumulators stay in registers: 24 for
- * S8 and F32 (12 rows), 16 integer + 8 float for groups (4 rows). The epilogue's scale and bias are applied in
+ * S8 and F32 (12 rows), 16 integer + 8 float for groups (4 rows). A last panel of at most 16 columns is half as much
+ * work for S8. The epilogue's scale and bias are applied in
  * registers; activation and residual run over the tile just stored, which is still in L1. */
 #if defined(__x86_64__)
 #include "../zq_kernels.h"
@@ -17,28 +18,18 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 
 enum { MR = 12, MR_GROUP = 4, NV = 2 };
 
-/* For a panel's 128 bytes at b: prefetch what t->ahead asks for (see zq_tile), one line or two. */
+/* Once per 128 bytes of a panel: prefetch what t->ahead asks for (see zq_tile), one line or two; *ahead moves along. */
 ZQ_INLINE void
-prefetch_ahead(const int far, const zq_tile *t, const void *b)
+prefetch_ahead(const int far, const zq_tile *t, const char **ahead)
 {
     if (far) {
-        const char *p = t->ahead + ((const char *)b - (const char *)t->b) / 128 * t->ahead_step;
-        _mm_prefetch(p, _MM_HINT_T0);
+        _mm_prefetch(*ahead, _MM_HINT_T0);
         if (far == 2) {
-            _mm_prefetch(p + 64, _MM_HINT_T0);
+            _mm_prefetch(*ahead + 64, _MM_HINT_T0);
         }
+        *ahead += far == 2 ? 128 : t->ahead_step;
     }
 }
-
-/* The same where the caller walks: both lines of the next 128 bytes. */
-#define prefetch_line(on, c)                                 \
-    do {                                                     \
-        if (on) {                                            \
-            _mm_prefetch((c)->ahead, _MM_HINT_T0);           \
-            _mm_prefetch((c)->ahead + 64, _MM_HINT_T0);      \
-            (c)->ahead += 128;                               \
-        }                                                    \
-    } while (0)
 
 ZQ_INLINE __m512i
 broadcast4(const uint8_t *a)
@@ -48,21 +39,34 @@ broadcast4(const uint8_t *a)
     return _mm512_set1_epi32(v);
 }
 
+ZQ_INLINE void
+step_s8(const int mr, const int far, const zq_tile *t, const uint8_t *a, const int8_t *b, const char **ahead,
+        __m512i acc[MR][NV])
+{
+    const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
+    prefetch_ahead(far, t, ahead);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        const __m512i x = broadcast4(a + i * t->lda);
+        acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, b0);
+        acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, b1);
+    }
+}
+
 /* acc[i][v] = sum over k of a[i][k] * b[k][16 v + lane] */
 ZQ_INLINE void
 accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
 {
     const uint8_t *a = t->a;
     const int8_t *b = t->b;
-    for (int64_t k = 0; k < t->k; k += 4, b += 64 * NV) {
-        const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
-        prefetch_ahead(far, t, b);
-#pragma GCC unroll 16
-        for (int i = 0; i < mr; i++) {
-            const __m512i x = broadcast4(a + i * t->lda + k);
-            acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, b0);
-            acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, b1);
-        }
+    const char *ahead = t->ahead;
+    int64_t k = 0;
+    for (; mr <= 8 && k + 4 < t->k; k += 8, b += 128 * NV) { /* of few rows two steps, or the loop itself takes time */
+        step_s8(mr, far, t, a + k, b, &ahead, acc);
+        step_s8(mr, far, t, a + k + 4, b + 64 * NV, &ahead, acc);
+    }
+    for (; k < t->k; k += 4, b += 64 * NV) {
+        step_s8(mr, far, t, a + k, b, &ahead, acc);
     }
 }
 
@@ -70,30 +74,94 @@ accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV]
 ZQ_INLINE void
 start_s8(const int mr, const zq_tile *t, __m512i acc[MR][NV])
 {
-    const __m512i c0 = _mm512_loadu_si512(t->colsum), c1 = _mm512_loadu_si512(t->colsum + 16);
+    const __m512i none = _mm512_setzero_si512();
+    const __m512i c0 = _mm512_sub_epi32(none, _mm512_loadu_si512(t->colsum));
+    const __m512i c1 = _mm512_sub_epi32(none, _mm512_loadu_si512(t->colsum + 16));
+    const int32_t *zero = t->zx;
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
-        const __m512i z = _mm512_set1_epi32(-t->zx[i]);
+        const __m512i z = _mm512_set1_epi32(zero[i]);
         acc[i][0] = _mm512_mullo_epi32(z, c0);
         acc[i][1] = _mm512_mullo_epi32(z, c1);
     }
 }
 
-ZQ_INLINE void
-store2(const zq_tile *t, int i, __m512 y0, __m512 y1)
+/* How a tile's rows are stored, and where. What a store writes may be what t points to as far as the compiler knows: so
+ * these are locals, and the choice is made once per tile, not once per row. */
+enum { PART, WHOLE, STREAM };
+
+typedef struct {
+    float *y;
+    int64_t ldy;
+    __mmask16 m0, m1;
+} rows_out;
+
+ZQ_INLINE rows_out
+out_of(const zq_tile *t)
 {
-    float *y = t->y + i * t->ldy;
-    if (t->stream && t->nr == ZQ_NR) {
+    return (rows_out){t->y, t->ldy, v16_mask(zq_min(t->nr, 16)), v16_mask(zq_max(t->nr - 16, 0))};
+}
+
+ZQ_INLINE void
+store2(const int how, const rows_out *o, int i, __m512 y0, __m512 y1)
+{
+    float *y = o->y + i * o->ldy;
+    switch (how) {
+    case STREAM:
         _mm512_stream_ps(y, y0);
         _mm512_stream_ps(y + 16, y1);
-    }
-    else if (t->nr == ZQ_NR) {
+        break;
+    case WHOLE:
         _mm512_storeu_ps(y, y0);
         _mm512_storeu_ps(y + 16, y1);
+        break;
+    default:
+        _mm512_mask_storeu_ps(y, o->m0, y0);
+        _mm512_mask_storeu_ps(y + 16, o->m1, y1);
     }
-    else {
-        _mm512_mask_storeu_ps(y, v16_mask(zq_min(t->nr, 16)), y0);
-        _mm512_mask_storeu_ps(y + 16, v16_mask(zq_max(t->nr - 16, 0)), y1);
+}
+
+/* END(how) for how t's rows are stored, as a constant */
+#define STORE_ROWS(t, END)                            \
+    if ((t)->nr < ZQ_NR) {                            \
+        END(PART);                                    \
+    }                                                 \
+    else if ((t)->stream) {                           \
+        END(STREAM);                                  \
+    }                                                 \
+    else {                                            \
+        END(WHOLE);                                   \
+    }
+
+/* y = (acc * sx) * scale + bias */
+ZQ_INLINE void
+finish_s8(const int mr, const int how, const zq_tile *t, __m512i acc[MR][NV])
+{
+    const __m512 s0 = _mm512_loadu_ps(t->scale), s1 = _mm512_loadu_ps(t->scale + 16);
+    const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
+    const float *scale = t->sx;
+    const rows_out out = out_of(t);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        const __m512 sx = _mm512_set1_ps(scale[i]);
+        store2(how, &out, i, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][0]), sx), s0, bias0),
+               _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][1]), sx), s1, bias1));
+    }
+}
+
+/* Rows of y whose lines are not in L1 hold up the stores behind them: fetch them while the products are made. */
+ZQ_INLINE void
+fetch_out(const int mr, const int nv, const zq_tile *t)
+{
+    const float *y = t->y;
+    if (!t->stream) {
+#pragma GCC unroll 16
+        for (int i = 0; i < mr; i++, y += t->ldy) {
+            __builtin_prefetch(y, 1, 3);
+            if (nv > 1) {
+                __builtin_prefetch(y + 16, 1, 3);
+            }
+        }
     }
 }
 
@@ -102,14 +170,39 @@ tile_s8(const int mr, const int far, const zq_tile *t)
 {
     __m512i acc[MR][NV];
     start_s8(mr, t, acc);
+    fetch_out(mr, NV, t);
     accumulate_s8(mr, far, t, acc);
-    const __m512 s0 = _mm512_loadu_ps(t->scale), s1 = _mm512_loadu_ps(t->scale + 16);
-    const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
+#define END_S8(how) finish_s8(mr, how, t, acc)
+    STORE_ROWS(t, END_S8)
+}
+
+/* The first 16 columns of a panel that has no others: half the products. */
+ZQ_INLINE void
+tile_s8_half(const int mr, const zq_tile *t)
+{
+    __m512i acc[MR];
+    const __m512i c = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(t->colsum));
+    const uint8_t *a = t->a;
+    const int8_t *b = t->b;
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
-        const __m512 sx = _mm512_set1_ps(t->sx[i]);
-        store2(t, i, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][0]), sx), s0, bias0),
-               _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][1]), sx), s1, bias1));
+        acc[i] = _mm512_mullo_epi32(_mm512_set1_epi32(t->zx[i]), c);
+    }
+    fetch_out(mr, 1, t);
+    for (int64_t k = 0; k < t->k; k += 4, b += 64 * NV) {
+        const __m512i w = _mm512_load_si512(b);
+#pragma GCC unroll 16
+        for (int i = 0; i < mr; i++) {
+            acc[i] = _mm512_dpbusd_epi32(acc[i], broadcast4(a + i * t->lda + k), w);
+        }
+    }
+    const __m512 s = _mm512_loadu_ps(t->scale), bias = _mm512_loadu_ps(t->bias);
+    const float *scale = t->sx;
+    const rows_out out = out_of(t);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        const __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[i]), _mm512_set1_ps(scale[i]));
+        _mm512_mask_storeu_ps(out.y + i * out.ldy, out.m0, _mm512_fmadd_ps(v, s, bias));
     }
 }
 
@@ -162,7 +255,7 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
     }
     for (const uint8_t *end = a + steps * ZQ_KSTEP; a < end; a += ZQ_KSTEP) {
         __m512i w[NV] = {_mm512_load_si512(b), _mm512_load_si512(b + 64)}, next[NV];
-        prefetch_line(far == 2, c);
+        prefetch_ahead(far == 2 ? 2 : 0, t, &c->ahead);
         if (four_bits) {
             next[0] = _mm512_and_si512(_mm512_srli_epi16(w[0], 4), low);
             next[1] = _mm512_and_si512(_mm512_srli_epi16(w[1], 4), low);
@@ -175,7 +268,7 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
             __asm__ volatile("" ::: "memory"); /* loaded any earlier, they would cost a spill */
             next[0] = _mm512_load_si512(b + 128);
             next[1] = _mm512_load_si512(b + 192);
-            prefetch_line(far == 2, c);
+            prefetch_ahead(far == 2 ? 2 : 0, t, &c->ahead);
             b += 256;
         }
         step_group(mr, a + 4, lda, next, second);
@@ -187,6 +280,23 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
     }
     c->a = a;
     c->b = b;
+}
+
+/* y = (f - (zero - 128) * zcorr) * sx + bias */
+ZQ_INLINE void
+finish_group(const int mr, const int how, const zq_tile *t, __m512 f[MR_GROUP][NV])
+{
+    const __m512 z0 = _mm512_loadu_ps(t->zcorr), z1 = _mm512_loadu_ps(t->zcorr + 16);
+    const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
+    const int32_t *zero = t->zx;
+    const float *scale = t->sx;
+    const rows_out out = out_of(t);
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+        const __m512 z = _mm512_set1_ps((float)(zero[i] - 128)), sx = _mm512_set1_ps(scale[i]);
+        store2(how, &out, i, _mm512_fmadd_ps(_mm512_fnmadd_ps(z, z0, f[i][0]), sx, bias0),
+               _mm512_fmadd_ps(_mm512_fnmadd_ps(z, z1, f[i][1]), sx, bias1));
+    }
 }
 
 ZQ_INLINE void
@@ -208,7 +318,7 @@ tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
         }
         c.ahead += share;
         c.b += 4 * ZQ_NR;
-        prefetch_line(far == 2, &c);
+        prefetch_ahead(far == 2 ? 2 : 0, t, &c.ahead);
         accumulate_group(mr, four_bits, far, t, zq_min(t->group, t->k - k) / ZQ_KSTEP, &c, acc);
         c.start++;
         const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);
@@ -218,13 +328,18 @@ tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
             f[i][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][1]), s1, f[i][1]);
         }
     }
-    const __m512 z0 = _mm512_loadu_ps(t->zcorr), z1 = _mm512_loadu_ps(t->zcorr + 16);
+#define END_GROUP(how) finish_group(mr, how, t, f)
+    STORE_ROWS(t, END_GROUP)
+}
+
+ZQ_INLINE void
+finish_f32(const int mr, const int how, const zq_tile *t, __m512 acc[MR][NV])
+{
     const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
-#pragma GCC unroll 4
+    const rows_out out = out_of(t);
+#pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
-        const __m512 z = _mm512_set1_ps((float)(t->zx[i] - 128)), sx = _mm512_set1_ps(t->sx[i]);
-        store2(t, i, _mm512_fmadd_ps(_mm512_fnmadd_ps(z, z0, f[i][0]), sx, bias0),
-               _mm512_fmadd_ps(_mm512_fnmadd_ps(z, z1, f[i][1]), sx, bias1));
+        store2(how, &out, i, _mm512_add_ps(acc[i][0], bias0), _mm512_add_ps(acc[i][1], bias1));
     }
 }
 
@@ -233,13 +348,14 @@ tile_f32(const int mr, const int far, const zq_tile *t)
 {
     __m512 acc[MR][NV];
     const float *a = t->a, *b = t->b;
+    const char *ahead = t->ahead;
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
         acc[i][0] = acc[i][1] = _mm512_setzero_ps();
     }
     for (int64_t k = 0; k < t->k; k++, b += ZQ_NR) {
         const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
-        prefetch_ahead(far, t, b);
+        prefetch_ahead(far, t, &ahead);
 #pragma GCC unroll 16
         for (int i = 0; i < mr; i++) {
             const __m512 x = _mm512_set1_ps(a[i * t->lda + k]);
@@ -247,11 +363,8 @@ tile_f32(const int mr, const int far, const zq_tile *t)
             acc[i][1] = _mm512_fmadd_ps(x, b1, acc[i][1]);
         }
     }
-    const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
-#pragma GCC unroll 16
-    for (int i = 0; i < mr; i++) {
-        store2(t, i, _mm512_add_ps(acc[i][0], bias0), _mm512_add_ps(acc[i][1], bias1));
-    }
+#define END_F32(how) finish_f32(mr, how, t, acc)
+    STORE_ROWS(t, END_F32)
 }
 
 /* One function per tile height: the compiler keeps the accumulators in registers only when mr is a constant. */
@@ -260,6 +373,8 @@ tile_f32(const int mr, const int far, const zq_tile *t)
 
 #define S8(n, far) \
     case n: tile_s8(n, far, t); break;
+#define S8_HALF(n, far) \
+    case n: tile_s8_half(n, t); break;
 #define S32(n, far) \
     case n: tile_s8_s32(n, t, c, ldc); break;
 #define F32(n, far) \
@@ -280,8 +395,18 @@ tile_f32(const int mr, const int far, const zq_tile *t)
     }
 
 static void
+zq_gemm_u8s8_12x16_tile__avx512vnni(const zq_tile *t)
+{
+    switch (t->mr) { ROWS12(S8_HALF, 0) }
+}
+
+static void
 zq_gemm_u8s8_12x32_tile__avx512vnni(const zq_tile *t)
 {
+    if (t->nr <= 16) {
+        zq_gemm_u8s8_12x16_tile__avx512vnni(t);
+        return;
+    }
     NEAR_OR_FAR(ROWS12, S8)
 }
 

@@ -17,17 +17,6 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVXVNNI)
 
 #include "gemm_256.inc.h"
 
-/* A constant that stays in memory, as an operand: in loops that need all registers for something else. */
-ZQ_INLINE __m256i
-constant16(const int16_t *p)
-{
-    __asm__("" : "+r"(p));
-    return load256(p);
-}
-
-#define X16(v) {v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}
-static const _Alignas(32) int16_t low_nibbles[16] = X16(0x0f0f);
-
 /* acc[i][v] = sum over k of (a[i][k] - zero[i]) * b[k][8 v + lane] */
 ZQ_INLINE void
 accumulate_s8(const int mr, const int far, const zq_tile *t, __m256i acc[MR][NV])
@@ -79,10 +68,15 @@ tile_s8_s32(const int mr, const zq_tile *t, int32_t *c, int64_t ldc)
     }
 }
 
-/* Four deep: unsigned codes, of four bits in the low or the high nibbles or of eight, times signed activations. */
+/* Vectors of a panel that a group is done for at a time: half of them with more than three rows (gemm_256.inc.h). With less
+ * a chain of dot products alone would be too slow. */
+#define WIDTH(mr) ((mr) > 3 ? 2 : NV)
+
+/* Four deep: unsigned codes, of four bits in the low or the high nibbles or of eight, times signed activations. What there is
+ * less of stays in registers: the codes, or up to three rows' activations. */
 ZQ_INLINE void
-step_group(const int mr, const int four_bits, const int shift, const uint8_t *a, int64_t lda, const uint8_t *b,
-           __m256i acc[MR][NV])
+step_low(const int mr, const int four_bits, const int high, const uint8_t *a, int64_t lda, const uint8_t *b,
+         __m256i acc[MR_GROUP][NV])
 {
     __m256i x[MR];
 #pragma GCC unroll 3
@@ -91,9 +85,7 @@ step_group(const int mr, const int four_bits, const int shift, const uint8_t *a,
     }
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) {
-        __m256i w = load256(b + 32 * v);
-        w = shift ? _mm256_srli_epi16(w, 4) : w;
-        w = four_bits ? _mm256_and_si256(w, constant16(low_nibbles)) : w;
+        const __m256i w = four_bits ? nibbles(b + 32 * v, high) : load256(b + 32 * v);
 #pragma GCC unroll 3
         for (int i = 0; i < mr; i++) {
             acc[i][v] = _mm256_dpbusd_avx_epi32(acc[i][v], w, x[i]);
@@ -101,57 +93,108 @@ step_group(const int mr, const int four_bits, const int shift, const uint8_t *a,
     }
 }
 
-/* acc += the n codes of one group, at b, times activations. Nibbles are read twice: there are no registers to keep them in. */
+ZQ_INLINE void
+step_high(const int mr, const int four_bits, const int high, const uint8_t *a, int64_t lda, const uint8_t *b,
+          __m256i acc[MR_GROUP][NV])
+{
+    const __m256i w0 = four_bits ? nibbles(b, high) : load256(b), w1 = four_bits ? nibbles(b + 32, high) : load256(b + 32);
+#pragma GCC unroll 6
+    for (int i = 0; i < mr; i++) {
+        const __m256i x = broadcast4(a + i * lda);
+        acc[i][0] = _mm256_dpbusd_avx_epi32(acc[i][0], w0, x);
+        acc[i][1] = _mm256_dpbusd_avx_epi32(acc[i][1], w1, x);
+    }
+}
+
+ZQ_INLINE void
+step_group(const int mr, const int four_bits, const int high, const uint8_t *a, int64_t lda, const uint8_t *b,
+           __m256i acc[MR_GROUP][NV])
+{
+    if (WIDTH(mr) < NV) {
+        step_high(mr, four_bits, high, a, lda, b, acc);
+    }
+    else {
+        step_low(mr, four_bits, high, a, lda, b, acc);
+    }
+    leave_registers(b);
+}
+
+ZQ_INLINE void
+prefetch_group(const int mr, const int far, const zq_tile *t, const uint8_t *b)
+{
+    if (WIDTH(mr) == NV) {
+        prefetch_ahead(far, t, b);
+    }
+    else {
+        prefetch_half(far, t, b);
+    }
+}
+
+/* acc += the n codes of one group, at b, times activations. */
 ZQ_INLINE void
 accumulate_group(const int mr, const int four_bits, const int far, const zq_tile *t, const uint8_t *a, int64_t n,
-                 const uint8_t *b, __m256i acc[MR][NV])
+                 const uint8_t *b, __m256i acc[MR_GROUP][NV])
 {
     const int64_t lda = t->lda;
     for (; n > 0; n -= ZQ_KSTEP, a += ZQ_KSTEP, b += ZQ_NR * 4) {
-        prefetch_ahead(far, t, b);
+        prefetch_group(mr, far, t, b);
         step_group(mr, four_bits, 0, a, lda, b, acc);
         if (!four_bits) {
             b += ZQ_NR * 4;
-            prefetch_ahead(far, t, b);
+            prefetch_group(mr, far, t, b);
         }
-        leave_registers(b);
         step_group(mr, four_bits, four_bits, a + 4, lda, b, acc);
     }
 }
 
-/* The float sums stay in memory: the integer ones take the registers. */
+/* f += a group's sums times its scales, for vectors at, at + 1 .. of the panel. f stays in memory: the integer sums take the
+ * registers. */
+ZQ_INLINE void
+add_group(const int mr, const int four_bits, const int far, const zq_tile *t, const uint8_t *a, const int32_t *start,
+          int64_t n, const uint8_t *panel, const int at, __m256 f[MR_GROUP][NV])
+{
+    const int width = WIDTH(mr);
+    __m256i acc[MR_GROUP][NV];
+#pragma GCC unroll 6
+    for (int i = 0; i < mr; i++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < width; v++) {
+            acc[i][v] = _mm256_set1_epi32(start[i * t->ld_start]);
+        }
+    }
+    leave_registers(f);
+    accumulate_group(mr, four_bits, far, t, a, n, panel + 4 * ZQ_NR + 32 * at, acc);
+    leave_registers(f);
+#pragma GCC unroll 6
+    for (int i = 0; i < mr; i++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < width; v++) {
+            const __m256 scale = _mm256_load_ps((const float *)panel + 8 * (at + v));
+            f[i][at + v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][v]), scale, f[i][at + v]);
+        }
+    }
+}
+
 ZQ_INLINE void
 tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
 {
-    v16 f[MR][2];
+    __m256 f[MR_GROUP][NV];
     const int64_t bytes = ZQ_NR * (4 + (four_bits ? t->group / 2 : t->group));
     const uint8_t *panel = t->b, *a = t->a;
     const int32_t *start = t->start;
-#pragma GCC unroll 3
     for (int i = 0; i < mr; i++) {
-        f[i][0] = f[i][1] = v16_zero();
+        f[i][0] = f[i][1] = f[i][2] = f[i][3] = _mm256_setzero_ps();
     }
     for (int64_t k = 0; k < t->k; k += t->group, a += t->group, panel += bytes, start++) {
-        __m256i acc[MR][NV];
-#pragma GCC unroll 3
-        for (int i = 0; i < mr; i++) {
-            acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = _mm256_set1_epi32(start[i * t->ld_start]);
-        }
-        prefetch_ahead(far, t, panel);
-        leave_registers(f);
-        accumulate_group(mr, four_bits, far, t, a, zq_min(t->group, t->k - k), panel + 4 * ZQ_NR, acc);
-        leave_registers(f);
-#pragma GCC unroll 3
-        for (int i = 0; i < mr; i++) {
-            const float *scale = (const float *)panel;
-            f[i][0] = v16_fma(v16_from_i((v16i){acc[i][0], acc[i][1]}), v16_load(scale), f[i][0]);
-            f[i][1] = v16_fma(v16_from_i((v16i){acc[i][2], acc[i][3]}), v16_load(scale + 16), f[i][1]);
+        const int64_t n = zq_min(t->group, t->k - k);
+        add_group(mr, four_bits, far, t, a, start, n, panel, 0, f);
+        if (WIDTH(mr) < NV) {
+            add_group(mr, four_bits, far, t, a, start, n, panel, 2, f);
         }
     }
-#pragma GCC unroll 3
     for (int i = 0; i < mr; i++) {
-        store_group16(t, i, 0, f[i][0]);
-        store_group16(t, i, 16, f[i][1]);
+        store_group16(t, i, 0, (v16){f[i][0], f[i][1]});
+        store_group16(t, i, 16, (v16){f[i][2], f[i][3]});
     }
 }
 
@@ -165,27 +208,27 @@ tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
     case n: tile_group(n, 1, far, t); break;
 
 static void
-zq_gemm_s8u8_group_3x32_tile__avxvnni(const zq_tile *t)
+zq_gemm_s8u8_group_6x16_tile__avxvnni(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS3, G8)
+    NEAR_OR_FAR(ROWS6, G8)
 }
 
 static void
-zq_gemm_s8u8_group_3x32__avxvnni(const zq_tile *t)
+zq_gemm_s8u8_group_6x16__avxvnni(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_s8u8_group_3x32_tile__avxvnni);
+    run_tile(t, zq_gemm_s8u8_group_6x16_tile__avxvnni);
 }
 
 static void
-zq_gemm_s8u4_group_3x32_tile__avxvnni(const zq_tile *t)
+zq_gemm_s8u4_group_6x16_tile__avxvnni(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS3, G4)
+    NEAR_OR_FAR(ROWS6, G4)
 }
 
 static void
-zq_gemm_s8u4_group_3x32__avxvnni(const zq_tile *t)
+zq_gemm_s8u4_group_6x16__avxvnni(const zq_tile *t)
 {
-    run_tile(t, zq_gemm_s8u4_group_3x32_tile__avxvnni);
+    run_tile(t, zq_gemm_s8u4_group_6x16_tile__avxvnni);
 }
 
 static void
@@ -213,9 +256,10 @@ zq_fill_gemm__avxvnni(zq_kernels *t)
 {
     t->gemm_u8s8 = zq_gemm_u8s8_3x32__avxvnni;
     t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_3x32__avxvnni;
-    t->gemm_s8u8_group = zq_gemm_s8u8_group_3x32__avxvnni;
-    t->gemm_s8u4_group = zq_gemm_s8u4_group_3x32__avxvnni;
-    t->mr_u8s8 = t->mr_group = MR;
+    t->gemm_s8u8_group = zq_gemm_s8u8_group_6x16__avxvnni;
+    t->gemm_s8u4_group = zq_gemm_s8u4_group_6x16__avxvnni;
+    t->mr_u8s8 = MR;
+    t->mr_group = MR_GROUP;
 }
 #else
 typedef int zq_no_x86;

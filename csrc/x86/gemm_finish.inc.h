@@ -78,14 +78,16 @@ run_tile(const zq_tile *t, const tile_fn tile)
         return;
     }
     _Alignas(64) float v[FINISH_ROWS * ZQ_NR];
-    /* Not a copy of *t: its fields were stored one by one a moment ago, and reading them back in vectors would wait for that. */
+    /* Not a copy of *t: its fields were stored one by one a moment ago, and reading them back in vectors would wait for
+     * that. */
     zq_tile *own = (zq_tile *)(uintptr_t)t;
     float *const y = t->y;
     const float *const bias = t->bias;
     const int64_t ldy = t->ldy;
     const int stream = t->stream, nr = t->nr;
     own->y = v;
-    own->ldy = own->nr = ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0 goes into the buffer */
+    own->ldy = ZQ_NR;
+    own->nr = nr <= 16 ? 16 : ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0s go into the buffer */
     own->stream = 0;
     own->bias = t->pairs ? no_bias : bias;
     prefetch_residual(t);

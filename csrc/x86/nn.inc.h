@@ -11,13 +11,16 @@ keep(v16 x, int64_t n, v16 other)
     return v16_select_lt(v16_load(lane_numbers), v16_set1((float)n), x, other);
 }
 
-ZQ_INLINE float
+ZQ_INLINE v16
 sum4(const v16 *s)
 {
-    return v16_hsum(v16_add(v16_add(s[0], s[1]), v16_add(s[2], s[3])));
+    return v16_add(v16_add(s[0], s[1]), v16_add(s[2], s[3]));
 }
 
-/* In every row function: whole blocks of 64 elements, vector j of a block into partial sum j; then up to four
+/* Horizontal steps, divisions and roots have long latencies, and only rows side by side hide them: each step is a loop of
+ * its own over the (at most ZQ_ROWS) rows of a call. The order of operations within a row is that of a row alone. */
+
+/* In every pass over a row: whole blocks of 64 elements, vector j of a block into partial sum j; then up to four
  * vectors of the last block, the last one cut. */
 #define FOUR _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++)
 
@@ -38,11 +41,43 @@ store16(float *p, v16 x, int64_t m)
     }
 }
 
-/* The range of what is stored, and the largest bit pattern without sign of what has to be finite. Exact minima and maxima
- * depend on no order, so a level takes as many ways as it has registers for. x and a zero of the other sign stand first,
- * so that the accumulator stays. */
+/* Least and largest of 0 and what was seen, which holds no NaN; Inf shows at the ends. The accumulator is the second operand,
+ * so that it stays when a zero of the other sign is seen. */
 typedef struct {
-    v16 lo[RANGE_WAYS], hi[RANGE_WAYS];
+    v16 lo, hi;
+} v16_range;
+
+ZQ_INLINE v16_range
+v16_range_start(void)
+{
+    return (v16_range){v16_zero(), v16_zero()};
+}
+
+ZQ_INLINE v16_range
+v16_range_see(v16_range r, v16 x)
+{
+    return (v16_range){v16_min(x, r.lo), v16_max(x, r.hi)};
+}
+
+ZQ_INLINE v16_range
+v16_range_join(v16_range a, v16_range b)
+{
+    return (v16_range){v16_min(a.lo, b.lo), v16_max(a.hi, b.hi)};
+}
+
+/* Returns 1 where both ends are finite. */
+ZQ_INLINE int
+v16_range_end(v16_range r, float *lo, float *hi)
+{
+    *lo = v16_hmin(r.lo);
+    *hi = v16_hmax(r.hi);
+    return zq_is_finite(*lo) & zq_is_finite(*hi);
+}
+
+/* The range of what is stored, and the largest bit pattern without sign of what else has to be finite. No result depends
+ * on the order, so a level takes as many ways as it has registers for. */
+typedef struct {
+    v16_range range[RANGE_WAYS];
     v16i top[RANGE_WAYS];
 } ranges;
 
@@ -51,17 +86,10 @@ ranges_start(void)
 {
     ranges r;
     for (int w = 0; w < RANGE_WAYS; w++) {
-        r.lo[w] = r.hi[w] = v16_zero();
+        r.range[w] = v16_range_start();
         r.top[w] = v16i_zero();
     }
     return r;
-}
-
-ZQ_INLINE void
-see_range(ranges *r, int w, v16 y)
-{
-    r->lo[w] = v16_min(y, r->lo[w]);
-    r->hi[w] = v16_max(y, r->hi[w]);
 }
 
 ZQ_INLINE void
@@ -70,19 +98,38 @@ see_finite(ranges *r, int w, v16 x)
     r->top[w] = v16i_max(r->top[w], v16i_and(v16_bits(x), v16i_set1(0x7fffffff)));
 }
 
-ZQ_INLINE int
-ranges_finite(const ranges *r)
+/* A row's ranges before the horizontal steps. */
+typedef struct {
+    v16_range range;
+    v16i top;
+} range_lanes;
+
+ZQ_INLINE range_lanes
+ranges_join(const ranges *r)
 {
-    return v16i_hmax(v16i_max(r->top[0], r->top[RANGE_WAYS - 1])) < 0x7f800000;
+    return (range_lanes){v16_range_join(r->range[0], r->range[RANGE_WAYS - 1]), v16i_max(r->top[0], r->top[RANGE_WAYS - 1])};
 }
 
-/* 0 where an end is infinite. */
-ZQ_INLINE int
-ranges_end(const ranges *r, zq_range *range)
+/* The ranges of rows. Returns bit r where an end of row r is infinite. */
+ZQ_INLINE unsigned
+end_ranges(const range_lanes *lanes, int64_t rows, zq_range *range)
 {
-    range->lo = v16_hmin(v16_min(r->lo[0], r->lo[RANGE_WAYS - 1]));
-    range->hi = v16_hmax(v16_max(r->hi[0], r->hi[RANGE_WAYS - 1]));
-    return zq_is_finite(range->lo) && zq_is_finite(range->hi);
+    unsigned bad = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        bad |= (unsigned)!v16_range_end(lanes[r].range, &range[r].lo, &range[r].hi) << r;
+    }
+    return bad;
+}
+
+/* Returns bit r where row r showed NaN or Inf to see_finite. */
+ZQ_INLINE unsigned
+end_finite(const range_lanes *lanes, int64_t rows)
+{
+    unsigned bad = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        bad |= (unsigned)(v16i_hmax(lanes[r].top) >= 0x7f800000) << r;
+    }
+    return bad;
 }
 
 /* STEP(first element, elements, way) over a row: vectors in turn to each way, then single ones, then the cut one. */
@@ -104,8 +151,8 @@ ranges_end(const ranges *r, zq_range *range)
         }                                                                     \
     } while (0)
 
-/* The sum of x (+ residual), which goes to y; without a residual nothing is stored. */
-ZQ_INLINE float
+/* The sum of x (+ residual) in the lanes. h = x + residual goes to y; without a residual nothing is stored. */
+ZQ_INLINE v16
 load_sum(const float *x, const float *residual, int64_t n, float *y)
 {
     v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
@@ -134,9 +181,9 @@ load_sum(const float *x, const float *residual, int64_t n, float *y)
     return sum4(s);
 }
 
-/* sum (x - mean), sum (x - mean)^2 */
+/* sum (x - mean), sum (x - mean)^2, in the lanes */
 ZQ_INLINE void
-row_moments(const float *x, int64_t n, float mean, float *first, float *second)
+row_moments(const float *x, int64_t n, float mean, v16 *first, v16 *second)
 {
     v16 s1[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()}, s2[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
     const v16 mu = v16_set1(mean);
@@ -174,114 +221,223 @@ scale_f32(const float *x, int64_t n, float s, float *y)
     }
 }
 
+/* Lanes of one step, row by row; in memory, so that rows do not compete for registers. */
+typedef struct {
+    float first[ZQ_ROWS][16], second[ZQ_ROWS][16];
+} row_lanes;
+
+/* What LayerNorm does to a row: (h - mean) * inv. */
+typedef struct {
+    float mean[ZQ_ROWS], inv[ZQ_ROWS];
+} row_norms;
+
+/* A row whose sums overflow: h * ZQ_SHRINK goes to y, and its moments are returned. */
+static __attribute__((noinline)) zq_moments
+shrunk_moments(const float *h, int64_t n, float *y)
+{
+    v16 first, second;
+    scale_f32(h, n, ZQ_SHRINK, y);
+    const float mean = zq_mean(v16_hsum(load_sum(y, NULL, n, NULL)), n);
+    row_moments(y, n, mean, &first, &second);
+    return zq_moments_of(mean, v16_hsum(first), v16_hsum(second), n);
+}
+
+/* Mean and 1 / sqrt(var + eps) of the rows h. Bit r of shrunk: row r is in y, shrunk. Returns bit r where a row is not
+ * finite. */
+ZQ_INLINE unsigned
+layernorm_norms(const float *h, int64_t rows, int64_t n, float eps, float *y, row_lanes *l, row_norms *s, unsigned *shrunk)
+{
+    unsigned bad = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        s->mean[r] = zq_mean(v16_hsum(v16_load(l->first[r])), n);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        v16 first, second;
+        row_moments(h + r * n, n, s->mean[r], &first, &second);
+        v16_store(l->first[r], first);
+        v16_store(l->second[r], second);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const float first = v16_hsum(v16_load(l->first[r])), second = v16_hsum(v16_load(l->second[r]));
+        zq_moments m = zq_moments_of(s->mean[r], first, second, n);
+        float e = eps;
+        if (!zq_is_finite(m.var)) {
+            m = shrunk_moments(h + r * n, n, y + r * n);
+            e *= ZQ_SHRINK * ZQ_SHRINK;
+            *shrunk |= 1u << r;
+            bad |= (unsigned)!zq_is_finite(m.var) << r;
+        }
+        s->mean[r] = m.mean;
+        s->inv[r] = zq_rsqrt(m.var, e);
+    }
+    return bad;
+}
+
+/* y = (h - mean) * inv * gamma + beta. Lanes behind the end become 0: gamma and beta are read as 0 there. */
+ZQ_INLINE range_lanes
+layernorm_apply(const float *h, const float *gamma, const float *beta, int64_t n, float mean, float inv, float *y, int ranged)
+{
+    const v16 mu = v16_set1(mean), f = v16_set1(inv);
+    ranges r = ranges_start();
+#define STEP(i, m, w)                                                             \
+    do {                                                                          \
+        const v16 d = v16_mul(v16_sub(load16(h + (i), m), mu), f);                \
+        const v16 v = v16_fma(d, load16(gamma + (i), m), load16(beta + (i), m));  \
+        store16(y + (i), v, m);                                                   \
+        if (ranged) {                                                             \
+            r.range[w] = v16_range_see(r.range[w], v);                            \
+        }                                                                         \
+    } while (0)
+    OVER_ROW(STEP);
+#undef STEP
+    return ranges_join(&r);
+}
+
 /* residual and range are NULL, or not, by a constant of each call: a loop without what is not wanted. */
-ZQ_INLINE int
-layernorm(const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y,
-          zq_range *range)
+ZQ_INLINE unsigned
+layernorm(const float *x, const float *residual, const float *gamma, const float *beta, int64_t rows, int64_t n, float eps,
+          float *y, zq_range *range)
 {
-    const float *row = residual ? y : x;
-    float mean = zq_mean(load_sum(x, residual, n, y), n), first, second;
-    row_moments(row, n, mean, &first, &second);
-    zq_moments s = zq_moments_of(mean, first, second, n);
-    if (!zq_is_finite(s.var)) {
-        scale_f32(row, n, ZQ_SHRINK, y);
-        row = y;
-        eps *= ZQ_SHRINK * ZQ_SHRINK;
-        mean = zq_mean(load_sum(row, NULL, n, NULL), n);
-        row_moments(row, n, mean, &first, &second);
-        s = zq_moments_of(mean, first, second, n);
+    row_lanes l;
+    row_norms s;
+    range_lanes seen[ZQ_ROWS];
+    unsigned shrunk = 0;
+    const float *h = residual ? y : x;
+    assert(rows <= ZQ_ROWS);
+    for (int64_t r = 0; r < rows; r++) {
+        v16_store(l.first[r], load_sum(x + r * n, residual ? residual + r * n : NULL, n, y + r * n));
     }
-    const v16 mu = v16_set1(s.mean), inv = v16_set1(zq_rsqrt(s.var, eps));
-    ranges r = ranges_start();
-    /* lanes behind the end become 0: gamma and beta are read as 0 there */
-#define STEP(i, m, w)                                                              \
-    do {                                                                           \
-        const v16 h = v16_mul(v16_sub(load16(row + (i), m), mu), inv);             \
-        const v16 v = v16_fma(h, load16(gamma + (i), m), load16(beta + (i), m));   \
-        store16(y + (i), v, m);                                                    \
-        if (range) {                                                               \
-            see_range(&r, w, v);                                                   \
-            see_finite(&r, w, v);                                                  \
-        }                                                                          \
-    } while (0)
-    OVER_ROW(STEP);
-#undef STEP
-    return zq_is_finite(s.var) && (!range || (ranges_end(&r, range) && ranges_finite(&r)));
+    unsigned bad = layernorm_norms(h, rows, n, eps, y, &l, &s, &shrunk);
+    for (int64_t r = 0; r < rows; r++) {
+        const float *from = (shrunk >> r & 1u ? y : h) + r * n;
+        seen[r] = layernorm_apply(from, gamma, beta, n, s.mean[r], s.inv[r], y + r * n, range != NULL);
+    }
+    if (range) {
+        bad |= end_ranges(seen, rows, range);
+    }
+    return bad;
 }
 
-static int
-layernorm_f32(const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y)
+static unsigned
+layernorm_rows_f32(const float *x, const float *residual, const float *gamma, const float *beta, int64_t rows, int64_t n,
+                   float eps, float *y, zq_range *range)
 {
-    return residual ? layernorm(x, residual, gamma, beta, n, eps, y, NULL) : layernorm(x, NULL, gamma, beta, n, eps, y, NULL);
+    if (range) {
+        return residual ? layernorm(x, residual, gamma, beta, rows, n, eps, y, range)
+                        : layernorm(x, NULL, gamma, beta, rows, n, eps, y, range);
+    }
+    return residual ? layernorm(x, residual, gamma, beta, rows, n, eps, y, NULL)
+                    : layernorm(x, NULL, gamma, beta, rows, n, eps, y, NULL);
 }
 
-static int
-layernorm_range_f32(const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y,
-                    zq_range *range)
+/* The sum of h^2 in the lanes, h = x (+ residual), which goes to y as in load_sum. */
+ZQ_INLINE v16
+load_squares(const float *x, const float *residual, int64_t n, float *y)
 {
-    return residual ? layernorm(x, residual, gamma, beta, n, eps, y, range) : layernorm(x, NULL, gamma, beta, n, eps, y, range);
-}
-
-/* h = x (+ residual) in y */
-ZQ_INLINE void
-add_rows(const float *x, const float *residual, int64_t n, float *y)
-{
+    v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        v16_store(y + i, v16_add(v16_load(x + i), v16_load(residual + i)));
+    for (; i + 64 <= n; i += 64) {
+        FOUR {
+            v16 h = v16_load(x + i + 16 * j);
+            if (residual) {
+                h = v16_add(h, v16_load(residual + i + 16 * j));
+                v16_store(y + i + 16 * j, h);
+            }
+            s[j] = v16_fma(h, h, s[j]);
+        }
     }
-    if (i < n) {
-        v16_storen(y + i, v16_add(v16_loadn(x + i, n - i), v16_loadn(residual + i, n - i)), n - i);
+    FOUR {
+        const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
+        if (m > 0) {
+            v16 h = v16_loadn(x + at, m);
+            if (residual) {
+                h = v16_add(h, v16_loadn(residual + at, m));
+                v16_storen(y + at, h, m);
+            }
+            s[j] = v16_fma(h, h, s[j]);
+        }
     }
+    return sum4(s);
 }
 
-ZQ_INLINE int
-rmsnorm(const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y, zq_range *range)
+/* A row whose sum overflows: h * ZQ_SHRINK goes to y, and its sum of squares is returned. */
+static __attribute__((noinline)) float
+shrunk_squares(const float *h, int64_t n, float *y)
 {
-    const float *row = residual ? y : x;
-    float unused, second;
-    if (residual) {
-        add_rows(x, residual, n, y);
-    }
-    row_moments(row, n, 0.0f, &unused, &second);
-    if (!zq_is_finite(second)) {
-        scale_f32(row, n, ZQ_SHRINK, y);
-        row = y;
-        eps *= ZQ_SHRINK * ZQ_SHRINK;
-        row_moments(row, n, 0.0f, &unused, &second);
-    }
-    const v16 inv = v16_set1(zq_rsqrt(zq_mean(second, n), eps));
+    scale_f32(h, n, ZQ_SHRINK, y);
+    return v16_hsum(load_squares(y, NULL, n, NULL));
+}
+
+/* y = h * inv * gamma */
+ZQ_INLINE range_lanes
+rmsnorm_apply(const float *h, const float *gamma, int64_t n, float inv, float *y, int ranged)
+{
+    const v16 f = v16_set1(inv);
     ranges r = ranges_start();
-#define STEP(i, m, w)                                                                             \
-    do {                                                                                          \
-        const v16 v = v16_mul(v16_mul(load16(row + (i), m), inv), load16(gamma + (i), m));        \
-        store16(y + (i), v, m);                                                                   \
-        if (range) {                                                                              \
-            see_range(&r, w, v);                                                                  \
-            see_finite(&r, w, v);                                                                 \
-        }                                                                                         \
+#define STEP(i, m, w)                                                                       \
+    do {                                                                                    \
+        const v16 v = v16_mul(v16_mul(load16(h + (i), m), f), load16(gamma + (i), m));      \
+        store16(y + (i), v, m);                                                             \
+        if (ranged) {                                                                       \
+            r.range[w] = v16_range_see(r.range[w], v);                                      \
+        }                                                                                   \
     } while (0)
     OVER_ROW(STEP);
 #undef STEP
-    return zq_is_finite(second) && (!range || (ranges_end(&r, range) && ranges_finite(&r)));
+    return ranges_join(&r);
+}
+
+ZQ_INLINE unsigned
+rmsnorm(const float *x, const float *residual, const float *gamma, int64_t rows, int64_t n, float eps, float *y,
+        zq_range *range)
+{
+    float lanes[ZQ_ROWS][16], inv[ZQ_ROWS];
+    range_lanes seen[ZQ_ROWS];
+    unsigned shrunk = 0, bad = 0;
+    const float *h = residual ? y : x;
+    assert(rows <= ZQ_ROWS);
+    for (int64_t r = 0; r < rows; r++) {
+        v16_store(lanes[r], load_squares(x + r * n, residual ? residual + r * n : NULL, n, y + r * n));
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        float sum = v16_hsum(v16_load(lanes[r])), e = eps;
+        if (!zq_is_finite(sum)) {
+            sum = shrunk_squares(h + r * n, n, y + r * n);
+            e *= ZQ_SHRINK * ZQ_SHRINK;
+            shrunk |= 1u << r;
+            bad |= (unsigned)!zq_is_finite(sum) << r;
+        }
+        inv[r] = zq_rsqrt(zq_mean(sum, n), e);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        seen[r] = rmsnorm_apply((shrunk >> r & 1u ? y : h) + r * n, gamma, n, inv[r], y + r * n, range != NULL);
+    }
+    if (range) {
+        bad |= end_ranges(seen, rows, range);
+    }
+    return bad;
+}
+
+static unsigned
+rmsnorm_rows_f32(const float *x, const float *residual, const float *gamma, int64_t rows, int64_t n, float eps, float *y,
+                 zq_range *range)
+{
+    if (range) {
+        return residual ? rmsnorm(x, residual, gamma, rows, n, eps, y, range) : rmsnorm(x, NULL, gamma, rows, n, eps, y, range);
+    }
+    return residual ? rmsnorm(x, residual, gamma, rows, n, eps, y, NULL) : rmsnorm(x, NULL, gamma, rows, n, eps, y, NULL);
 }
 
 static int
 rmsnorm_f32(const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y)
 {
-    return residual ? rmsnorm(x, residual, gamma, n, eps, y, NULL) : rmsnorm(x, NULL, gamma, n, eps, y, NULL);
-}
-
-static int
-rmsnorm_range_f32(const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y, zq_range *range)
-{
-    return residual ? rmsnorm(x, residual, gamma, n, eps, y, range) : rmsnorm(x, NULL, gamma, n, eps, y, range);
+    return !rmsnorm_rows_f32(x, residual, gamma, 1, n, eps, y, NULL);
 }
 
 /* act(x), or act(x) * up, and the range where it is asked for. `act`, and whether up and range are NULL, are constants in
  * every call, so each gets a loop of its own. act(0) is 0, so lanes behind the end do not show in the range. */
-ZQ_INLINE int
-activation_loop(const float *x, const float *up, int64_t n, float *y, zq_range *range, const zq_activation act)
+ZQ_INLINE range_lanes
+activation_row(const float *x, const float *up, int64_t n, float *y, int ranged, const zq_activation act)
 {
     ranges r = ranges_start();
 #define STEP(i, m, w)                              \
@@ -295,51 +451,47 @@ activation_loop(const float *x, const float *up, int64_t n, float *y, zq_range *
             a = v16_mul(a, u);                     \
         }                                          \
         store16(y + (i), a, m);                    \
-        if (range) {                               \
-            see_range(&r, w, a);                   \
+        if (ranged) {                              \
+            r.range[w] = v16_range_see(r.range[w], a); \
         }                                          \
     } while (0)
     OVER_ROW(STEP);
 #undef STEP
-    return ranges_finite(&r) && (!range || ranges_end(&r, range));
+    return ranges_join(&r);
 }
 
-ZQ_INLINE int
-activation_of(const float *x, const float *up, int64_t n, zq_activation act, float *y, zq_range *range)
+ZQ_INLINE unsigned
+activation_loop(const float *x, const float *up, int64_t rows, int64_t n, float *y, zq_range *range, const zq_activation act)
+{
+    range_lanes seen[ZQ_ROWS];
+    assert(rows <= ZQ_ROWS);
+    for (int64_t r = 0; r < rows; r++) {
+        seen[r] = activation_row(x + r * n, up ? up + r * n : NULL, n, y + r * n, range != NULL, act);
+    }
+    return end_finite(seen, rows) | (range ? end_ranges(seen, rows, range) : 0);
+}
+
+ZQ_INLINE unsigned
+activation_of(const float *x, const float *up, int64_t rows, int64_t n, zq_activation act, float *y, zq_range *range)
 {
     switch (act) {
-    case ZQ_ACT_RELU: return activation_loop(x, up, n, y, range, ZQ_ACT_RELU);
-    case ZQ_ACT_GELU: return activation_loop(x, up, n, y, range, ZQ_ACT_GELU);
-    case ZQ_ACT_GELU_TANH: return activation_loop(x, up, n, y, range, ZQ_ACT_GELU_TANH);
-    case ZQ_ACT_SILU: return activation_loop(x, up, n, y, range, ZQ_ACT_SILU);
+    case ZQ_ACT_RELU: return activation_loop(x, up, rows, n, y, range, ZQ_ACT_RELU);
+    case ZQ_ACT_GELU: return activation_loop(x, up, rows, n, y, range, ZQ_ACT_GELU);
+    case ZQ_ACT_GELU_TANH: return activation_loop(x, up, rows, n, y, range, ZQ_ACT_GELU_TANH);
+    case ZQ_ACT_SILU: return activation_loop(x, up, rows, n, y, range, ZQ_ACT_SILU);
     case ZQ_ACT_NONE:
     case ZQ_ACTS: break;
     }
-    return activation_loop(x, up, n, y, range, ZQ_ACT_NONE);
+    return activation_loop(x, up, rows, n, y, range, ZQ_ACT_NONE);
 }
 
-static int
-activation_f32(const float *x, int64_t n, zq_activation act, float *y)
+static unsigned
+activation_rows_f32(const float *x, const float *up, int64_t rows, int64_t n, zq_activation act, float *y, zq_range *range)
 {
-    return activation_of(x, NULL, n, act, y, NULL);
-}
-
-static int
-gated_f32(const float *gate, const float *up, int64_t n, zq_activation act, float *y)
-{
-    return activation_of(gate, up, n, act, y, NULL);
-}
-
-static int
-activation_range_f32(const float *x, int64_t n, zq_activation act, float *y, zq_range *range)
-{
-    return activation_of(x, NULL, n, act, y, range);
-}
-
-static int
-gated_range_f32(const float *gate, const float *up, int64_t n, zq_activation act, float *y, zq_range *range)
-{
-    return activation_of(gate, up, n, act, y, range);
+    if (range) {
+        return up ? activation_of(x, up, rows, n, act, y, range) : activation_of(x, NULL, rows, n, act, y, range);
+    }
+    return up ? activation_of(x, up, rows, n, act, y, NULL) : activation_of(x, NULL, rows, n, act, y, NULL);
 }
 
 static float
@@ -363,28 +515,61 @@ max_f32(const float *x, int64_t n)
     return v16_hmax(v16_max(v16_max(s[0], s[1]), v16_max(s[2], s[3])));
 }
 
-static float
-exp_sum_f32(const float *x, int64_t n, float scale, float shift, float *y)
+/* exp(x - max), its sum in the lanes */
+ZQ_INLINE v16
+exp_row(const float *x, int64_t n, float max, float *y)
 {
-    const v16 f = v16_set1(scale), minus = v16_set1(-shift);
+    const v16 shift = v16_set1(max);
     v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        FOUR {
-            const v16 e = v16_exp(v16_fma(v16_load(x + i + 16 * j), f, minus));
-            v16_store(y + i + 16 * j, e);
-            s[j] = v16_add(s[j], e);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j += EXP_WAYS) {
+            v16 e[EXP_WAYS];
+            for (int u = 0; u < EXP_WAYS; u++) {
+                e[u] = v16_sub(v16_load(x + i + 16 * (j + u)), shift);
+            }
+            v16_exps(e, EXP_WAYS);
+            for (int u = 0; u < EXP_WAYS; u++) {
+                v16_store(y + i + 16 * (j + u), e[u]);
+                s[j + u] = v16_add(s[j + u], e[u]);
+            }
         }
     }
     FOUR {
         const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
         if (m > 0) {
-            const v16 e = keep(v16_exp(v16_fma(v16_loadn(x + at, m), f, minus)), m, v16_zero());
+            v16 e = v16_sub(v16_loadn(x + at, m), shift);
+            v16_exps(&e, 1);
+            e = keep(e, m, v16_zero());
             v16_storen(y + at, e, m);
             s[j] = v16_add(s[j], e);
         }
     }
     return sum4(s);
+}
+
+static unsigned
+softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y)
+{
+    float max[ZQ_ROWS], factor[ZQ_ROWS], lanes[ZQ_ROWS][16];
+    unsigned bad = 0;
+    assert(rows <= ZQ_ROWS);
+    for (int64_t r = 0; r < rows; r++) {
+        max[r] = max_f32(x + r * n, n);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        v16_store(lanes[r], exp_row(x + r * n, n, zq_softmax_shift(max[r]), y + r * n));
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const float sum = v16_hsum(v16_load(lanes[r]));
+        factor[r] = zq_softmax_factor(sum);
+        bad |= (unsigned)!zq_softmax_finite(max[r], sum) << r;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        scale_f32(y + r * n, n, factor[r], y + r * n);
+    }
+    return bad;
 }
 
 /* One head, a and b half a head apart. */
@@ -425,16 +610,12 @@ rotary_f32(const float *x, int64_t heads, int64_t head_dim, int64_t half, int in
 static void
 fill(zq_kernels *t)
 {
-    t->layernorm_f32 = layernorm_f32;
+    t->layernorm_rows_f32 = layernorm_rows_f32;
+    t->rmsnorm_rows_f32 = rmsnorm_rows_f32;
     t->rmsnorm_f32 = rmsnorm_f32;
-    t->activation_f32 = activation_f32;
-    t->gated_f32 = gated_f32;
-    t->layernorm_range_f32 = layernorm_range_f32;
-    t->rmsnorm_range_f32 = rmsnorm_range_f32;
-    t->activation_range_f32 = activation_range_f32;
-    t->gated_range_f32 = gated_range_f32;
+    t->activation_rows_f32 = activation_rows_f32;
+    t->softmax_rows_f32 = softmax_rows_f32;
     t->max_f32 = max_f32;
-    t->exp_sum_f32 = exp_sum_f32;
     t->scale_f32 = scale_f32;
     t->rotary_f32 = rotary_f32;
 }

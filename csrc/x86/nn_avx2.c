@@ -5,7 +5,7 @@
 #include <math.h>
 
 /* 6 x 16 floats: 12 accumulators, 2 vectors of b, 1 of a: 15 of 16 registers. */
-enum { MATMUL_MR = 6, MATMUL_NV = 1, RANGE_WAYS = 1 };
+enum { MATMUL_MR = 6, MATMUL_NV = 1, RANGE_WAYS = 1, EXP_WAYS = 1 };
 
 ZQ_TARGET_BEGIN(ZQ_TARGET_AVX2)
 #include "v16_avx2.h"
@@ -17,7 +17,8 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX2)
 ZQ_INLINE __m256i
 dot4(__m256i acc, __m256i a, __m256i b)
 {
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 }

@@ -43,3 +43,35 @@ v16i_hsum(v16i a)
     c = _mm_add_epi32(c, _mm_shuffle_epi32(c, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
 }
+
+/* Eight rows of eight lanes: the maximum of row i in lane i. Each step halves the lanes of a row and sets two rows side by
+ * side. */
+ZQ_INLINE __m256i
+v8i_hmax8(const __m256i *r)
+{
+    __m256i p[4], q[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        p[i] = _mm256_max_epi32(_mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]), _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        q[i] = _mm256_max_epi32(_mm256_unpacklo_epi64(p[2 * i], p[2 * i + 1]), _mm256_unpackhi_epi64(p[2 * i], p[2 * i + 1]));
+    }
+    return _mm256_max_epi32(_mm256_permute2x128_si256(q[0], q[1], 0x20), _mm256_permute2x128_si256(q[0], q[1], 0x31));
+}
+
+/* The maximum of a[i] in lane i. */
+ZQ_INLINE v16i
+v16i_hmax16(const v16i *a)
+{
+    __m256i half[16];
+    int32_t max[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        half[i] = _mm256_max_epi32(v16i_lo(a[i]), v16i_hi(a[i]));
+    }
+    _mm256_storeu_si256((__m256i *)(void *)max, v8i_hmax8(half));
+    _mm256_storeu_si256((__m256i *)(void *)(max + 8), v8i_hmax8(half + 8));
+    return v16i_load(max);
+}

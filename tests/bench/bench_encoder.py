@@ -171,6 +171,18 @@ def check(turns: list[peers.Turn], corpus: Path) -> None:
         print(f"# {turn.name:<26} cosine to {turns[0].name}: {float((rows * reference).sum(1).mean()):.5f}")
 
 
+def print_shares(turn: peers.Turn, cases: Any) -> None:
+    """Where the time of each case goes: what is outside of the linear layers (with the quantization of their inputs and
+    outputs, which their calls do), and its parts."""
+    reply = turn.ask("shares", cases=cases)
+    for (batch, length), all_parts in zip(cases, reply.get("shares", ())):
+        parts = {name: share for name, share in all_parts.items() if name != "linear_forward" and share >= 5e-4}
+        print(f"# {turn.name} {batch}x{length}: outside the linear layers {100 * (1 - all_parts['linear_forward']):.1f} % ("
+              + ", ".join(f"{name} {100 * share:.1f}" for name, share in sorted(parts.items(), key=lambda p: -p[1])) + ")")
+    if "error" in reply:
+        print(f"# {turn.name}: {reply['error'][:200]}")
+
+
 def parse(argv: list[str] | None) -> Any:
     parser = harness.arguments(__doc__.splitlines()[0])
     parser.add_argument("--peers", action="store_true", help="also what is installed of the other engines")
@@ -225,9 +237,7 @@ def main(argv: list[str] | None = None) -> int:
                 check(turns, corpus)
             for turn in turns:
                 if turn.name.startswith("zquant") and threads == 1:
-                    shares = [(b, t, turn.ask("python_share", batch=b, length=t)) for b, t in args.cases[:4]]
-                    print(f"# {turn.name}: Python's share of the time: " + ", ".join(
-                        f"{b}x{t} {100 * r['share']:.1f} %" if "share" in r else str(r) for b, t, r in shares))
+                    print_shares(turn, args.cases)
                 turn.close()
             report(rows, label, threads)
         if not args.no_memory:

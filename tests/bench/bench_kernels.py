@@ -1,8 +1,8 @@
 """The kernels beside the ceilings of this CPU: a section for each line of the table of goals.
 
 Ceilings come first, measured in the same run. Integer products refer to the peak of vpdpbusd, float32 ones and attention to
-that of vfmadd231ps; "gemv" to plain readings of the memory around each slice; "avx2" to vpmaddwd + vpaddd on 256 bits,
-which is the cheapest exact sequence of that level once both sides are widened; "avxvnni" to vpdpbusd on 256 bits; "rows"
+that of vfmadd231ps; "gemv" to plain readings of the memory around each slice; "avx2" and "avxvnni" to the 256-bit
+instructions that they run, and nothing else, from registers (the tables say which); "rows"
 counts the float32 bytes of the input. A goal is met when every shape reaches it (w8a8: the mean, and every shape
 a lower one), "mean" is said where only the mean does. Goals differ between Zen 4 and Zen 5; other CPUs are judged as Zen 4.
 
@@ -166,7 +166,9 @@ SECTIONS = {
     "avx2": Section(at_level("avx2"), MUST_LEVEL),
     "avxvnni": Section(at_level("avxvnni"), MUST_LEVEL),
 }
-LEVEL_KINDS = {"avx2": ceilings.MADD256, "avxvnni": ceilings.VNNI256}
+# Of a level's kinds of weights: the instructions whose peak is their ceiling.
+LEVEL_KINDS = {"avx2 w8a8": ceilings.SIGNS256, "avx2 w4a8": ceilings.NIBBLES256,
+               "avxvnni w8a8": ceilings.VNNI256, "avxvnni w4a8": ceilings.VNNI256}
 
 
 # ---- the calls to time --------------------------------------------------------------------------------------
@@ -221,7 +223,7 @@ class Bench:
 
         self.args, self.best = args, _core.level()
         _core.set_threads(threads)
-        wanted = {name: kind for name, kind in LEVEL_KINDS.items() if name in args.only}
+        wanted = {name: kind for name, kind in LEVEL_KINDS.items() if name.split()[0] in args.only}
         self.gate = harness.Gate(threads, more=wanted)
         self.memory: memory.Memory | None = None
         self.found: dict[Item, dict[str, Any]] = {}
@@ -271,7 +273,19 @@ class Bench:
     def peak_of(item: Item) -> str:
         if item.family == "attention" or item.kind.startswith("f32"):
             return "float"
-        return item.level if item.level in LEVEL_KINDS else "int8"
+        name = f"{item.level} {item.kind.split()[0]}"
+        return name if name in LEVEL_KINDS else "int8"
+
+    def bounds(self, items: Iterable[Item]) -> list[str]:
+        """What the percentages of these items refer to, in words, a line for each."""
+        found: dict[str, None] = {}
+        for item in items:
+            if item.family == "memory":
+                found["read bandwidth of the memory around each slice"] = None
+            elif item.family != "rows" and self.gate.kinds[self.peak_of(item)] >= 0:
+                which = f"{self.peak_of(item)}: " if item.level else ""
+                found[which + ceilings.KIND_NAMES[self.gate.kinds[self.peak_of(item)]]] = None
+        return list(found)
 
     def weights(self, item: Item) -> list[Any]:
         kind, rotated = linears.weight_of(item.kind), item.family != "linear"
@@ -298,8 +312,9 @@ class Bench:
     def limits(self) -> Rows:
         """The ceilings: peaks of the gate's instructions, and read bandwidths."""
         kinds = self.gate.ceilings
-        rows = [harness.row("peak " + ceilings.KIND_NAMES[kind], self.gate.threads, self.gate.peak[name], "GOP/s", noise=0.0)
-                for name, kind in self.gate.kinds.items() if kind in kinds.kinds()]
+        peaks = {kind: self.gate.peak[name] for name, kind in self.gate.kinds.items() if kind in kinds.kinds()}
+        rows = [harness.row("peak " + ceilings.KIND_NAMES[kind], self.gate.threads, peak, "GOP/s", noise=0.0)
+                for kind, peak in peaks.items()]
         sizes = ceilings.SIZES[:2] if self.args.tiny else ceilings.SIZES
         return rows + [harness.row("read " + name, self.gate.threads, kinds.read(size, self.gate.threads), "GB/s", noise=0.0)
                        for name, size in sizes]
@@ -360,7 +375,7 @@ def run_threads(threads: int, args: Any) -> Rows:
     rows = bench.limits()
     print(f"\n# {threads}T" + ("" if bench.gate.reachable else f" n/a: the host does not give {threads} full cores now"))
     for r in rows:
-        print(f"{r['name']:<48} {r['value']:9.1f} {r['unit']}")
+        print(f"{r['name']:<84} {r['value']:9.1f} {r['unit']}")
     of_section: dict[str, Rows] = {}
     for name in args.only:
         section = SECTIONS[name]
@@ -372,7 +387,7 @@ def run_threads(threads: int, args: Any) -> Rows:
         if measured and bench.gate.reachable:
             header, lines = harness.pivot(of_section[name])
             title = f"{name}, {threads}T: value (percent of the ceiling) [{harness.now() - start:.0f} s]"
-            harness.print_table(title, header, lines)
+            harness.print_table("\n  ceiling ".join([title, *bench.bounds(items)]), header, lines)
             sys.stdout.flush()
     print_goals(of_section, threads)
     return rows + list({id(r): r for rs in of_section.values() for r in rs}.values())

@@ -39,25 +39,34 @@ now(void)
     "vpxor %%xmm3,%%xmm3,%%xmm3\n vpxor %%xmm4,%%xmm4,%%xmm4\n vpxor %%xmm5,%%xmm5,%%xmm5\n"                        \
     "vpxor %%xmm6,%%xmm6,%%xmm6\n vpxor %%xmm7,%%xmm7,%%xmm7\n vpxor %%xmm8,%%xmm8,%%xmm8\n"                        \
     "vpxor %%xmm9,%%xmm9,%%xmm9\n vpxor %%xmm10,%%xmm10,%%xmm10\n vpxor %%xmm11,%%xmm11,%%xmm11\n"                  \
+    "vpxor %%xmm12,%%xmm12,%%xmm12\n vpxor %%xmm13,%%xmm13,%%xmm13\n"                                              \
     "vpxor %%xmm14,%%xmm14,%%xmm14\n vpxor %%xmm15,%%xmm15,%%xmm15\n"
 #define LOOP(name, body)                                                                                            \
     static void name(long n)                                                                                        \
     {                                                                                                               \
-        __asm__ volatile(ZERO_ALL ".p2align 6\n1:\n" X4(body) "dec %0\n jnz 1b\n vzeroupper\n" : "+r"(n)::CLOBBERS); \
+        __asm__ volatile(ZERO_ALL ".p2align 6\n1:\n" body "dec %0\n jnz 1b\n vzeroupper\n" : "+r"(n)::CLOBBERS);     \
     }
 #define VNNI(i) "vpdpbusd %%zmm14,%%zmm15,%%zmm" #i "\n"
 #define FMA512(i) "vfmadd231ps %%zmm14,%%zmm15,%%zmm" #i "\n"
 #define FMA256(i) "vfmadd231ps %%ymm14,%%ymm15,%%ymm" #i "\n"
 #define VNNI256(i) "%{vex%} vpdpbusd %%ymm14,%%ymm15,%%ymm" #i "\n"
-/* The cheapest exact u8 x s8 sequence that AVX2 has: both sides widened to 16 bits beforehand. */
-#define MADD256(i) "vpmaddwd %%ymm14,%%ymm15,%%ymm12\n vpaddd %%ymm12,%%ymm" #i ",%%ymm" #i "\n"
+/* What level avx2 runs, 32 products each: u8 x s8 with the sign moved over (gemm_avx2.c) ... */
+#define SIGNS256(i)                                                                                                 \
+    "vpsignb %%ymm15,%%ymm14,%%ymm12\n vpmaddubsw %%ymm12,%%ymm13,%%ymm12\n"                                        \
+    "vpmaddwd %%ymm14,%%ymm12,%%ymm12\n vpaddd %%ymm12,%%ymm" #i ",%%ymm" #i "\n"
+/* ... and codes of four bits: 32 k in int16 (the first products need no addition), then wider */
+#define FIRST256(i) "vpmaddubsw %%ymm14,%%ymm15,%%ymm" #i "\n"
+#define NIBBLES256(i) "vpmaddubsw %%ymm14,%%ymm15,%%ymm12\n vpaddw %%ymm12,%%ymm" #i ",%%ymm" #i "\n"
+#define WIDEN256(i) "vpmaddwd %%ymm14,%%ymm" #i ",%%ymm12\n vpaddd %%ymm12,%%ymm13,%%ymm13\n"
 
 #if defined(__x86_64__)
-LOOP(loop_vnni, CHAINS(VNNI))
-LOOP(loop_fma512, CHAINS(FMA512))
-LOOP(loop_fma256, CHAINS(FMA256))
-LOOP(loop_vnni256, CHAINS(VNNI256))
-LOOP(loop_madd256, CHAINS(MADD256))
+LOOP(loop_vnni, X4(CHAINS(VNNI)))
+LOOP(loop_fma512, X4(CHAINS(FMA512)))
+LOOP(loop_fma256, X4(CHAINS(FMA256)))
+LOOP(loop_vnni256, X4(CHAINS(VNNI256)))
+LOOP(loop_signs256, X4(CHAINS(SIGNS256)))
+LOOP(loop_nibbles256, CHAINS(FIRST256) CHAINS(NIBBLES256) CHAINS(NIBBLES256) CHAINS(NIBBLES256) X4(CHAINS(NIBBLES256))
+                          CHAINS(WIDEN256))
 
 #define READ_LOOP(name, body)                                                                                       \
     static void name(const char *p, size_t bytes)                                                                   \
@@ -94,7 +103,7 @@ zqb_isa(void)
 #endif
 }
 
-enum { KIND_VNNI, KIND_FMA512, KIND_MADD256, KIND_FMA256, KIND_VNNI256, KINDS };
+enum { KIND_VNNI, KIND_FMA512, KIND_SIGNS256, KIND_FMA256, KIND_VNNI256, KIND_NIBBLES256, KINDS };
 
 static void
 run_loop(int kind, long n)
@@ -103,7 +112,8 @@ run_loop(int kind, long n)
     switch (kind) {
     case KIND_VNNI: loop_vnni(n); break;
     case KIND_FMA512: loop_fma512(n); break;
-    case KIND_MADD256: loop_madd256(n); break;
+    case KIND_SIGNS256: loop_signs256(n); break;
+    case KIND_NIBBLES256: loop_nibbles256(n); break;
     case KIND_FMA256: loop_fma256(n); break;
     default: loop_vnni256(n); break;
     }
@@ -134,8 +144,8 @@ zqb_runs(int kind)
     return kind >= 0 && kind < KINDS && zqb_isa() >= (kind <= KIND_FMA512 ? 2 : 1);
 }
 
-/* Operations (a multiply and an add are two) of one instruction group. */
-static const double ops_of_kind[KINDS] = {128, 32, 32, 16, 64};
+/* Operations (a multiply and an add are two) of one of the UNROLL parts of an iteration; that of nibbles is twice as long. */
+static const double ops_of_kind[KINDS] = {128, 32, 64, 16, 64, 128};
 
 /* ---- a team of pinned threads -------------------------------------------------------------------- */
 typedef struct {

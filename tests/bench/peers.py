@@ -81,8 +81,7 @@ class CoreClock:
     """Adds up the time spent inside the extension while the context lasts, by wrapping its functions."""
 
     def __init__(self) -> None:
-        self.inside = 0.0
-        self.calls = 0
+        self.spent: dict[str, list[float]] = {}  # seconds and calls by function
 
     def __enter__(self) -> CoreClock:  # noqa: PYI034  (typing.Self came with 3.11)
         from zquant import _core
@@ -90,42 +89,56 @@ class CoreClock:
         self.core = _core
         self.functions = {n: f for n in dir(_core) if callable(f := getattr(_core, n)) and not n.startswith("_")}
         for name, function in self.functions.items():
-            setattr(_core, name, self._timed(function))
+            setattr(_core, name, self._timed(function, name))
         return self
 
     def __exit__(self, *_: object) -> None:
         for name, function in self.functions.items():
             setattr(self.core, name, function)
 
-    def _timed(self, function: Any) -> Any:
+    def _timed(self, function: Any, name: str = "") -> Any:
+        mine, clock = self.spent.setdefault(name, [0.0, 0]), time.perf_counter
+
         def timed(*args: Any) -> Any:
-            start = time.perf_counter()
+            start = clock()
             try:
                 return function(*args)
             finally:
-                self.inside += time.perf_counter() - start
-                self.calls += 1
+                mine[0] += clock() - start
+                mine[1] += 1
 
         return timed
 
+    @property
+    def inside(self) -> float:
+        return sum(seconds for seconds, _ in self.spent.values())
+
     def share_outside(self, work: Callable[[], Any], cost: float) -> float:
         """The part of the wall time of one call of work() that is spent outside, without the wrappers' own time."""
-        self.inside, self.calls = 0.0, 0
+        for mine in self.spent.values():
+            mine[:] = 0.0, 0
         start = time.perf_counter()
         work()
-        wall = time.perf_counter() - start - self.calls * cost
+        wall = time.perf_counter() - start - sum(calls for _, calls in self.spent.values()) * cost
         return (wall - self.inside) / wall
+
+    def shares(self, work: Callable[[], Any], cost: float) -> dict[str, float]:
+        """The parts of the wall time of one call of work(): by function of the extension, and "Python" for the rest."""
+        outside = self.share_outside(work, cost)
+        scale = (1.0 - outside) / max(self.inside, 1e-12)
+        used = {name: scale * seconds for name, (seconds, calls) in self.spent.items() if calls}
+        return {**used, "Python": outside}
 
     def cost(self, calls: int = 20000) -> float:
         """Seconds that a wrapper adds to a call outside of what it counts: the least of five tries."""
-        nothing = self._timed(lambda: None)
-        tries = []
+        nothing = self._timed(lambda: None, "nothing")
+        mine, tries = self.spent.pop("nothing"), []
         for _ in range(5):
-            self.inside = 0.0
+            mine[0] = 0.0
             start = time.perf_counter()
             for _ in range(calls):
                 nothing()
-            tries.append((time.perf_counter() - start - self.inside) / calls)
+            tries.append((time.perf_counter() - start - mine[0]) / calls)
         return min(tries)
 
 
@@ -155,9 +168,17 @@ class ZQuant(Engine):
     def run(self, ids: np.ndarray, mask: np.ndarray) -> Any:
         return self.model(ids, mask)
 
-    def python_share(self, ids: np.ndarray, mask: np.ndarray) -> float:
-        """The part of the wall time of run() that is not spent inside the extension."""
-        return python_share(lambda: type(self)(*self.source), lambda twin: twin.run(ids, mask))
+    def shares(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], calls: int = 20) -> Iterable[dict[str, float]]:
+        """The parts of the wall time of run() on each batch, by function of the extension: those of the call with the median
+        share of the linear layers."""
+        with CoreClock() as clock:
+            twin, cost = type(self)(*self.source), clock.cost()
+            for ids, mask in batches:
+                twin.run(ids, mask)
+                found, end = [clock.shares(lambda: twin.run(ids, mask), cost)], time.perf_counter() + 1.0  # noqa: B023
+                while len(found) < calls and time.perf_counter() < end:
+                    found.append(clock.shares(lambda: twin.run(ids, mask), cost))  # noqa: B023
+                yield sorted(found, key=lambda parts: parts.get("linear_forward", 0.0))[len(found) // 2]
 
 
 def python_share(make: Callable[[], Any], work: Callable[[Any], Any], calls: int = 50) -> float:
@@ -599,8 +620,8 @@ class Server:
     def do_share_of_step(self, context: int) -> dict[str, Any]:
         return {"share": self.engine.share_of_step(random_batch(self.vocabulary, 1, context)[0][0])}
 
-    def do_python_share(self, batch: int, length: int) -> dict[str, Any]:
-        return {"share": self.engine.python_share(*random_batch(self.vocabulary, batch, length))}
+    def do_shares(self, cases: list[list[int]]) -> dict[str, Any]:
+        return {"shares": list(self.engine.shares(random_batch(self.vocabulary, b, t) for b, t in cases))}
 
 
 def serve(make: Callable[[], Any]) -> None:

@@ -200,7 +200,8 @@ def test_models_of_other_tools(dtype, bits, group, symmetric, fmt, tmp_path):
         assert (layer.spec is None) == (name == "pooler.dense")
         # Theirs are rounded to the model's type once more; the codes and scales are the same.
         other = modules[name].weight.detach()
-        np.testing.assert_array_equal(torch.tensor(layer.dense()).to(dtype).float().numpy(), other.float().numpy(), err_msg=name)
+        np.testing.assert_array_equal(torch.tensor(layer.dense()).to(dtype).float().numpy(), other.float().numpy(),
+                                      err_msg=name)
     if bits == 8 and symmetric:
         assert any((layer.weight.codes == -128).any() for _, layer in ours.named_linears() if layer.spec)
     ids = np.arange(10)[None]
@@ -224,7 +225,8 @@ def test_names_with_and_without_the_prefix(scheme, loader, tmp_path):
         out = model(torch.tensor(ids))
     theirs_out, want = (out.last_hidden_state, ours.hidden_states(ids)) if loader == "AutoModel" else (out.logits, ours(ids))
     assert np.abs(theirs_out.numpy() - want).max() < 2e-5
-    assert not hasattr(dict(model.named_modules())["pooler.dense" if loader == "AutoModel" else "classifier"], "quantization_scheme")
+    assert not hasattr(dict(model.named_modules())["pooler.dense" if loader == "AutoModel" else "classifier"],
+                       "quantization_scheme")
 
 
 def test_sentence_transformers_reads_the_directory(tmp_path):

@@ -107,7 +107,8 @@ def quantization_config(linears: Mapping[str, Linear], tables: Mapping[str, QTen
     return {"quant_method": "compressed-tensors", "quantization_status": "compressed",
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-            "ignore": [*ignore, *_without_prefix(ignore, linears), *unlisted], "kv_cache_scheme": None, "global_compression_ratio": None}
+            "ignore": [*ignore, *_without_prefix(ignore, linears), *unlisted],
+            "kv_cache_scheme": None, "global_compression_ratio": None}
 
 
 def _group(spec: QuantSpec, activations: QuantSpec | None, storage: str) -> str:

@@ -14,8 +14,8 @@ from ..qtensor import QTensor
 
 __all__ = ["CHUNK", "Block", "Embeddings", "Packed", "Table", "pack", "rows"]
 
-# Tokens per micro-batch: the activations of one block then stay in the second-level cache. Whole sequences only.
-CHUNK = 1024
+# Tokens per micro-batch and thread: most activations of one block then stay in the second-level caches. Whole sequences only.
+CHUNK = 512
 
 Tap = Callable[[str, np.ndarray, np.ndarray], None]
 # An embedding table: float32 or float16, possibly mapped; bfloat16 as stored; or quantized rows.
@@ -58,8 +58,10 @@ class Packed:
     slots: np.ndarray | None
     shape: tuple[int, int]
 
-    def chunks(self, limit: int = CHUNK) -> Iterator[tuple[int, int]]:
-        """Ranges of sequences of at most ``limit`` tokens together (or one longer sequence), covering the batch."""
+    def chunks(self, limit: int | None = None) -> Iterator[tuple[int, int]]:
+        """Ranges of sequences of at most ``limit`` tokens together (or one longer sequence), covering the batch; default
+        ``CHUNK`` for each thread."""
+        limit = CHUNK * _core.threads() if limit is None else limit
         start, offsets = 0, self.offsets
         while start < len(offsets) - 1:
             stop = int(np.searchsorted(offsets, offsets[start] + limit, side="right")) - 1

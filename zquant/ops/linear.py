@@ -240,7 +240,8 @@ def qlinear_matmul(a: np.ndarray, a_scale: np.ndarray, a_zero_point: np.ndarray,
     dtype = np.asarray(y_zero_point).dtype
     if dtype not in (np.int8, np.uint8):
         raise TypeError(f"y_zero_point: expected int8 or uint8, got {dtype}")
-    row = np.asarray(a_scale, np.float64).reshape(-1, 1) if np.size(a_scale) > 1 else np.float64(np.asarray(a_scale).reshape(()))
+    row = (np.asarray(a_scale, np.float64).reshape(-1, 1) if np.size(a_scale) > 1
+           else np.float64(np.asarray(a_scale).reshape(())))
     ratio = row * np.asarray(b_scale, np.float64) / np.asarray(y_scale, np.float64)
     info = np.iinfo(dtype)
     y = np.rint(acc * ratio) + np.asarray(y_zero_point).astype(np.float64)

@@ -9,6 +9,8 @@ A range too small for a normal float32 scale counts as zero: scale 1, and codes 
 """
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -30,11 +32,17 @@ CODE_RANGES = {
 }
 
 
+@functools.cache
+def _type_name(dtype: np.dtype[Any]) -> str:
+    """Name of a type in any byte order. NumPy makes it anew each time, which takes longer than a small operator."""
+    return str(dtype.newbyteorder("=").name)
+
+
 def _array(x: Any, name: str, *dtypes: str) -> Array:
     """x itself if it is an array of one of the types (in any byte order); TypeError otherwise."""
     if not isinstance(x, np.ndarray):
         raise TypeError(f"{name}: expected a NumPy array of {' or '.join(dtypes)}, got {type(x).__name__}")
-    if x.dtype.newbyteorder("=").name not in dtypes:
+    if _type_name(x.dtype) not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(dtypes)}, got {x.dtype}")
     return x
 
@@ -44,7 +52,7 @@ def _rows(x: Any, name: str, *dtypes: str) -> Array:
     x = _array(x, name, *dtypes)
     if x.ndim == 0:
         raise ValueError(f"{name}: expected at least 1 dimension, got 0")
-    return x if x.ndim == 2 else x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _same_shape(a: Array, shape: tuple[int, ...], name: str) -> Array:

@@ -122,7 +122,8 @@ def attention_int8(q, k, v, num_heads, key_mask=None, lengths=None, scale=None, 
         keys = np.flatnonzero(visible[b, :n])
         for h in range(num_heads):
             own = slice(h * d, h * d + d)
-            out[b, :n, own] = _head_int8(q[b, :n, own], k[b, keys, own], v[b, keys, own], d ** -0.5 if scale is None else scale, tile)
+            out[b, :n, own] = _head_int8(q[b, :n, own], k[b, keys, own], v[b, keys, own],
+                                         d ** -0.5 if scale is None else scale, tile)
     return out
 
 
