@@ -10,6 +10,7 @@
     lm = zq.load("tiny-llama-5m")                     # GPT-2, OPT, GPT-NeoX, Llama, Mistral, Qwen
     zq.quantize(lm, "w4a8").generate("Once upon a time")
     zq.perplexity(lm, text)
+    zq.calibrate(lm, other_text, needs={"absmax", "gram"})    # statistics, for methods that look at data
 
 Importing needs NumPy alone; safetensors, tokenizers, tqdm and matplotlib are imported where they are used.
 """
@@ -21,6 +22,7 @@ with core_hint():  # zquant._core loads OpenBLAS
     from . import _core as _core
 from . import cpu, evaluate, ops
 from .cache import KVCache
+from .calibrate import calibrate
 from .encoder import SentenceEncoder
 from .errors import FormatError
 from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, sts
@@ -34,13 +36,14 @@ from .qtensor import QTensor
 from .quantize import quantize
 from .report import Report, compare
 from .spec import QuantSpec, Scheme
+from .statistics import InputStatistics, Statistics
 from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "RTN", "CausalLM", "FormatError", "Generation", "KVCache", "LanguageReport", "Linear", "Method", "Model",
-    "PerplexityResult", "QTensor", "QuantSpec", "Report", "STSResult", "Scheme", "SentenceEncoder", "__version__",
-    "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "load", "ops", "pearson", "perplexity",
-    "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
+    "RTN", "CausalLM", "FormatError", "Generation", "InputStatistics", "KVCache", "LanguageReport", "Linear", "Method",
+    "Model", "PerplexityResult", "QTensor", "QuantSpec", "Report", "STSResult", "Scheme", "SentenceEncoder", "Statistics",
+    "__version__", "calibrate", "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "load", "ops", "pearson",
+    "perplexity", "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
 ]

@@ -186,6 +186,14 @@ def _add_quantize(commands: Any) -> None:
         default=[],
         help="other weights for layers whose names match: float, 8, 4, 4-g32, 8-b48; repeatable, the last match wins",
     )
+    parser.add_argument("--method", metavar="NAME", default="rtn", help="how weights are rounded (default: %(default)s)")
+    parser.add_argument(
+        "--calib",
+        metavar="FILE",
+        type=Path,
+        help="for methods that look at data: text (encoders read its lines), or statistics that zquant.calibrate saved "
+        "(.safetensors); not what the model is evaluated on",
+    )
     parser.add_argument("--force", action="store_true", help="write into OUT although it is not empty")
 
 
@@ -375,19 +383,34 @@ def _network(model: Any) -> Any:
     return getattr(model, "model", model)
 
 
+def _calibration(path: Path | None, method: Any) -> Any:
+    """Statistics from a file of them, the path of a text, or None."""
+    from .statistics import Statistics
+
+    if path is None:
+        return None
+    if not method.needs:
+        raise ValueError(f"--calib: method {type(method).__name__.lower()} needs no calibration data")
+    return Statistics.load(path) if path.suffix == ".safetensors" else path
+
+
 def _quantize(arguments: argparse.Namespace) -> None:
+    from .calibrate import _peak_rss
+    from .methods import get_method
     from .quantize import quantize
 
     _check_output(arguments.model, arguments.output, arguments.force)
     start = time.perf_counter()
     model = _open(arguments.model)
     scheme = arguments.scheme.with_overrides(dict(arguments.override))
-    quantized = quantize(model, scheme)
+    method = get_method(arguments.method)
+    quantized = quantize(model, scheme, method, calib=_calibration(arguments.calib, method))
     quantized.save(arguments.output)
     before, after = _network(model).nbytes, _network(quantized).nbytes
     print(
         f"{arguments.output}: {scheme.name}, {before / 1e6:.1f} -> {after / 1e6:.1f} MB "
         f"({before / after:.2f}x smaller), {time.perf_counter() - start:.1f} s"
+        + (f", peak memory {_peak_rss() / 1e6:,.0f} MB" if arguments.calib else "")
     )
 
 

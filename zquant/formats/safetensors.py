@@ -6,9 +6,11 @@ tensors themselves are views of the mapped file, converted to float32 where they
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 from ..errors import FormatError
 from ..mapped import map_bytes
 
-__all__ = ["Checkpoint", "Stored", "open_checkpoint", "write_safetensors"]
+__all__ = ["Checkpoint", "Stored", "open_checkpoint", "write_safetensors", "writing_safetensors"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -225,23 +227,60 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.nda
     ...     os.path.getsize(os.path.join(d, "x.safetensors"))
     76
     """
-    path = Path(path)
     stored = {name: _as_stored(name, value) for name, value in tensors.items()}
-    names = sorted(stored, key=lambda name: (-stored[name].array.itemsize, name))
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+    with writing_safetensors(path, layout, metadata) as write:
+        for name in layout:
+            write(name, stored[name].array)
+
+
+@contextmanager
+def writing_safetensors(path: str | os.PathLike[str], layout: Mapping[str, tuple[str, tuple[int, ...]]],
+                        metadata: Mapping[str, str] | None = None) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """``with writing_safetensors(...) as write``: a file whose tensors come one by one, in any order, and need not be in
+    memory together. ``layout`` gives each tensor's type ("F32") and shape. The file appears when all have been written.
+
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     with writing_safetensors(os.path.join(d, "x"), {"a": ("F32", (2,)), "b": ("F64", ())}) as write:
+    ...         write("a", np.float32([1, 2]))
+    ...         write("b", np.array(0.5))
+    ...     open_checkpoint(os.path.join(d, "x"))["a"].tolist()
+    [1.0, 2.0]
+    """
+    head, places = _lay_out(layout, metadata)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(head)
+        missing = set(layout)
+
+        def write(name: str, array: np.ndarray) -> None:
+            dtype, shape = layout[name]
+            if array.shape != tuple(shape) or array.dtype.newbyteorder("<") != np.dtype(DTYPES[dtype]):
+                raise ValueError(f"{path}: tensor {name!r} is {dtype} {tuple(shape)}, got {array.dtype} {array.shape}")
+            missing.discard(name)
+            file.seek(places[name])
+            data = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+            file.write(data.reshape(-1).view(np.uint8).data)
+
+        yield write
+        if missing:
+            raise ValueError(f"{path}: tensors that were not written: {', '.join(sorted(missing))}")
+
+
+def _lay_out(layout: Mapping[str, tuple[str, tuple[int, ...]]],
+             metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
+    """What the file begins with, and where each tensor goes: larger item types first."""
+    size = {name: np.dtype(DTYPES[dtype]).itemsize for name, (dtype, _) in layout.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name in names:
-        array = stored[name].array
-        header[name] = {"dtype": stored[name].dtype, "shape": list(array.shape),
-                        "data_offsets": [offset, offset + array.nbytes]}
-        offset += array.nbytes
+    places, offset = {}, 0
+    for name in sorted(layout, key=lambda name: (-size[name], name)):
+        dtype, shape = layout[name]
+        end = offset + math.prod(shape) * size[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        places[name], offset = offset, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            array = np.ascontiguousarray(stored[name].array, stored[name].array.dtype.newbyteorder("<"))
-            file.write(array.reshape(-1).view(np.uint8).data)
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + place for name, place in places.items()}
 
 
 class replacing:

@@ -23,7 +23,8 @@ class Method:
     Attributes
     ----------
     needs
-        Names of the statistics that ``quantize`` wants from calibration; empty when it needs no data.
+        Names of the statistics that ``quantize`` wants from calibration, see :class:`zquant.InputStatistics`; empty when
+        it needs no data.
     by_rows
         Whether each row's codes depend on that row alone (with scales per channel or group): a large matrix is then
         quantized some rows at a time.

@@ -1,7 +1,7 @@
 """The pieces of an encoder on packed tokens: sequences end to end in one (tokens, d) matrix, no padding computed."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -283,6 +283,19 @@ class Block:
         wide = self.intermediate(y, self.activation)
         tap(names["output"], wide, self.output(wide))
         return norm(self.output(wide, 0, y), None, *self.output_norm, self.eps, quant_out)
+
+    def steps(self, x: np.ndarray, offsets: np.ndarray) -> Generator[np.ndarray, None, np.ndarray]:
+        """The same numbers as __call__'s, stopping before each product to yield its float32 input: that of query, key and
+        value, of attention, of intermediate, of output. Returns the block's output; whoever stops earlier computes less."""
+        norm = _core.layer_norm
+        yield x
+        context = _core.attention_fused(self.qkv(x), offsets, self.heads, self.scale, None, 0, self.int8_attention)
+        yield context
+        y, _ = norm(self.attention(context, 0, x), None, *self.attention_norm, self.eps, 0)
+        yield y
+        wide = self.intermediate(y, self.activation)
+        yield wide
+        return norm(self.output(wide, 0, y), None, *self.output_norm, self.eps, 0)[0]
 
 
 _ACTIVATION_NAMES, _QUANT_NAMES = list(ACTIVATIONS), list(QUANT)

@@ -1,7 +1,7 @@
 """The pieces of a decoder on packed tokens. Between integer layers activations travel as token codes."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -174,6 +174,31 @@ class DecoderBlock:
         else:
             wide = _core.gated(self.gate(inner, tap), self.up(inner, tap), self.act, quant)
         return self.down((wide, None), tap, 0, residual)
+
+    def steps(self, x: np.ndarray, cache: Any, offsets: np.ndarray,
+              rotation: tuple[Any, Any]) -> Generator[np.ndarray, None, np.ndarray]:
+        """The same numbers as __call__'s, stopping before each product to yield its float32 input: that of query, key and
+        value, of attention, of gate and up, of down. Returns the block's output; whoever stops earlier computes less.
+
+        ``cache`` is one of a single layer, this one.
+        """
+        a, i, order = self.a, self.index, self.a.order
+        inner = x if order == "post" else self.attention_norm(x, 0)[0]
+        yield inner
+        context = _core.kv_attend(cache, 0, self.qkv((inner, None)), offsets, a.heads, *rotation, False, self.q_norm,
+                                  self.k_norm, a.eps, a.scales[i], a.windows[i], 0)
+        yield context
+        y = self.attention((context, None), None, 0, x)
+        if order == "post":
+            y = inner = self.attention_norm(y, 0)[0]
+        else:
+            inner = self.mlp_norm(y if order == "pre" else x, 0)[0]
+        yield inner
+        rows: Rows = (inner, None)
+        wide = self.up(rows, None, self.act) if self.gate is None else _core.gated(self.gate(rows), self.up(rows), self.act, 0)
+        yield wide
+        out = self.down((wide, None), None, 0, y)
+        return self.mlp_norm(out, 0)[0] if order == "post" else out
 
 
 class Head:
