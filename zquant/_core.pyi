@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _F32 = NDArray[np.float32]
+_F64 = NDArray[np.float64]
 _I8 = NDArray[np.int8]
 _U8 = NDArray[np.uint8]
 _I32 = NDArray[np.int32]
@@ -73,3 +74,9 @@ def kv_attend(cache: _Handle, layer: int, qkv: _F32, offsets: _I64, heads: int, 
               interleaved: bool, q_norm: _F32 | None, k_norm: _F32 | None, eps: float, scale: float, window: int, quant: int,
               /) -> Any: ...
 def rotary(x: _F32, positions: _I64, cos: _F32, sin: _F32, heads: int, interleaved: bool, /) -> _F32: ...
+
+# solvers
+def gptq(w: _F32, hessian: Union[_F32, _F64], deviation: Union[_F32, _F64, None], order: _I64, bits: int, symmetric: bool,
+         values: _F32 | None, borders: _F32 | None, group: int, dynamic: bool, mse: bool, compare: bool, block: int,
+         damping: float, alpha: float,
+         /) -> tuple[tuple[NDArray[Any], _F32, _I32, _F64, _F64, NDArray[np.bool_]], float, int, int] | None: ...

@@ -7,4 +7,5 @@ extern PyMethodDef zq_methods_quantize[]; /* bind_quantize.c: quantizers, packin
 extern PyMethodDef zq_methods_nn[];       /* bind_nn.c: norms, activations, attention */
 extern PyMethodDef zq_methods_kv[];       /* bind_kv.c: key-value cache, rotary embedding */
 extern PyMethodDef zq_methods_linalg[];   /* bind_linalg.c: what BLAS was loaded */
+extern PyMethodDef zq_methods_algo[];     /* bind_algo.c: solvers */
 #endif
