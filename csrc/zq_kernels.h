@@ -66,7 +66,8 @@ typedef struct {
 /* What GPTQ rounds: w' = v + f; v alone (round to nearest); nothing, as if w' were on the grid. */
 typedef enum { ZQ_ROUND_NOW, ZQ_ROUND_V, ZQ_ROUND_NOT } zq_rounding;
 
-/* Some columns of a panel of 32 rows of weights in GPTQ (algo/gptq.c has the equations). Arrays (columns, 32) but where said. */
+/* Some columns of a panel of 32 rows of weights in GPTQ (algo/gptq.c has the equations). Arrays (columns, 32) where not
+ * said otherwise. */
 typedef struct {
     int64_t columns;
     const zq_grid *grid;

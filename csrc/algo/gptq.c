@@ -374,8 +374,8 @@ round_columns(const solver *s, slab *b, int64_t p, int64_t c0, int64_t c1, float
     const int64_t at_column = (p * s->k + c0) * ZQ_NR, at_scale = p * s->groups * ZQ_NR;
     const zq_gptq_tile t = {.columns = c1 - c0, .grid = &s->task->grid, .factor = row_of(&s->f, c0) + c0,
                             .shift = shifted ? row_of(&s->p, c0) + c0 : NULL, .ld = 2 * s->f.ld, .diag = s->diag + c0,
-                            .group = s->group + c0, .scale = b->scale + at_scale, .zero = b->zero + at_scale, .rounding = rounding,
-                            .delta = b->delta + at_column, .f = f, .seen = b->seen ? b->seen + at_column : NULL,
+                            .group = s->group + c0, .scale = b->scale + at_scale, .zero = b->zero + at_scale,
+                            .rounding = rounding, .delta = b->delta + at_column, .f = f, .seen = b->seen ? b->seen + at_column : NULL,
                             .codes = b->codes + at_column, .loss = loss, .size = size};
     s->K->gptq_columns_f32(&t);
     for (int r = 0; r < ZQ_NR && rounding != ZQ_ROUND_NOT; r++) {
@@ -518,7 +518,8 @@ slab_job(void *ctx, int64_t job)
 {
     solver *s = ctx;
     const int64_t width = s->job_panels * ZQ_NR, row0 = job * width;
-    const int64_t floats = width * (s->k * (s->p.memory ? 2 : 1) + s->stage + 2 * s->groups + s->k / 4 + 1) + 2 * s->k + 2 * s->stage * ZQ_NR;
+    const int64_t per_row = s->k * (s->p.memory ? 2 : 1) + s->stage + 2 * s->groups + s->k / 4 + 1;
+    const int64_t floats = width * per_row + 2 * s->k + 2 * s->stage * ZQ_NR;
     char *const memory = zq_alloc((size_t)floats * 4 + 8 * 64), *next = memory;
     if (!memory) {
         atomic_store(&s->no_memory, 1);

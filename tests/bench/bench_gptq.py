@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="NxK; default 4096x4096 and 4096x11008")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--no-compare", action="store_true", help="ours without the round-to-nearest pass, as the loop has none")
+    parser.add_argument("--no-compare", action="store_true", help="ours without round to nearest, as the loop has none")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has torch")
     parser.add_argument("--json", action="store_true", help="one engine, one shape, one line")
     parser.add_argument("--peak", type=float, help="float32 FMA peak in GFLOP/s, measured before")

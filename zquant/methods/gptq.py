@@ -88,7 +88,8 @@ class GridTensor:
     group_size
         Inputs per scale.
 
-    >>> GridTensor(np.array([[0, 2]], np.uint8), np.array([[2.0]], np.float32), np.array([-1, 0, 1], np.float32), 2).dequantize()
+    >>> values = np.array([-1, 0, 1], np.float32)
+    >>> GridTensor(np.array([[0, 2]], np.uint8), np.array([[2.0]], np.float32), values, 2).dequantize()
     array([[-2.,  2.]], dtype=float32)
     """
 
@@ -157,17 +158,17 @@ def _row_losses(w: Array, w_hat: Array, hessian: Array, deviation: Array | None,
     return np.einsum("ij,ij->i", target, d)
 
 
-def _round(w: Array, spec: QuantSpec, grid: tuple[Array, Array] | None, group: int) -> list[Array]:
+def _round(w: Array, spec: QuantSpec, grid: tuple[Array, Array] | None, group: int) -> tuple[Array, Array, Array]:
     """Round to nearest: codes, scales, zeros."""
     if grid is None:
         codes, scales, zeros = quantize_weight(w, spec.bits, group, spec.symmetric)
-        return [codes, scales, np.zeros(scales.shape, np.int32) if zeros is None else zeros]
+        return codes, scales, np.zeros(scales.shape, np.int32) if zeros is None else zeros
     starts = np.arange(0, w.shape[1], group)
     most = np.maximum.reduceat(np.abs(w), starts, axis=1) if w.size else np.zeros((len(w), len(starts)), np.float32)
     scales = most / np.abs(grid[0]).max()
     scales = np.where(scales >= np.finfo(np.float32).tiny, scales, np.float32(1))
     scaled = w / scales[:, np.arange(w.shape[1]) // group]
-    return [np.searchsorted(grid[1], scaled, side="left").astype(np.uint8), scales, np.zeros(scales.shape, np.int32)]
+    return np.searchsorted(grid[1], scaled, side="left").astype(np.uint8), scales, np.zeros(scales.shape, np.int32)
 
 
 def gptq(w: Array, hessian: Array, bits: int = 4, group_size: int | None = None, symmetric: bool = True, *,

@@ -93,7 +93,8 @@ def gptq(w, hessian, bits=4, group_size=None, symmetric=True, act_order=True, st
                 fresh = np.concatenate([now[:, i : min(i + group, i2)], ahead], 1)
                 scales[:, g], zeros[:, g] = search_scale(fresh, weight[order[i : i + group]], bits, symmetric, grid, mse)
             seen[:, i] = now[:, i]
-            codes[:, order[i]], q[:, i] = to_grid(now[:, i], scales[:, g].astype(np.float64), zeros[:, g], bits, symmetric, grid)
+            scale = scales[:, g].astype(np.float64)
+            codes[:, order[i]], q[:, i] = to_grid(now[:, i], scale, zeros[:, g], bits, symmetric, grid)
             e[:, i] = (now[:, i] - q[:, i]) / u[i, i]
             now[:, i:i2] += np.outer(seen[:, i], p[i, i:i2]) - np.outer(e[:, i], u[i, i:i2])
         now[:, i2:] += seen[:, i1:i2] @ p[i1:i2, i2:] - e[:, i1:i2] @ u[i1:i2, i2:]
