@@ -60,16 +60,16 @@ lower_to(_Atomic(int64_t) *least, int64_t row)
     }
 }
 
+/* x and y, elements (i, j) and (j, i), j <= i, are further apart than they may be, or one of them is not finite. */
 static void
-check_pair(check *c, int64_t i, int64_t j)
+note_pair(check *c, int64_t i, int64_t j, double x, double y)
 {
-    const double x = at(c->a, i * c->k + j), y = at(c->a, j * c->k + i), apart = x > y ? x - y : y - x;
-    if (!isfinite(x)) {
-        lower_to(&c->nonfinite, i);
+    if (isfinite(x) && isfinite(y)) {
+        lower_to(&c->asymmetric, c->symmetric ? j : c->k);
+        return;
     }
-    else if (c->symmetric && apart > c->tolerance) {
-        lower_to(&c->asymmetric, i);
-    }
+    lower_to(&c->nonfinite, isfinite(x) ? j : i);
+    lower_to(&c->nonfinite, isfinite(y) ? i : j);
 }
 
 static void
@@ -77,10 +77,13 @@ check_job(void *ctx, int64_t tile_row)
 {
     check *c = ctx;
     const int64_t i0 = tile_row * CHECK_TILE, i1 = zq_min(i0 + CHECK_TILE, c->k);
-    for (int64_t j0 = 0; j0 < c->k; j0 += CHECK_TILE) {
+    for (int64_t j0 = 0; j0 < i1; j0 += CHECK_TILE) {
         for (int64_t i = i0; i < i1; i++) {
-            for (int64_t j = j0; j < zq_min(j0 + CHECK_TILE, c->k); j++) {
-                check_pair(c, i, j);
+            for (int64_t j = j0; j < zq_min(j0 + CHECK_TILE, i + 1); j++) {
+                const double x = at(c->a, i * c->k + j), y = at(c->a, j * c->k + i), apart = x > y ? x - y : y - x;
+                if (!(apart <= c->tolerance)) { /* NaN too */
+                    note_pair(c, i, j, x, y);
+                }
             }
         }
     }
@@ -97,7 +100,7 @@ zq_square_check(const zq_square *a, int64_t k, int symmetric, int64_t *row)
         negative = d < 0 ? i : negative;
         most = d > most ? d : most;
     }
-    c.tolerance = ASYMMETRY * most;
+    c.tolerance = symmetric && most <= DBL_MAX ? ASYMMETRY * most : DBL_MAX; /* what is Inf is found anyway */
     zq_parallel_for(zq_ceil_div(k, CHECK_TILE), check_job, &c);
     *row = c.nonfinite;
     if (c.nonfinite < k) {
