@@ -55,6 +55,36 @@ typedef struct {
     int64_t ldp;
 } zq_softmax_tile;
 
+/* What a weight may become: code times scale. Integers: (code - zero), qmin <= code <= qmax. Else `count` ascending values,
+ * code c for values[c]: as many of the count - 1 borders lie below the weight over the scale. */
+typedef struct {
+    int32_t qmin, qmax;
+    int count;
+    const float *values, *borders; /* NULL for integers */
+} zq_grid;
+
+/* What GPTQ rounds: w' = v + f; v alone (round to nearest); nothing, as if w' were on the grid. */
+typedef enum { ZQ_ROUND_NOW, ZQ_ROUND_V, ZQ_ROUND_NOT } zq_rounding;
+
+/* Some columns of a panel of 32 rows of weights in GPTQ (algo/gptq.c has the equations). Arrays (columns, 32) where not
+ * said otherwise. */
+typedef struct {
+    int64_t columns;
+    const zq_grid *grid;
+    const float *factor; /* (columns, columns), rows ld apart: below the diagonal */
+    const float *shift;  /* the same of P, or NULL */
+    int64_t ld;
+    const float *diag;    /* (columns): what makes an error e of w' - w_hat; 0 for a column that does not count */
+    const int32_t *group; /* (columns): row of scale and zero (groups, 32) */
+    const float *scale, *zero;
+    zq_rounding rounding;
+    float *delta; /* in: v; out: v - w_hat */
+    float *f;     /* the feedback of all columns before these */
+    float *seen;  /* out: w', where shift is given */
+    uint8_t *codes;
+    float *loss, *size; /* (32): sum e^2 and sum delta^2 of the columns that count */
+} zq_gptq_tile;
+
 /* lo <= 0 <= hi around all of a row: what its scale and zero point are made of. */
 typedef struct {
     float lo, hi;
@@ -88,6 +118,11 @@ enum { ZQ_ROWS = 8 };
     X(pack_bits, void, (const uint8_t *codes, int64_t n, int bits, uint8_t *packed)) \
     /* and back; sign-extended to int8 when is_signed */ \
     X(unpack_bits, void, (const uint8_t *packed, int64_t n, int bits, int is_signed, uint8_t *codes)) \
+    /* ---- solvers: weights to codes on a grid ---- */ \
+    /* column by column: w' = v + f, code = grid(w' / scale), delta = v - w_hat, f of the later columns += delta * factor */ \
+    X(gptq_columns_f32, void, (const zq_gptq_tile *t)) \
+    /* sum weight[i] (w_hat[i] - w[i])^2, in the fixed order of sixteen lanes */ \
+    X(grid_error_f32, float, (const zq_grid *grid, const float *w, const float *weight, int64_t n, float scale, float zero)) \
     /* ---- Transformer operators on rows (norm, activation, attention) ---- */ \
     /* Kernels named rows: `rows` <= ZQ_ROWS consecutive rows of n >= 1. They return a bit for each row, 0 where all is well; \
      * y of other rows is undefined. range: one for each row, what minmax_f32 gives for y, or NULL. */ \

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _F32 = NDArray[np.float32]
+_F64 = NDArray[np.float64]
 _I8 = NDArray[np.int8]
 _U8 = NDArray[np.uint8]
 _I32 = NDArray[np.int32]
@@ -79,3 +80,9 @@ def rotary(x: _F32, positions: _I64, cos: _F32, sin: _F32, heads: int, interleav
 # several calls as one: (function, args, from, out, item), see zquant.models.sequence
 def sequence(inputs: int, calls: list[tuple[Any, tuple[Any, ...], tuple[int, ...], int, int]], /) -> _Handle: ...
 def run_sequence(sequence: _Handle, /, *inputs: Any) -> Any: ...
+
+# solvers
+def gptq(w: _F32, hessian: Union[_F32, _F64], deviation: Union[_F32, _F64, None], order: _I64, bits: int, symmetric: bool,
+         values: _F32 | None, borders: _F32 | None, group: int, dynamic: bool, mse: bool, compare: bool, block: int,
+         damping: float, alpha: float,
+         /) -> tuple[tuple[NDArray[Any], _F32, _I32, _F64, _F64, NDArray[np.bool_]], float, int, int] | None: ...

@@ -13,6 +13,7 @@ static const struct {
 } types[] = {
     {ZQ_F32, NPY_FLOAT32, "float32"}, {ZQ_I8, NPY_INT8, "int8"},    {ZQ_U8, NPY_UINT8, "uint8"},
     {ZQ_I32, NPY_INT32, "int32"},     {ZQ_I64, NPY_INT64, "int64"}, {ZQ_BOOL, NPY_BOOL, "bool"},
+    {ZQ_F64, NPY_FLOAT64, "float64"},
 };
 enum { TYPES = sizeof types / sizeof *types };
 
@@ -209,7 +210,7 @@ new_on_core_memory(int type, int ndim, npy_intp *dims, npy_intp *strides, int64_
 static int64_t
 item_bytes(int type)
 {
-    return type == ZQ_F32 || type == ZQ_I32 ? 4 : type == ZQ_I64 ? 8 : 1;
+    return type == ZQ_F32 || type == ZQ_I32 ? 4 : type == ZQ_I64 || type == ZQ_F64 ? 8 : 1;
 }
 
 int

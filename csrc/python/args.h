@@ -27,7 +27,7 @@ typedef struct {
 } zq_arg;
 
 /* The type codes used below; more than one may be or-ed together. */
-enum { ZQ_F32 = 1, ZQ_I8 = 2, ZQ_U8 = 4, ZQ_I32 = 8, ZQ_I64 = 16, ZQ_BOOL = 32 };
+enum { ZQ_F32 = 1, ZQ_I8 = 2, ZQ_U8 = 4, ZQ_I32 = 8, ZQ_I64 = 16, ZQ_BOOL = 32, ZQ_F64 = 64 };
 
 /* Input array of exactly one of the types, with min_ndim..max_ndim dimensions. */
 int zq_in(PyObject *o, const char *name, int types, int min_ndim, int max_ndim, zq_arg *out);

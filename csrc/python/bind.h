@@ -8,4 +8,5 @@ extern PyMethodDef zq_methods_nn[];       /* bind_nn.c: norms, activations, atte
 extern PyMethodDef zq_methods_kv[];       /* bind_kv.c: key-value cache, rotary embedding */
 extern PyMethodDef zq_methods_linalg[];   /* bind_linalg.c: what BLAS was loaded */
 extern PyMethodDef zq_methods_sequence[]; /* bind_sequence.c: several calls as one */
+extern PyMethodDef zq_methods_algo[];     /* bind_algo.c: solvers */
 #endif

@@ -299,9 +299,13 @@ LEVEL(unpack_bits)(const uint8_t *packed, int64_t n, int bits, int is_signed, ui
     }
 }
 
+#include "solver.inc.h"
+
 static void
 LEVEL(fill)(zq_kernels *t)
 {
+    t->gptq_columns_f32 = LEVEL(gptq_columns_f32);
+    t->grid_error_f32 = LEVEL(grid_error_f32);
     t->absmax_f32 = LEVEL(absmax_f32);
     t->minmax_f32 = LEVEL(minmax_f32);
     t->quantize_mul_f32_b8 = LEVEL(quantize_mul_f32_b8);

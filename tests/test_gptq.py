@@ -1,0 +1,412 @@
+"""GPTQ: the identities of its specification, the NumPy reference, degenerate Hessians, bad input."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import zquant as zq
+from zquant import _core
+from zquant.methods import METHODS
+from zquant.methods.gptq import FP4, NF4, _grid, _order
+from zquant.reference import gptq as reference
+from zquant.spec import QuantSpec
+
+
+def problem(n=37, k=101, seed=1, tokens=400, rank=12):
+    """Weights, and the Gram matrix of correlated inputs."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, rank)) @ rng.standard_normal((rank, k)) + 0.3 * rng.standard_normal((tokens, k))
+    return rng.standard_normal((n, k)).astype(np.float32), x.T @ x / tokens
+
+
+def drift(k, seed=2, tokens=400):
+    rng = np.random.default_rng(seed)
+    return 0.1 * rng.standard_normal((tokens, k)).T @ rng.standard_normal((tokens, k)) / tokens
+
+
+OPTIONS = [
+    {}, {"act_order": False}, {"symmetric": False, "bits": 3}, {"group_size": 32}, {"group_size": 32, "act_order": "group"},
+    {"group_size": 16, "act_order": False, "static_groups": False, "symmetric": False},
+    {"group_size": 32, "act_order": "group", "static_groups": False}, {"group_size": 64, "mse": True, "bits": 3},
+    {"mse": True, "symmetric": False}, {"grid": "nf4", "group_size": 16}, {"grid": "fp4", "mse": True},
+    {"grid": [-1, -0.25, 0, 0.3, 1.5], "act_order": False}, {"deviation": True}, {"bits": 2, "group_size": 8},
+    {"deviation": True, "alpha": 1.0, "group_size": 32, "act_order": "group", "static_groups": False},
+]
+
+
+def name(options):
+    return ",".join(f"{k}={v}" for k, v in options.items()) or "default"
+
+
+@pytest.fixture(params=OPTIONS, ids=name)
+def options(request):
+    given = dict(request.param)
+    if given.pop("deviation", False):
+        given["deviation"] = drift(101)
+    return given
+
+
+def for_reference(options):
+    return {**options, "grid": _grid(options["grid"])} if "grid" in options else options
+
+
+def same(a, b):
+    zeros = (getattr(a, "zeros", None), getattr(b, "zeros", None))
+    return (np.array_equal(a.codes, b.codes) and np.array_equal(a.scales, b.scales)
+            and (zeros[0] is None or np.array_equal(*zeros)))
+
+
+def trace(d, h):
+    return np.einsum("ij,jk,ik->", d, h, d)
+
+
+def error(w, q):
+    return w - q.dequantize().astype(np.float64)
+
+
+# ---- the reference, and its identities -------------------------------------------------------------------------
+@pytest.mark.parametrize("block", [1, 8, 32, 101])
+def test_identities_of_the_reference(options, block):
+    """W - Q = E U, and sum E^2 = tr D H D^T: what the solver's loss rests on. GPTAQ adds a term to the first."""
+    w, h = problem()
+    codes, scales, zeros, d, e, u = reference.gptq(w, h, block=block, **for_reference(options))
+    if "deviation" not in options:
+        order = reference.gptq_order(np.diag(h), options.get("act_order", True), min(options.get("group_size") or 101, 101))
+        damped = h[np.ix_(order, order)] + 0.01 * np.diag(h).mean() * np.eye(101)
+        np.testing.assert_allclose(d, e @ u, rtol=0, atol=1e-10)
+        np.testing.assert_allclose((e**2).sum(), trace(d, damped), rtol=1e-9)
+    whole = reference.gptq(w, h, block=101, **for_reference(options))
+    assert np.array_equal(codes, whole[0])
+    np.testing.assert_allclose(scales, whole[1], rtol=1e-6)
+
+
+def test_solver_is_the_reference(options):
+    """Codes are equal: float32 sums in the solver, float64 in the reference, and no weight this close to a border."""
+    w, h = problem()
+    q, info = zq.gptq(w, h, compare=False, **options)
+    codes, scales, zeros, *_ = reference.gptq(w, h, **for_reference(options))
+    rows = (codes != q.codes).any(1)
+    # A search for a scale may meet two equally good ones, and a dynamic group's scale is not exact.
+    assert rows.sum() <= (2 if options.get("mse") or not options.get("static_groups", True) else 0)
+    np.testing.assert_allclose(q.scales[~rows], scales[~rows], rtol=2e-6)
+    if getattr(q, "zeros", None) is not None:
+        assert np.array_equal(q.zeros[~rows], zeros[~rows])
+    if "deviation" not in options:
+        np.testing.assert_allclose(info.loss, trace(error(w, q), h), rtol=2e-5)
+
+
+def test_the_comparison_sees_a_planted_fault():
+    w, h = problem()
+    q, _ = zq.gptq(w, h, compare=False)
+    h[3, 7] = h[7, 3] = h[3, 7] + 0.2
+    assert (reference.gptq(w, h)[0] != q.codes).any()
+
+
+def test_golden():
+    """Two columns, by hand: H = [[1, c], [c, 1]] moves c * error of the first to the second (damping 0)."""
+    w = np.array([[0.34, 0.34], [1.0, 3.0]], np.float32)
+    h = np.array([[1, 0.9], [0.9, 1]])
+    q, info = zq.gptq(w, h, bits=3, damping=0.0, act_order=False)
+    s0 = 0.34 / 3  # both weights of row 0 are at the end of the grid: nothing is lost
+    np.testing.assert_allclose(q.scales[:, 0], [s0, 1], rtol=1e-6)
+    assert q.codes.tolist() == [[3, 3], [1, 3]] and info.loss == 0
+    q, info = zq.gptq(np.array([[1.4, 3.0]], np.float32), h, bits=3, damping=0.0, act_order=False)
+    assert q.codes.tolist() == [[1, 3]]  # 3 + 0.9 * 0.4 is clamped to 3
+    np.testing.assert_allclose(info.loss, 0.4**2, rtol=1e-5)
+    q, info = zq.gptq(np.array([[1.4, 2.3, 3.0]], np.float32), np.eye(3) + 0.9 * (np.eye(3, k=1) + np.eye(3, k=-1)) * [1, 1, 0]
+                      * np.array([[1], [1], [0]]), bits=3, damping=0.0, act_order=False)
+    assert q.codes.tolist() == [[1, 3, 3]]  # 2.3 + 0.9 * 0.4 = 2.66: up, where round to nearest goes down
+    np.testing.assert_allclose(info.loss, 0.4**2 + 0.7**2 - 2 * 0.9 * 0.4 * 0.7, rtol=1e-5)
+
+
+# ---- what must not change the result ---------------------------------------------------------------------------
+def test_blocks_threads_and_levels_do_not_show(options):
+    """Bit for bit: every weight is one chain of fma over the columns before it."""
+    w, h = problem(n=70)
+    first, info = zq.gptq(w, h, **options)
+    for block in (1, 8, 31, 1000):
+        assert same(first, zq.gptq(w, h, block=block, **options)[0])
+    before = _core.threads()
+    try:
+        for threads in (1, 2, 3):
+            _core.set_threads(threads)
+            again, other = zq.gptq(w, h, **options)
+            assert same(first, again) and other == info
+    finally:
+        _core.set_threads(before)
+    for level in zq.cpu.info().available:
+        with zq.cpu.use(level):
+            assert same(first, zq.gptq(w, h, **options)[0])
+
+
+def test_threads_do_not_show_in_the_factor():
+    """More columns than a block of the factorisation has, and more rows than a job."""
+    w, h = problem(n=300, k=700, tokens=900)
+    before = _core.threads()
+    results = []
+    try:
+        for threads in (1, 2, 4):
+            _core.set_threads(threads)
+            results.append(zq.gptq(w, h, group_size=64))
+    finally:
+        _core.set_threads(before)
+    assert all(same(results[0][0], q) and info == results[0][1] for q, info in results)
+    codes = reference.gptq(w, h, group_size=64)[0]
+    assert (codes != results[0][0].codes).mean() < 2e-3
+
+
+def test_rows_do_not_depend_on_each_other(options):
+    w, h = problem(n=40)
+    whole, _ = zq.gptq(w, h, **options)
+    for rows in (slice(0, 1), slice(5, 38)):
+        part, _ = zq.gptq(w[rows], h, **options)
+        assert np.array_equal(part.codes, whole.codes[rows]) and np.array_equal(part.scales, whole.scales[rows])
+
+
+def test_scale_of_the_hessian_shows_in_the_losses_only(options):
+    w, h = problem()
+    options = {**options, "deviation": 64 * options["deviation"]} if "deviation" in options else options
+    halved = {**options, "deviation": options["deviation"] / 64} if "deviation" in options else options
+    a, b = zq.gptq(w, h, **halved), zq.gptq(w, 64 * h, **options)
+    assert same(a[0], b[0])
+    np.testing.assert_allclose(64 * a[1].loss, b[1].loss, rtol=1e-9)
+
+
+def test_awkward_arrays(nasty_arrays):
+    w, h = problem(n=9, k=24)
+    first, _ = zq.gptq(w, h, group_size=8)
+    for array in nasty_arrays(w).values():
+        assert same(first, zq.gptq(array, h, group_size=8)[0])
+    for array in nasty_arrays(h).values():
+        assert same(first, zq.gptq(w, array, group_size=8)[0])
+    zq.gptq(w, h.astype(np.float32), group_size=8)
+
+
+# ---- what it is for ----------------------------------------------------------------------------------------------
+def test_better_than_round_to_nearest(options):
+    w, h = problem()
+    q, info = zq.gptq(w, h, **options)
+    assert info.loss < 0.7 * info.rtn_loss and info.rtn_rows <= 2 and info.fallback is None
+    if "grid" not in options and "deviation" not in options:
+        group = options.get("group_size")
+        codes, scales, zeros = zq.ops.quantize_weight(w, options.get("bits", 4), group, options.get("symmetric", True))
+        rtn = zq.ops.dequantize_weight(codes, scales, zeros, group)
+        np.testing.assert_allclose(info.rtn_loss, trace((w - rtn).astype(np.float64), h), rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_row_is_worse_than_round_to_nearest(seed):
+    """Steep spectra and few bits, where greedy rounding with clipping does lose."""
+    rng = np.random.default_rng(seed)
+    k = 24
+    x = rng.standard_normal((30, k)) * 10.0 ** -rng.uniform(0, 2, k)
+    w, h = rng.standard_t(2, (64, k)).astype(np.float32), x.T @ x / 30
+    q, info = zq.gptq(w, h, bits=2, symmetric=False, act_order=False)
+    plain, other = zq.gptq(w, h, bits=2, symmetric=False, act_order=False, compare=False)
+    codes, scales, zeros = zq.ops.quantize_weight(w, 2, None, False)
+    rtn = np.einsum("ij,jk,ik->i", d := w - zq.ops.dequantize_weight(codes, scales, zeros).astype(float), h, d)
+    loss = np.einsum("ij,jk,ik->i", d := error(w, q), h, d)
+    before = np.einsum("ij,jk,ik->i", d := error(w, plain), h, d)
+    assert (loss <= rtn * (1 + 1e-4)).all()
+    assert info.rtn_rows == (before > rtn).sum() > 0 and np.isnan(other.rtn_loss)
+
+
+def test_uncorrelated_inputs_give_round_to_nearest():
+    w, _ = problem()
+    for symmetric in (True, False):
+        q, info = zq.gptq(w, 3 * np.eye(101), 4, 16, symmetric)
+        assert same(q, zq.methods.RTN().quantize(w, QuantSpec(4, granularity="group", group_size=16, symmetric=symmetric)))
+        assert info.rank == 101 and abs(info.loss / info.rtn_loss - 1) < 1e-6
+
+
+def test_eight_bits_lose_little():
+    w, h = problem()
+    q, info = zq.gptq(w, h, bits=8, group_size=16)
+    assert info.loss < 1e-4 * trace(w.astype(np.float64), h)
+
+
+def test_permuted_columns_permute_the_result():
+    w, h = problem()
+    p = np.random.default_rng(0).permutation(101)
+    assert np.array_equal(zq.gptq(w[:, p], h[np.ix_(p, p)])[0].codes, zq.gptq(w, h)[0].codes[:, p])
+
+
+def test_mse_scales_have_less_weighted_error():
+    w, h = problem()
+    weight = np.diag(h)
+    plain, _ = zq.gptq(w, np.diag(weight), 3, compare=False)
+    searched, info = zq.gptq(w, np.diag(weight), 3, mse=True, compare=False)
+    assert (error(w, searched) ** 2 @ weight <= error(w, plain) ** 2 @ weight * (1 + 1e-6)).all()
+    assert (searched.scales <= plain.scales).all() and (searched.scales < plain.scales).mean() > 0.5
+
+
+def test_gptaq_lowers_the_asymmetric_loss():
+    """|w_hat x - w x_float|^2 over the tokens, against GPTQ that does not know x_float."""
+    rng = np.random.default_rng(3)
+    n, k, tokens = 32, 64, 2000
+    x = rng.standard_normal((tokens, 8)) @ rng.standard_normal((8, k)) + 0.3 * rng.standard_normal((tokens, k))
+    x_float = 1.05 * x + 0.15 * rng.standard_normal(x.shape)
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    h, d = x.T @ x / tokens, (x_float - x).T @ x / tokens
+
+    def loss(q):
+        return ((x @ q.dequantize().T - x_float @ w.T) ** 2).sum() / tokens
+
+    without = loss(zq.gptq(w, h)[0])
+    quarter, info = zq.gptq(w, h, deviation=d)
+    whole, info = zq.gptq(w, h, deviation=d, alpha=1.0)
+    assert loss(whole) < loss(quarter) < without
+    rtn = zq.methods.RTN().quantize(w, QuantSpec(4))
+    np.testing.assert_allclose(loss(whole) - loss(rtn), info.loss - info.rtn_loss, rtol=1e-6)
+
+
+def test_grids():
+    assert np.array_equal(_grid("NF4")[0], NF4) and (np.diff(NF4) > 0).all()
+    values, borders = _grid("fp4")
+    x = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5, 7, -7], np.float32)
+    want = [0, 1, 1, 2, 2, 4, 4, 0, -1, -1, -2, -2, -4, -4, 6, -6]
+    assert FP4[np.searchsorted(borders, x, side="left")].tolist() == want
+    q, _ = zq.gptq(6 * np.array([[1, 0.125, -0.125]], np.float32), np.eye(3), grid="fp4")
+    assert q.dequantize().tolist() == [[6, 1, -1]]
+
+
+def test_order_of_groups():
+    diagonal = np.array([1, 5, 2, 9, 3, 4, 7.0])
+    assert _order(diagonal, "group", 2).tolist() == [3, 2, 1, 0, 5, 4, 6] == reference.gptq_order(diagonal, "group", 2).tolist()
+    assert _order(diagonal, True, 2).tolist() == [3, 6, 1, 5, 4, 2, 0]
+
+
+# ---- degenerate input --------------------------------------------------------------------------------------------
+def finite(q, info):
+    assert np.isfinite(q.dequantize()).all() and np.isfinite(q.scales).all() and (q.scales > 0).all()
+    assert np.isfinite([info.loss, info.rtn_loss, info.damping]).all() and info.loss <= info.rtn_loss
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-8, 0.01])
+def test_singular_hessians(options, damping):
+    """Rank 1 (one calibration token), a few tokens, nothing at all, one live column."""
+    w, _ = problem()
+    rng = np.random.default_rng(0)
+    one, few, live = rng.standard_normal((1, 101)), rng.standard_normal((5, 101)), np.zeros((1, 101))
+    live[0, 4] = 2
+    for x in (one, few, live, 0 * one):
+        q, info = zq.gptq(w, x.T @ x, damping=damping, **options)
+        if "deviation" not in options:
+            finite(q, info)
+        assert info.dead == (x == 0).all(0).sum() and info.rank <= 101 - info.dead
+        assert (info.fallback == "damping") == (info.damping > damping)
+    x = np.ones((1, 101))
+    q, info = zq.gptq(w, x.T @ x, damping=damping, **options)
+    assert info.rank == 1
+    assert damping or info.fallback == "damping"
+
+
+def test_dead_columns_and_zero_rows(options):
+    w, h = problem()
+    dead = [0, 17, 100]
+    h[dead], h[:, dead], w[3] = 0, 0, 0
+    if "grid" in options:
+        return  # a grid need not have a 0
+    q, info = zq.gptq(w, h, **options)
+    assert info.dead == 3
+    assert (q.dequantize()[:, dead] == 0).all()
+    assert "deviation" in options or (q.dequantize()[3] == 0).all()
+
+
+def test_huge_and_tiny_weights():
+    w, h = problem()
+    w[0] *= np.float32(1e37)
+    w[1] *= np.float32(1e-42)
+    w[2, 5] = 3e38
+    q, _ = zq.gptq(w, h)
+    assert np.isfinite(q.dequantize()).all()
+    assert same(zq.gptq(w, 1e30 * h)[0], q) or (zq.gptq(w, 1e30 * h)[0].codes != q.codes).mean() < 1e-2
+
+
+def test_a_hessian_that_is_far_from_positive_definite():
+    w, _ = problem()
+    h = np.ones((101, 101)) * 1e3
+    h[np.diag_indices(101)] = 1
+    q, info = zq.gptq(w, -h + 2 * np.diag(np.diag(h)))
+    assert info.fallback == "damping" and info.damping > 100
+    h = np.zeros((101, 101))
+    h[0, 0] = 1
+    h[1, 1] = 1e-300
+    assert np.isfinite(zq.gptq(w, h)[0].dequantize()).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (1, 1), (3, 1), (33, 2)])
+def test_small_and_empty(shape):
+    w = np.ones(shape, np.float32)
+    for grid in (None, "nf4"):
+        q, info = zq.gptq(w, np.eye(shape[1]), group_size=4, grid=grid)
+        assert q.codes.shape == shape and q.dequantize().shape == shape
+        np.testing.assert_allclose(q.dequantize(), w, rtol=1e-6)
+
+
+def test_input_is_not_changed(options):
+    w, h = problem()
+    copies = w.copy(), h.copy()
+    w.flags.writeable = h.flags.writeable = False
+    zq.gptq(w, h, **options)
+    assert np.array_equal(w, copies[0]) and np.array_equal(h, copies[1])
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("changes", "exception", "message"), [
+    ({"w": np.zeros((2, 3), np.float64)}, TypeError, "w: expected float32"),
+    ({"w": np.zeros(3, np.float32)}, ValueError, "w: expected 2"),
+    ({"w": np.full((2, 3), np.nan, np.float32)}, ValueError, "w: NaN or Inf in row 0"),
+    ({"hessian": np.eye(4)}, ValueError, "hessian: expected shape"),
+    ({"hessian": np.eye(3, dtype=int)}, TypeError, "hessian: expected float32 or float64"),
+    ({"hessian": None}, TypeError, "hessian"),
+    ({"hessian": np.diag([1, np.inf, 1])}, ValueError, "hessian: NaN or Inf in row 1"),
+    ({"hessian": np.eye(3) + np.eye(3, k=1)}, ValueError, "hessian: not symmetric in row 0"),
+    ({"hessian": np.diag([1.0, 1, -1])}, ValueError, "hessian: a negative diagonal element in row 2"),
+    ({"deviation": np.eye(2)}, ValueError, "deviation: expected shape"),
+    ({"deviation": np.full((3, 3), np.nan)}, ValueError, "deviation: NaN or Inf in row 0"),
+    ({"bits": 9}, ValueError, "bits"), ({"group_size": 0}, ValueError, "group_size"),
+    ({"symmetric": 2}, TypeError, "symmetric"),
+    ({"act_order": "rows"}, ValueError, "act_order"), ({"damping": -1.0}, ValueError, "damping"),
+    ({"damping": np.nan}, ValueError, "damping"), ({"damping": "a"}, TypeError, "damping"), ({"block": 0}, ValueError, "block"),
+    ({"alpha": np.inf}, ValueError, "alpha"), ({"grid": "nf5"}, ValueError, "grid: unknown"),
+    ({"grid": [1.0]}, ValueError, "grid: expected 2"), ({"grid": [1.0, 0.0]}, ValueError, "grid: expected finite"),
+    ({"static_groups": False, "group_size": 2}, ValueError, "static_groups"),
+])
+def test_bad_input(changes, exception, message):
+    given = {"w": np.ones((2, 3), np.float32), "hessian": np.eye(3)} | changes
+    with pytest.raises(exception, match=message):
+        zq.gptq(given.pop("w"), given.pop("hessian"), **given)
+
+
+def test_the_core_checks_its_arguments():
+    w, h, order = np.ones((2, 4), np.float32), np.eye(4), np.arange(4)
+    rest = (4, True, None, None, 2, False, False, True, 128, 0.01, 1.0)
+    assert _core.gptq(w, h, None, order, *rest) is not None
+    for bad in (np.array([0, 1, 2, 2]), np.array([0, 1, 2, 4]), np.array([-1, 0, 1, 2]), np.arange(3)):
+        with pytest.raises(ValueError, match="order"):
+            _core.gptq(w, h, None, bad, *rest)
+    with pytest.raises(ValueError, match="tears"):
+        _core.gptq(w, h, None, np.array([0, 2, 1, 3]), *rest[:5], True, *rest[6:])
+    values = np.array([0, 1], np.float32)
+    for bad in (values, values[:0]):
+        with pytest.raises(ValueError, match="borders"):
+            _core.gptq(w, h, None, order, 4, True, values, bad, *rest[4:])
+    with pytest.raises(ValueError, match="values"):
+        _core.gptq(w, h, None, order, 4, True, values[::-1], values[:1], *rest[4:])
+
+
+# ---- the method ------------------------------------------------------------------------------------------------------
+def test_method():
+    method = METHODS["gptq"](act_order="group", damping=0.02)
+    assert zq.Method.from_dict(method.to_dict()) == method and method.needs == {"gram"}
+    w, h = problem()
+    spec = QuantSpec(4, granularity="group", group_size=16, symmetric=False)
+    stats = {"gram": h, "deviation": drift(101)}
+    assert same(method.quantize(w, spec, {"gram": h}), zq.gptq(w, h, 4, 16, False, act_order="group", damping=0.02)[0])
+    assert same(method.quantize(w, spec, stats),
+                zq.gptq(w, h, 4, 16, False, act_order="group", damping=0.02, deviation=stats["deviation"])[0])
+    with pytest.raises(ValueError, match="gram"):
+        method.quantize(w, spec)
+    with pytest.raises(ValueError, match="per channel or in groups"):
+        method.quantize(w, QuantSpec(8, granularity="row_block", blocks=1), stats)
