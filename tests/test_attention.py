@@ -133,6 +133,7 @@ def test_the_scheme_carries_the_option(tmp_path):
 
 
 def test_a_model_with_int8_attention_is_saved_and_restored(tmp_path):
+    pytest.importorskip("safetensors")
     model = zq.load(write(tmp_path / "float", config_of("bert"), tensors_of("bert")))
     ids, mask = batch("bert")
     plain, small = (zq.quantize(model, scheme) for scheme in ("w8a8", "w8a8+attn8"))
@@ -146,6 +147,7 @@ def test_a_model_with_int8_attention_is_saved_and_restored(tmp_path):
 
 
 def test_decoders_have_no_int8_attention(tmp_path):
+    pytest.importorskip("safetensors")
     model = zq.load(write(tmp_path / "llama", decoder_config("llama"), decoder_tensors(decoder_config("llama"))))
     with pytest.raises(ValueError, match="int8 attention is for encoders, not CausalLM"):
         zq.quantize(model, "w8a8+attn8")
