@@ -310,4 +310,5 @@ def _bind(linear: Linear) -> tuple[Callable, int, tuple[Any, int] | None]:
     if linear.quant is None or linear._integer:
         return (lambda x, act=0, residual=None, quant=0: forward(handle, x, quant_in, act, residual, quant), mode,
                 (handle, quant_in))
-    return (lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant])), mode, None
+    return (lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant]), mode,
+            None)

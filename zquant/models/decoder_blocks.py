@@ -132,9 +132,9 @@ class DecoderBlock:
         a, index = self.a, self.index
         calls = Calls()
         x, cache, offsets, cos, sin = (calls.input() for _ in range(5))
-        attended = calls.add(_core.kv_attend, cache, index, self.qkv.add(calls, self.attention_norm.add(calls, x, self.qkv.mode)),
-                             offsets, a.heads, cos, sin, False, self.q_norm, self.k_norm, a.eps, a.scales[index],
-                             a.windows[index], self.attention.mode)
+        qkv = self.qkv.add(calls, self.attention_norm.add(calls, x, self.qkv.mode))
+        attended = calls.add(_core.kv_attend, cache, index, qkv, offsets, a.heads, cos, sin, False, self.q_norm, self.k_norm,
+                             a.eps, a.scales[index], a.windows[index], self.attention.mode)
         y = self.attention.add(calls, attended, 0, x)
         inner = self.mlp_norm.add(calls, y if a.order == "pre" else x, self.mlp_mode)
         if self.gate is None:
@@ -150,7 +150,7 @@ class DecoderBlock:
     def __call__(self, x: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any],
                  tap: Tap | None = None) -> np.ndarray:
         """x (tokens, hidden) to the block's output; keys and values are appended to the cache."""
-        order, codes = self.a.order, tap is None  # taps want float32: the layers then quantize for themselves, to the same codes
+        order, codes = self.a.order, tap is None  # taps want float32: the layers quantize for themselves, to the same codes
         inner = (x, None) if order == "post" else self.attention_norm(x, codes * self.qkv.mode)
         y = self._attend(inner, x, cache, offsets, rotation, tap)
         if order == "post":

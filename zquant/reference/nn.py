@@ -95,7 +95,8 @@ def _head_int8(q, k, v, factor, tile):
     """One head of one sequence, (tokens, d) each: the running softmax over tiles of keys, all in float32."""
     q8, sq = _codes(q, 1)
     f = sq * np.float32(np.float32(factor) * np.float32(1.44269504))
-    m, l, o = np.full((len(q), 1), -np.inf, np.float32), np.zeros((len(q), 1), np.float32), np.zeros(q.shape, np.float32)
+    m, total = np.full((len(q), 1), -np.inf, np.float32), np.zeros((len(q), 1), np.float32)
+    o = np.zeros(q.shape, np.float32)
     for at in range(0, len(k), tile):
         k8, sk = _codes(k[at:at + tile], 1)
         v8, sv = _codes(v[at:at + tile], 0)
@@ -103,11 +104,11 @@ def _head_int8(q, k, v, factor, tile):
         top = np.maximum(m, s.max(1, keepdims=True))
         if at:
             c = np.where(top > m, exp2_f32((m - top) * f), np.float32(1))
-            l, o = l * c, o * c
+            total, o = total * c, o * c
         p, m = exp2_codes((s - top) * f), top
-        l = l + p.sum(1, keepdims=True, dtype=np.float32)
+        total = total + p.sum(1, keepdims=True, dtype=np.float32)
         o = _fma((p.astype(np.float64) @ v8).astype(np.float32), sv, o)
-    return o * (np.float32(1) / l) if len(k) else o
+    return o * (np.float32(1) / total) if len(k) else o
 
 
 def attention_int8(q, k, v, num_heads, key_mask=None, lengths=None, scale=None, tile=256):
