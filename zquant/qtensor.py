@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _core
 from .spec import TOKEN_ASYMMETRIC, QuantSpec
 
 __all__ = ["QTensor"]
@@ -108,9 +109,9 @@ class QTensor:
         """
         if self.groups != 1 or self.zeros is not None:
             raise ValueError(f"QTensor.rows needs one symmetric scale per row, not {self.spec}")
-        if index.shape == (1,):  # decoding: views, not copies; the same product
+        if index.shape == (1,):  # decoding: one kernel; the same product
             row = range(len(self.codes))[int(index[0])]
-            return self.codes[row:row + 1] * self.scales[row:row + 1]
+            return _core.dequantize_rows(self.codes[row:row + 1], self.scales[row], None)
         return self.codes.take(index, axis=0).astype(np.float32) * self.scales.take(index, axis=0)
 
     def matmul(self, x: np.ndarray, bias: np.ndarray | None = None, activation: str | None = None,
