@@ -55,7 +55,7 @@ typedef struct {
     int64_t panel_jobs; /* runs of panels (by columns) */
     int threads;
     int far;            /* the weights are read from beyond L2 */
-    void (*kernel)(const zq_tile *);
+    void (*kernel)(zq_tile *);
     int64_t groups;     /* scales per channel, with groups; else 0 */
     int32_t offset;     /* what makes the groups' codes unsigned: 8 or 128 */
     int prepare_in;     /* the rows that the kernels see are made from x first */

@@ -14,7 +14,8 @@
 enum { ZQ_NR = 32, ZQ_MR_MAX = 14, ZQ_KSTEP = 8 };
 
 /* One tile of y = act((a - zero) w^T * sx * sw + bias) + residual; mr rows by nr <= ZQ_NR columns.
- * The arrays that run over columns (colsum, scale, zcorr, bias) are padded to ZQ_NR. */
+ * The arrays that run over columns (colsum, scale, zcorr, bias) are padded to ZQ_NR. A kernel may change the description
+ * while it runs, and leaves it as it was. */
 typedef struct {
     int mr, nr;
     int64_t k;     /* input features, padded: to 4 (S8), to 8 (groups), any (F32) */
@@ -151,13 +152,13 @@ enum { ZQ_ROWS = 8 };
      * (half). y may be x */ \
     X(rotary_f32, void, (const float *x, int64_t heads, int64_t head_dim, int64_t half, int interleaved, const float *cos, const float *sin, float *y)) \
     /* ---- tiles of matrix products (gemm) ---- */ \
-    X(gemm_u8s8, void, (const zq_tile *t)) \
+    X(gemm_u8s8, void, (zq_tile *t)) \
     X(gemm_u8s8_s32, void, (const zq_tile *t, int32_t *c, int64_t ldc)) \
-    X(gemm_s8u8_group, void, (const zq_tile *t)) \
-    X(gemm_s8u4_group, void, (const zq_tile *t)) \
+    X(gemm_s8u8_group, void, (zq_tile *t)) \
+    X(gemm_s8u4_group, void, (zq_tile *t)) \
     /* s = q - 128 as signed bytes; start[g] = -offset * (sum of s over group g). s may be q */ \
     X(center_groups_b8, void, (const uint8_t *q, int64_t n, int64_t group, int32_t offset, uint8_t *s, int32_t *start)) \
-    X(gemm_f32, void, (const zq_tile *t)) \
+    X(gemm_f32, void, (zq_tile *t)) \
     /* ---- tiles of attention ---- */ \
     /* t->y (mr, nr) = a (mr, k) b (k, nr) [+ y when accumulate]: element (k, j) of b is \
      * t->b[j / 32 * panel + k * ldb + j % 32]; each element is one chain of fma in the order of k; no epilogue. \

@@ -109,10 +109,8 @@ class QTensor:
         """
         if self.groups != 1 or self.zeros is not None:
             raise ValueError(f"QTensor.rows needs one symmetric scale per row, not {self.spec}")
-        if index.shape == (1,):  # decoding: one kernel; the same product
-            row = range(len(self.codes))[int(index[0])]
-            return _core.dequantize_rows(self.codes[row:row + 1], self.scales[row], None)
-        return self.codes.take(index, axis=0).astype(np.float32) * self.scales.take(index, axis=0)
+        codes, scales = self.codes.take(index.ravel(), axis=0), self.scales.take(index.ravel())
+        return _core.dequantize_rows(codes, scales, None).reshape(*index.shape, -1)
 
     def matmul(self, x: np.ndarray, bias: np.ndarray | None = None, activation: str | None = None,
                activations: QuantSpec | None = TOKEN_ASYMMETRIC) -> np.ndarray:

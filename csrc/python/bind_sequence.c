@@ -9,12 +9,14 @@
 
 enum { MAX_REGISTERS = 32, MAX_ARGS = 24 };
 
-/* register[out] = function(args), or that result's element `item`; argument i is register[from[i]] unless that is negative. */
+/* register[out] = function(args), or that result's element `item`; argument i is register[from[i]] unless that is negative.
+ * `dead` are the registers that nobody reads afterwards: what they hold is let go, and its memory serves the next call. */
 typedef PyObject *(*fast_function)(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 
 typedef struct {
     PyObject *function, *args;
     fast_function fast; /* what function is in C, where it is a kernel's wrapper; else NULL */
+    uint32_t dead;
     int count, out, item;
     int from[MAX_ARGS];
 } call;
@@ -69,6 +71,21 @@ parse_call(PyObject *entry, int known, call *c)
     return 0;
 }
 
+static void
+find_dead(sequence *s)
+{
+    uint32_t read_later = 0;
+    for (int i = s->calls - 1; i >= 0; i--) {
+        call *c = &s->call[i];
+        uint32_t read = 0;
+        for (int a = 0; a < c->count; a++) {
+            read |= c->from[a] < 0 ? 0 : 1u << c->from[a];
+        }
+        c->dead = read & ~read_later;
+        read_later |= read;
+    }
+}
+
 static PyObject *
 py_sequence(PyObject *self, PyObject *args)
 {
@@ -101,6 +118,7 @@ py_sequence(PyObject *self, PyObject *args)
         }
         known = known > c->out + 1 ? known : c->out + 1;
     }
+    find_dead(s);
     return capsule;
 }
 
@@ -151,10 +169,15 @@ py_run_sequence(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         registers[i] = args[i + 1];
     }
     for (int i = 0; i < s->calls; i++) {
-        PyObject *old = registers[s->call[i].out];
-        last = run_call(&s->call[i], registers);
-        registers[s->call[i].out] = last;
-        Py_XDECREF(old);
+        const call *c = &s->call[i];
+        last = run_call(c, registers);
+        for (int r = 0; r < MAX_REGISTERS; r++) {
+            if (c->dead >> r & 1u) {
+                Py_CLEAR(registers[r]);
+            }
+        }
+        Py_XDECREF(registers[c->out]);
+        registers[c->out] = last;
         if (!last) {
             break;
         }

@@ -69,7 +69,7 @@ value_s8(const zq_tile *t, int i, int j, float bias)
 }
 
 void
-zq_gemm_u8s8__ref(const zq_tile *t)
+zq_gemm_u8s8__ref(zq_tile *t)
 {
     every_output(t, value_s8);
 }
@@ -119,13 +119,13 @@ value_u4_group(const zq_tile *t, int i, int j, float bias)
 }
 
 void
-zq_gemm_s8u8_group__ref(const zq_tile *t)
+zq_gemm_s8u8_group__ref(zq_tile *t)
 {
     every_output(t, value_u8_group);
 }
 
 void
-zq_gemm_s8u4_group__ref(const zq_tile *t)
+zq_gemm_s8u4_group__ref(zq_tile *t)
 {
     every_output(t, value_u4_group);
 }
@@ -155,7 +155,7 @@ value_f32(const zq_tile *t, int i, int j, float bias)
 }
 
 void
-zq_gemm_f32__ref(const zq_tile *t)
+zq_gemm_f32__ref(zq_tile *t)
 {
     every_output(t, value_f32);
 }

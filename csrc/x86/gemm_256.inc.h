@@ -123,13 +123,3 @@ store_group16(const zq_tile *t, int i, int j, v16 f)
     store16(t, i, j, v16_fma(y, v16_set1(t->sx[i]), v16_load(t->bias + j)));
 }
 
-#define NEAR_OR_FAR(ROWS, X)              \
-    if (!t->ahead) {                      \
-        switch (t->mr) { ROWS(X, 0) }     \
-    }                                     \
-    else if (t->ahead_step < 128) {       \
-        switch (t->mr) { ROWS(X, 1) }     \
-    }                                     \
-    else {                                \
-        switch (t->mr) { ROWS(X, 2) }     \
-    }

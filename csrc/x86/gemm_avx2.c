@@ -334,7 +334,7 @@ tile_f32(const int mr, const int far, const zq_tile *t)
     case n: tile_f32(n, far, t); break;
 
 static void
-zq_gemm_u8s8_3x32__avx2(const zq_tile *t)
+zq_gemm_u8s8_3x32__avx2(zq_tile *t)
 {
     run_tile(t, zq_gemm_u8s8_3x32_tile__avx2);
 }
@@ -348,7 +348,7 @@ zq_gemm_s8u8_group_6x16_tile__avx2(const zq_tile *t)
 }
 
 static void
-zq_gemm_s8u8_group_6x16__avx2(const zq_tile *t)
+zq_gemm_s8u8_group_6x16__avx2(zq_tile *t)
 {
     run_tile(t, zq_gemm_s8u8_group_6x16_tile__avx2);
 }
@@ -360,7 +360,7 @@ zq_gemm_s8u4_group_6x16_tile__avx2(const zq_tile *t)
 }
 
 static void
-zq_gemm_s8u4_group_6x16__avx2(const zq_tile *t)
+zq_gemm_s8u4_group_6x16__avx2(zq_tile *t)
 {
     run_tile(t, zq_gemm_s8u4_group_6x16_tile__avx2);
 }
@@ -372,7 +372,7 @@ zq_gemm_f32_3x32_tile__avx2(const zq_tile *t)
 }
 
 static void
-zq_gemm_f32_3x32__avx2(const zq_tile *t)
+zq_gemm_f32_3x32__avx2(zq_tile *t)
 {
     run_tile(t, zq_gemm_f32_3x32_tile__avx2);
 }

@@ -383,16 +383,6 @@ tile_f32(const int mr, const int far, const zq_tile *t)
     case n: tile_group(n, 0, far, t); break;
 #define G4(n, far) \
     case n: tile_group(n, 1, far, t); break;
-#define NEAR_OR_FAR(ROWS, X)              \
-    if (!t->ahead) {                      \
-        switch (t->mr) { ROWS(X, 0) }     \
-    }                                     \
-    else if (t->ahead_step < 128) {       \
-        switch (t->mr) { ROWS(X, 1) }     \
-    }                                     \
-    else {                                \
-        switch (t->mr) { ROWS(X, 2) }     \
-    }
 
 static void
 zq_gemm_u8s8_12x16_tile__avx512vnni(const zq_tile *t)
@@ -411,7 +401,7 @@ zq_gemm_u8s8_12x32_tile__avx512vnni(const zq_tile *t)
 }
 
 static void
-zq_gemm_u8s8_12x32__avx512vnni(const zq_tile *t)
+zq_gemm_u8s8_12x32__avx512vnni(zq_tile *t)
 {
     run_tile(t, zq_gemm_u8s8_12x32_tile__avx512vnni);
 }
@@ -429,7 +419,7 @@ zq_gemm_f32_12x32_tile__avx512vnni(const zq_tile *t)
 }
 
 static void
-zq_gemm_f32_12x32__avx512vnni(const zq_tile *t)
+zq_gemm_f32_12x32__avx512vnni(zq_tile *t)
 {
     run_tile(t, zq_gemm_f32_12x32_tile__avx512vnni);
 }
@@ -441,7 +431,7 @@ zq_gemm_s8u8_group_4x32_tile__avx512vnni(const zq_tile *t)
 }
 
 static void
-zq_gemm_s8u8_group_4x32__avx512vnni(const zq_tile *t)
+zq_gemm_s8u8_group_4x32__avx512vnni(zq_tile *t)
 {
     run_tile(t, zq_gemm_s8u8_group_4x32_tile__avx512vnni);
 }
@@ -453,7 +443,7 @@ zq_gemm_s8u4_group_4x32_tile__avx512vnni(const zq_tile *t)
 }
 
 static void
-zq_gemm_s8u4_group_4x32__avx512vnni(const zq_tile *t)
+zq_gemm_s8u4_group_4x32__avx512vnni(zq_tile *t)
 {
     run_tile(t, zq_gemm_s8u4_group_4x32_tile__avx512vnni);
 }

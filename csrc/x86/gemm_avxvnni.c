@@ -214,7 +214,7 @@ zq_gemm_s8u8_group_6x16_tile__avxvnni(const zq_tile *t)
 }
 
 static void
-zq_gemm_s8u8_group_6x16__avxvnni(const zq_tile *t)
+zq_gemm_s8u8_group_6x16__avxvnni(zq_tile *t)
 {
     run_tile(t, zq_gemm_s8u8_group_6x16_tile__avxvnni);
 }
@@ -226,7 +226,7 @@ zq_gemm_s8u4_group_6x16_tile__avxvnni(const zq_tile *t)
 }
 
 static void
-zq_gemm_s8u4_group_6x16__avxvnni(const zq_tile *t)
+zq_gemm_s8u4_group_6x16__avxvnni(zq_tile *t)
 {
     run_tile(t, zq_gemm_s8u4_group_6x16_tile__avxvnni);
 }
@@ -238,7 +238,7 @@ zq_gemm_u8s8_3x32_tile__avxvnni(const zq_tile *t)
 }
 
 static void
-zq_gemm_u8s8_3x32__avxvnni(const zq_tile *t)
+zq_gemm_u8s8_3x32__avxvnni(zq_tile *t)
 {
     run_tile(t, zq_gemm_u8s8_3x32_tile__avxvnni);
 }

@@ -3,6 +3,18 @@
  *
  * Tiles with an activation, a residual or pairs of rows are stored to a buffer of their own first (it never leaves L1)
  * and written to y once: reading back rows of y that were just stored waits for their cache lines. */
+/* X(mr, far) for the height and the prefetching that t asks for, out of ROWS: one function per constant mr. */
+#define NEAR_OR_FAR(ROWS, X)              \
+    if (!t->ahead) {                      \
+        switch (t->mr) { ROWS(X, 0) }     \
+    }                                     \
+    else if (t->ahead_step < 128) {       \
+        switch (t->mr) { ROWS(X, 1) }     \
+    }                                     \
+    else {                                \
+        switch (t->mr) { ROWS(X, 2) }     \
+    }
+
 #define FINISH_ROWS 16
 
 typedef void (*tile_fn)(const zq_tile *t);
@@ -70,7 +82,7 @@ prefetch_residual(const zq_tile *t)
 }
 
 ZQ_INLINE void
-run_tile(const zq_tile *t, const tile_fn tile)
+run_tile(zq_tile *t, const tile_fn tile)
 {
     static const float no_bias[ZQ_NR];
     if (t->act == ZQ_ACT_NONE && !t->residual && !t->pairs) {
@@ -78,24 +90,23 @@ run_tile(const zq_tile *t, const tile_fn tile)
         return;
     }
     _Alignas(64) float v[FINISH_ROWS * ZQ_NR];
-    /* Not a copy of *t: its fields were stored one by one a moment ago, and reading them back in vectors would wait for
+    /* In place, not in a copy of *t: its fields were stored one by one a moment ago, and reading them back in vectors would wait for
      * that. */
-    zq_tile *own = (zq_tile *)(uintptr_t)t;
     float *const y = t->y;
     const float *const bias = t->bias;
     const int64_t ldy = t->ldy;
     const int stream = t->stream, nr = t->nr;
-    own->y = v;
-    own->ldy = ZQ_NR;
-    own->nr = nr <= 16 ? 16 : ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0s go into the buffer */
-    own->stream = 0;
-    own->bias = t->pairs ? no_bias : bias;
+    t->y = v;
+    t->ldy = ZQ_NR;
+    t->nr = nr <= 16 ? 16 : ZQ_NR; /* columns that do not exist have zero weights, scales and biases: 0s go into the buffer */
+    t->stream = 0;
+    t->bias = t->pairs ? no_bias : bias;
     prefetch_residual(t);
     tile(t);
-    own->y = y;
-    own->ldy = ldy;
-    own->nr = nr;
-    own->stream = stream;
-    own->bias = bias;
+    t->y = y;
+    t->ldy = ldy;
+    t->nr = nr;
+    t->stream = stream;
+    t->bias = bias;
     finish_tile(t, v);
 }

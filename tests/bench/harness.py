@@ -173,6 +173,10 @@ class Gate:
         return lambda: max(waiting_time(self.tids) - waited,
                            len(watched) * (now() - start) - (cpu_time(watched) - used))
 
+    def undisturbed(self, took: float, lost: float) -> float:
+        """``took`` less what was lost; as it is where threads may sleep while others work for them."""
+        return max(took - lost / self.threads, 0.05 * took) if self.spinning else took
+
     def wait(self, seconds: float = 0.02) -> bool:
         """Peak slices until one is good, for at most ``seconds``."""
         end = now() + seconds
@@ -207,7 +211,7 @@ class Gate:
             lost = lost_time()
             faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - f0
             after = self.good()
-            every.append(max(took - lost / self.threads, 0.05 * took) / calls)
+            every.append(self.undisturbed(took, lost) / calls)
             if before and after and lost <= MAX_LOST * took:
                 kept.append(took / calls)
             before = after or self.wait()

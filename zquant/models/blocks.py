@@ -32,9 +32,6 @@ def rows(table: Table, index: np.ndarray) -> np.ndarray:
         return table.rows(index)
     if isinstance(table, Stored):
         return Stored(table.array.take(index, axis=0), table.dtype).float32()
-    if index.shape == (1,):  # decoding: a view instead of a copy
-        row = range(len(table))[int(index[0])]
-        return table[row:row + 1].astype(np.float32)
     return table.take(index, axis=0).astype(np.float32, copy=False)
 
 

@@ -321,12 +321,12 @@ class CausalLM(Network):
         x = self._embed(ids, positions, tap)
         rope = self.dims.rope
         rotation = (None, None) if rope is None else rope.tables(int(positions.max()) + 1, length)
-        handle, block = cache.handle, None
-        try:
-            for block in self._part("blocks", self._make_blocks):
-                x = block.plain(x, handle, offsets, *rotation) if tap is None else block(x, handle, offsets, rotation, tap)
-        except ValueError as error:
-            raise ValueError(f"{block.name}: {error}" if block else str(error)) from None
+        for block in self._part("blocks", self._make_blocks):
+            try:
+                x = block.plain(x, cache.handle, offsets, *rotation) if tap is None else block(x, cache.handle, offsets,
+                                                                                               rotation, tap)
+            except ValueError as error:
+                raise ValueError(f"{block.name}: {error}") from None
         return x
 
     def _embed(self, ids: np.ndarray, positions: np.ndarray, tap: Tap | None) -> np.ndarray:
