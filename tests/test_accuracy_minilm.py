@@ -56,7 +56,8 @@ def test_float32(setting):
 
 # w8a8's bounds are what the project promises. Symmetric activations cost more: simulated, cosine 0.9965 and 81.81.
 @pytest.mark.parametrize(
-    "scheme, cosine, near, tolerance", [("w8a8", 0.998, 82.03, 0.25), ("w8a8-sym", 0.996, 81.81, 0.15)]
+    "scheme, cosine, near, tolerance",
+    [("w8a8", 0.998, 82.03, 0.25), ("w8a8+attn8", 0.998, 82.03, 0.25), ("w8a8-sym", 0.996, 81.81, 0.15)],
 )
 def test_w8a8(setting, scheme, cosine, near, tolerance):
     spearman_, fidelity = quantized(setting, scheme)
