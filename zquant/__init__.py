@@ -29,8 +29,11 @@ from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, st
 from .generate import Generation
 from .language_report import LanguageReport
 from .linear import Linear
+from .low_rank import LowRank, Outliers
 from .methods import GPTQ, PRESETS, RTN, Method, Recipe, Repair, Transform
 from .methods.gptq import GridTensor, SolveInfo, gptq
+from .methods.llm_int8 import LLMInt8, llm_int8_matmul
+from .methods.lorc import LoRC, lorc
 from .models import CausalLM, Model, load
 from .perplexity import PerplexityResult, perplexity
 from .qtensor import QTensor
@@ -44,8 +47,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GPTQ", "PRESETS", "RTN", "CausalLM", "FormatError", "Generation", "GridTensor", "InputStatistics", "KVCache",
-    "LanguageReport", "Linear", "Method", "Model", "PerplexityResult", "QTensor", "QuantSpec", "Recipe", "Repair", "Report",
+    "LanguageReport", "LLMInt8", "Linear", "LoRC", "LowRank", "Method", "Outliers", "Model", "PerplexityResult", "QTensor", "QuantSpec", "Recipe", "Repair", "Report",
     "STSResult", "Scheme", "SentenceEncoder", "SolveInfo", "Statistics", "Transform", "__version__", "calibrate", "compare",
-    "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "gptq", "load", "ops", "pearson", "perplexity", "quantize",
+    "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "gptq", "llm_int8_matmul", "load", "lorc", "ops", "pearson", "perplexity", "quantize",
     "set_num_threads", "spearman", "sqnr_db", "sts",
 ]
