@@ -7,7 +7,7 @@ from test_gemm import everywhere
 
 import zquant as zq
 from zquant import _core, ops
-from zquant.low_rank import LowRank, Outliers
+from zquant.extras import LowRank, Outliers
 from zquant.methods import RTN, LLMInt8, LoRC
 from zquant.methods import lorc as lorc_module
 from zquant.reference import activate, llm_int8
@@ -16,6 +16,7 @@ from zquant.spec import QuantSpec
 # (m, n, k, rank): panels and tiles whole and cut, more than one panel of v
 SIZES = [(1, 1, 1, 1), (3, 31, 8, 1), (7, 33, 17, 5), (13, 65, 127, 8), (37, 96, 130, 33), (130, 40, 64, 70)]
 NONE, SYMMETRIC, ASYMMETRIC, INT16 = 0, 1, 2, 3
+F = np.float32
 
 
 def layer(m, n, k, rank, seed=0):
@@ -195,21 +196,19 @@ def test_no_error_gives_zeros_and_less_than_full_rank_is_exact():
     none = zq.lorc(w, w, 4)
     assert not none.dense().any() and np.isfinite(none.u).all()
     error = np.outer(np.arange(6), np.arange(9)).astype(np.float32)
-    for bits in (None, 8):
-        part = zq.lorc(w + error, w, 4, bits)
-        assert np.abs(part.dense() - ((w + error) - w)).max() <= (1e-5 if bits is None else 0.4)
+    for int8 in (False, True):
+        part = zq.lorc(w + error, w, 4, int8)
+        assert np.abs(part.dense() - ((w + error) - w)).max() <= (0.4 if int8 else 1e-5)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_integer_factors(bits):
+def test_integer_factors():
     rng = np.random.default_rng(0)
     w = rng.standard_normal((40, 60)).astype(np.float32)
-    part, exact = zq.lorc(w, np.zeros_like(w), 8, bits), zq.lorc(w, np.zeros_like(w), 8)
-    assert part.u.dtype == part.v.dtype == np.int8 and part.scales.dtype == np.float32
-    assert np.abs(part.u).max() == np.abs(part.v).max() == 2 ** (bits - 1) - 1
-    step = np.abs(exact.u).max(0) / (2 ** (bits - 1) - 1)
-    assert part.nbytes < exact.nbytes / 3
-    bound = 8 * 2 * step.max() * np.abs(exact.v).max()
+    part, exact = zq.lorc(w, np.zeros_like(w), 8, int8=True), zq.lorc(w, np.zeros_like(w), 8)
+    assert np.array_equal(part.u.codes, ops.quantize_weight(exact.u)[0])
+    assert part.nbytes < exact.nbytes / 2
+    step_u, step_v = (np.abs(f).max(1) / 127 for f in (exact.u, exact.v))  # half a step is what rounding may cost
+    bound = 8 * (step_u.max() * np.abs(exact.v).max() + step_v.max() * np.abs(exact.u).max()) / 2 * 1.1
     assert np.abs(part.dense() - exact.dense()).max() <= bound
     u, v = part.factors()
     assert np.array_equal(part.dense(), u @ v)
@@ -227,37 +226,72 @@ def test_lorc_helps_most_where_bits_are_few():
     assert gains[0] > gains[1] > gains[2] > 0
 
 
-# -- containers and refusals
+# -- in layers
 
-def test_take_and_stack():
-    a, b = (LowRank(np.float32(rng.standard_normal((n, r))), np.float32(rng.standard_normal((r, 6))))
-            for rng, n, r in ((np.random.default_rng(0), 3, 2), (np.random.default_rng(1), 4, 1)))
-    assert np.allclose(LowRank.stack([a, b]).dense(), np.concatenate([a.dense(), b.dense()]))
-    assert np.array_equal(a.take(np.array([2, 0])).dense(), a.dense()[[2, 0]])
-    c, d = (zq.lorc(part.dense(), np.zeros((len(part.u), 6), np.float32), 2, 8) for part in (a, b))
-    assert np.allclose(LowRank.stack([c, d]).dense(), np.concatenate([c.dense(), d.dense()]))
-    with pytest.raises(ValueError, match="float32 and int8"):
-        LowRank.stack([a, c])
-    o = Outliers(6.0, np.array([1, 4]), np.ones((3, 2), np.float32))
-    assert Outliers.stack([o, o]).weights.shape == (6, 2) and o.take(np.array([1])).weights.shape == (1, 2)
-    with pytest.raises(ValueError, match="differ"):
-        Outliers.stack([o, Outliers(5.0, o.columns, o.weights)])
+def int8_layer(name, n, k, **extras):
+    w = np.random.default_rng([n, k]).standard_normal((n, k)).astype(np.float32)
+    act = QuantSpec(8, granularity="token", symmetric=False, dynamic=True)
+    return zq.Linear(name, RTN().quantize(w, QuantSpec(8)), None, act, extras=zq.Extras(**extras)), w
 
 
-F = np.float32
+@pytest.mark.parametrize("int8", [False, True])
+def test_corrected_layers_run_alone_fused_and_in_part(int8):
+    x = np.random.default_rng(0).standard_normal((9, 40)).astype(np.float32)
+    parts = []
+    for name, n in (("a", 33), ("b", 7)):
+        plain, w = int8_layer(name, n, 40)
+        parts.append(int8_layer(name, n, 40, correction=zq.lorc(w, np.zeros_like(w), 3, int8))[0])
+        left, right = parts[-1].extras.correction.factors()
+        x_hat = _core.dequantize_rows(*_core.quantize_tokens(x, ASYMMETRIC, False))
+        assert np.allclose(parts[-1](x), plain(x) + (x_hat @ right.T) @ left.T, atol=1e-4)
+    both = zq.Linear.fuse(parts)
+    assert both.extras.correction.rank == 6
+    assert np.array_equal(both(x), np.concatenate([part(x) for part in parts], axis=1))
+    rows = np.array([30, 2, 39])
+    assert np.array_equal(both.take(rows)(x), both(x)[:, rows])
+    codes = _core.quantize_tokens(x, ASYMMETRIC, False)
+    assert both.quant == "asymmetric" and np.array_equal(both(codes), both(x))
+    with pytest.raises(ValueError, match="differ in their extras"):
+        zq.Linear.fuse([parts[0], int8_layer("c", 5, 40)[0]])
+
+
+def test_layers_with_outliers_run_alone_fused_and_in_part():
+    x = np.random.default_rng(0).standard_normal((9, 40)).astype(np.float32)
+    x[4, 11] = 50
+    parts, exact = [], []
+    for name, n in (("a", 33), ("b", 7)):
+        w = int8_layer(name, n, 40)[1]
+        parts.append(int8_layer(name, n, 40, outliers=Outliers(6.0, np.array([11]), w[:, [11]].copy()))[0])
+        exact.append(llm_int8(x, w, 6.0, symmetric=False))
+        assert np.allclose(parts[-1](x), exact[-1], atol=1e-4)
+    both = zq.Linear.fuse(parts)
+    assert both.quant is None and np.array_equal(both(x), np.concatenate([part(x) for part in parts], axis=1))
+    assert np.array_equal(both.take(np.array([3, 0]))(x), both(x)[:, [3, 0]])
+    with pytest.raises(ValueError, match="outliers' threshold or columns"):
+        zq.Linear.fuse([parts[0], int8_layer("c", 5, 40, outliers=Outliers(5.0, np.array([11]), np.ones((5, 1), F)))[0]])
+
+
+def test_outliers_need_int8_rows_and_codes_per_token():
+    spots = zq.Extras(outliers=Outliers(6.0, np.array([], np.int64), np.ones((2, 0), F)))
+    weight = RTN().quantize(np.ones((2, 8), F), QuantSpec(4))
+    with pytest.raises(ValueError, match="fc: outliers need 8-bit weights"):
+        zq.Linear("fc", weight, None, QuantSpec(8, granularity="token", dynamic=True), extras=spots)
+    with pytest.raises(ValueError, match="fc: outliers need"):
+        zq.Linear("fc", RTN().quantize(np.ones((2, 8), F), QuantSpec(8)), extras=spots)
+
+
+def test_factors_of_two_kinds_do_not_stack():
+    w = np.random.default_rng(0).standard_normal((6, 9)).astype(np.float32)
+    with pytest.raises(ValueError, match="float32 and in codes"):
+        LowRank.stack([zq.lorc(w, np.zeros_like(w), 2), zq.lorc(w, np.zeros_like(w), 2, int8=True)])
+
+
+# -- refusals
+
 REFUSED = [
-    (lambda: LowRank(np.ones((2, 1)), np.ones((1, 2), F)), TypeError, "u: expected an array of float32, got float64"),
-    (lambda: LowRank(np.ones((2, 1), F), np.ones((2, 2), F)), ValueError, r"v: expected shape \(1, 'any'\), got \(2, 2\)"),
-    (lambda: LowRank(np.ones((2, 0), F), np.ones((0, 2), F)), ValueError, "at least one column"),
-    (lambda: LowRank(np.full((2, 1), np.nan, F), np.ones((1, 2), F)), ValueError, "u: NaN"),
-    (lambda: Outliers(0.0, np.array([1]), np.ones((2, 1), F)), ValueError, "threshold: expected a number above 0, got 0.0"),
-    (lambda: Outliers(float("nan"), np.array([1]), np.ones((2, 1), F)), ValueError, "threshold"),
-    (lambda: Outliers(6.0, np.array([1, 1]), np.ones((2, 2), F)), ValueError, "ascending"),
-    (lambda: Outliers(6.0, np.array([1]), np.ones((2, 2), F)), ValueError, "weights: expected shape"),
     (lambda: zq.lorc(np.ones((2, 2), F), np.ones((2, 3), F)), ValueError, "one shape"),
     (lambda: zq.lorc(np.ones((2, 2), F), np.full((2, 2), np.inf, F)), ValueError, "w_hat: NaN or Inf"),
     (lambda: zq.lorc(np.ones((2, 2), F), np.ones((2, 2), F), 0), ValueError, "rank: expected a whole number from 1, got 0"),
-    (lambda: zq.lorc(np.ones((2, 2), F), np.ones((2, 2), F), 1, 9), ValueError, "bits: .* from 2 to 8, got 9"),
     (lambda: zq.llm_int8_matmul(np.ones((2, 2), F), np.ones((2, 3), F)), ValueError, "expected shapes"),
     (lambda: zq.llm_int8_matmul(np.ones((2, 2), F), np.ones((2, 2), F), 0), ValueError, "threshold"),
     (lambda: LLMInt8().repair(np.ones((2, 2), F), None, QuantSpec(4)), ValueError, "symmetric 8-bit weights"),

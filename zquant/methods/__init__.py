@@ -4,8 +4,10 @@ from __future__ import annotations
 from .base import METHODS, STEPS, Method, Repair, Step, Transform, get_method, register
 from .recipe import PRESETS, Preset, Recipe, preset
 
-__all__ = ["GPTQ", "LLMInt8", "LoRC", "METHODS", "PRESETS", "Method", "Preset", "RTN", "Recipe", "Repair", "STEPS", "Step", "Transform",
-           "get_method", "preset", "register"]
+__all__ = [
+    "GPTQ", "LLMInt8", "LoRC", "METHODS", "Method", "PRESETS", "Preset", "RTN", "Recipe", "Repair", "STEPS", "Step",
+    "Transform", "get_method", "preset", "register",
+]
 
 from .gptq import GPTQ  # noqa: E402  (needs register)
 from .llm_int8 import LLMInt8  # noqa: E402

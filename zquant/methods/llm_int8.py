@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import _core
-from ..low_rank import Outliers
+from ..extras import Outliers
 from ..ops.quantize import _array, quantize_weight
 from ..qtensor import QTensor
 from ..spec import QuantSpec

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..low_rank import LowRank
-from ..ops.quantize import _array
+from ..extras import LowRank
+from ..ops.quantize import _array, quantize_weight
 from ..qtensor import QTensor
 from ..spec import QuantSpec
 from .base import Repair, register
@@ -62,16 +62,13 @@ def _factors(error: Array, rank: int) -> tuple[Array, Array]:
     return (v.T, u.T) if flat else (u, v)
 
 
-def _codes(a: Array, axis: int, bits: int) -> tuple[Array, Array]:
-    """Symmetric codes with one float32 scale per index of the other axis."""
-    most = np.abs(a).max(axis, keepdims=True)
-    scale = (most / (2 ** (bits - 1) - 1)).astype(np.float32)
-    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
-    limit = 2 ** (bits - 1) - 1
-    return np.clip(np.rint(a / scale), -limit, limit).astype(np.int8), scale.ravel()
+def _coded(factor: Array) -> QTensor:
+    """A factor as 8-bit codes, one scale for each row."""
+    codes, scales, _ = quantize_weight(factor)
+    return QTensor(codes, scales, None, QuantSpec())
 
 
-def lorc(w: Array, w_hat: Array, rank: int = 8, bits: int | None = None) -> LowRank:
+def lorc(w: Array, w_hat: Array, rank: int = 8, int8: bool = False) -> LowRank:
     """The low-rank part of a quantization error.
 
     Parameters
@@ -82,8 +79,8 @@ def lorc(w: Array, w_hat: Array, rank: int = 8, bits: int | None = None) -> LowR
         What their codes stand for: :meth:`QTensor.dequantize`.
     rank
         m; at most min(n, k) is used. The paper finds that little is gained beyond 4 to 8.
-    bits
-        2 to 8: integer factors, one scale for each column of u and each row of v. None: float32.
+    int8
+        Factors as int8 codes, one scale for each row of u and of v, in place of float32.
 
     Returns
     -------
@@ -95,7 +92,7 @@ def lorc(w: Array, w_hat: Array, rank: int = 8, bits: int | None = None) -> LowR
     TypeError
         Arrays of other types.
     ValueError
-        Shapes that differ, NaN or Inf, rank below 1, bits outside 2 to 8.
+        Shapes that differ, NaN or Inf, rank below 1.
 
     >>> import numpy as np
     >>> import zquant as zq
@@ -112,22 +109,14 @@ def lorc(w: Array, w_hat: Array, rank: int = 8, bits: int | None = None) -> LowR
     w, w_hat = _array(w, "w", "float32"), _array(w_hat, "w_hat", "float32")
     if w.ndim != 2 or w.shape != w_hat.shape or not w.size:
         raise ValueError(f"w, w_hat: expected two matrices of one shape, got {w.shape} and {w_hat.shape}")
-    _whole("rank", rank, 1, None)
-    if bits is not None:
-        _whole("bits", bits, 2, 8)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank: expected a whole number from 1, got {rank!r}")
     for name, array in (("w", w), ("w_hat", w_hat)):
         if not np.isfinite(array).all():
             raise ValueError(f"{name}: NaN or Inf")
     u, v = _factors(w.astype(np.float64) - w_hat, min(rank, *w.shape))
-    if bits is None:
-        return LowRank(u.astype(np.float32), v.astype(np.float32))
-    (u_codes, u_scales), (v_codes, v_scales) = _codes(u, 0, bits), _codes(v, 1, bits)
-    return LowRank(u_codes, v_codes, u_scales * v_scales)
-
-
-def _whole(name: str, value: object, least: int, most: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        raise ValueError(f"{name}: expected a whole number from {least}{'' if most is None else f' to {most}'}, got {value!r}")
+    left, right = u.astype(np.float32), v.astype(np.float32)
+    return LowRank(_coded(left), _coded(right)) if int8 else LowRank(left, right)
 
 
 @register
@@ -145,8 +134,8 @@ class LoRC(Repair):
     """
 
     rank: int = 8
-    bits: int | None = None
+    int8: bool = False
 
     def repair(self, w: Array, tensor: QTensor, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> Any:
         """The low-rank part of w - tensor."""
-        return lorc(w, tensor.dequantize(), self.rank, self.bits)
+        return lorc(w, tensor.dequantize(), self.rank, self.int8)

@@ -83,5 +83,5 @@ def llm_int8(x: np.ndarray, w: np.ndarray, threshold: float, bias: np.ndarray | 
     rest = np.where(outlier, np.float32(0), x)
     q, x_scale, x_zero = quantize_per_token(rest, symmetric)
     codes, scales, _ = quantize_weight(w, 8)
-    y = linear_w8a8(q, x_scale, np.zeros(len(x)) if x_zero is None else x_zero, codes, scales[:, 0]) + x[:, outlier].astype(np.float64) @ w[:, outlier].T.astype(np.float64)
-    return y if bias is None else y + bias
+    y = linear_w8a8(q, x_scale, np.zeros(len(x)) if x_zero is None else x_zero, codes, scales[:, 0], bias)
+    return y + x[:, outlier].astype(np.float64) @ w[:, outlier].T.astype(np.float64)
