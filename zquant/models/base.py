@@ -36,7 +36,10 @@ class Network:
     linears : dict of module name (as in the checkpoint) -> Linear, in the order of the forward
     tensors : dict of tensor name -> embedding tables, weights of norms
     scheme : what the linear layers were quantized with, or None
+    recipe : the :class:`zquant.Recipe` that did it, or None
     """
+
+    recipe: Any = None
 
     family: Any
     dims: Any
@@ -110,7 +113,7 @@ class Network:
         ----------
         linears : module name -> Linear of the same shape
         embeddings : tensor name -> embedding table of the same shape
-        attributes : ``scheme``, ``path``, ``config``
+        attributes : ``scheme``, ``recipe``, ``path``, ``config``
 
         Raises
         ------
@@ -120,7 +123,7 @@ class Network:
         linears, embeddings = dict(linears or {}), dict(embeddings or {})
         _same_shapes("linear layer", self.linears, linears)
         _same_shapes("embedding table", self.embeddings, embeddings)
-        known = {"scheme", "path", "config"}
+        known = {"scheme", "recipe", "path", "config"}
         if not attributes.keys() <= known:
             raise TypeError(f"replace() got {sorted(attributes.keys() - known)}; known: {sorted(known)}")
         model = object.__new__(type(self))
@@ -133,7 +136,7 @@ class Network:
     def __repr__(self) -> str:
         d = self.dims
         if self.scheme is not None:
-            kind = str(self.scheme)
+            kind = str(self.scheme) + ("" if self.recipe is None or self.recipe.name == "rtn" else f" by {self.recipe.name}")
         else:
             kind = "quantized" if any(layer.spec is not None for layer in self.linears.values()) else "float32"
         return (f"{self.family.name}({d.layers} layers, hidden {d.hidden}, {self._heads()}, "
