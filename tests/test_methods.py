@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import zquant
-from zquant.methods import METHODS, Method, get_method
+from zquant.methods import METHODS, STEPS, Method, get_method
 from zquant.spec import QuantSpec
 
 SPECS = [QuantSpec(8), QuantSpec(4), QuantSpec(2), QuantSpec(4, granularity="group", group_size=16),
@@ -42,7 +42,7 @@ def same(a, b):
 
 
 def test_examples():
-    for name in ("zquant.methods", *(cls.__module__ for cls in METHODS.values())):
+    for name in ("zquant.methods.base", "zquant.methods.recipe", *(cls.__module__ for cls in STEPS.values())):
         assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 

@@ -29,7 +29,7 @@ from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, st
 from .generate import Generation
 from .language_report import LanguageReport
 from .linear import Linear
-from .methods import GPTQ, RTN, Method
+from .methods import GPTQ, PRESETS, RTN, Method, Recipe, Repair, Transform
 from .methods.gptq import GridTensor, SolveInfo, gptq
 from .models import CausalLM, Model, load
 from .perplexity import PerplexityResult, perplexity
@@ -43,9 +43,9 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "GPTQ", "RTN", "CausalLM", "FormatError", "Generation", "GridTensor", "InputStatistics", "KVCache", "LanguageReport",
-    "Linear", "Method", "Model", "PerplexityResult", "QTensor", "QuantSpec", "Report", "STSResult", "Scheme", "SentenceEncoder",
-    "SolveInfo", "Statistics", "__version__", "calibrate", "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads",
-    "gptq", "load", "ops", "pearson",
-    "perplexity", "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
+    "GPTQ", "PRESETS", "RTN", "CausalLM", "FormatError", "Generation", "GridTensor", "InputStatistics", "KVCache",
+    "LanguageReport", "Linear", "Method", "Model", "PerplexityResult", "QTensor", "QuantSpec", "Recipe", "Repair", "Report",
+    "STSResult", "Scheme", "SentenceEncoder", "SolveInfo", "Statistics", "Transform", "__version__", "calibrate", "compare",
+    "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "gptq", "load", "ops", "pearson", "perplexity", "quantize",
+    "set_num_threads", "spearman", "sqnr_db", "sts",
 ]
