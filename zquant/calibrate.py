@@ -356,7 +356,7 @@ class Walker:
             for index in range(len(unit.stages)):
                 given = _advance(unit, steps)
                 if index in found:
-                    found[index].add(given)
+                    found[index].add(self._behind_branch(unit.stages[index], given))
             out = None if unit is self.units[-1] else _advance(unit, steps)
             if out is not None:
                 x[batch.first:batch.last] = out
@@ -368,16 +368,22 @@ class Walker:
         for _, steps in self._batches(unit, x):
             for _ in range(index):
                 _advance(unit, steps)
-            found.add(_advance(unit, steps))
+            found.add(self._behind_branch(unit.stages[index], _advance(unit, steps)))
             steps.close()
             yield
         self.model = self.model.replace(linears=dict(visit(found.result()) or {}))
+
+    def _behind_branch(self, stage: Sequence[str], x: np.ndarray) -> np.ndarray:
+        """What the weights of a stage's layers multiply; a branch is the same for all of them."""
+        branch = self.model.linears[stage[0]].extras.branch
+        return x if branch is None else branch(x)
 
     def _batches(self, unit: Unit, x: np.ndarray) -> Iterator[tuple[Batch, Run]]:
         """The unit's layers are packed for this pass alone: a model's own would stay packed."""
         names = [name for stage in unit.stages for name in stage]
         layers = {name: self.model.linears[name] for name in names}
-        fresh = {name: layer.with_weight(layer._weight, layer.activations) for name, layer in layers.items()}
+        fresh = {name: layer.with_weight(layer._weight, layer.activations, extras=layer.extras)
+                 for name, layer in layers.items()}
         try:
             run = unit.prepare(self.model.replace(linears=fresh))
             for batch in self.steps.batches:

@@ -10,10 +10,11 @@ import numpy as np
 
 from ._progress import bar
 from .calibrate import MODES, Sequences, _one_of, collect, read_sequences, walk
+from .extras import Extras, static_range
 from .formats.safetensors import Stored
 from .linear import Linear
 from .mapped import release
-from .methods import PRESETS, Method, Preset, Recipe, Transform, get_method
+from .methods import PRESETS, Method, Preset, Recipe, Repair, Transform, get_method
 from .qtensor import QTensor
 from .spec import QuantSpec, Scheme
 from .statistics import InputStatistics, Statistics
@@ -136,7 +137,11 @@ class _Data:
 
 def _static(scheme: Scheme) -> bool:
     """Whether some layer's activations have a scale that is known beforehand."""
-    return False
+    return scheme.activations is not None and _is_static(scheme.activations)
+
+
+def _is_static(spec: QuantSpec) -> bool:
+    return spec.granularity == "tensor" and not spec.dynamic
 
 
 def _transform(model: Any, step: Transform, data: _Data, scheme: Scheme, show: bool | None) -> tuple[Any, Scheme]:
@@ -214,10 +219,19 @@ class Quantizer:
             self._linears[name] = self._quantize(name, None if stats is None else stats[name])
 
     def _quantize(self, name: str, stats: InputStatistics | None) -> Linear:
-        layer, spec = self._layers[name], self.specs[name]
+        layer, spec, activations = self._layers[name], self.specs[name], self.scheme.activations
         weight = _quantize_weight(name, layer._weight, spec, self.method, stats)
+        extras = {step.fills: self._repair(name, step, weight, stats) for step in self.recipe.repairs}
+        if activations is not None and _is_static(activations) and stats is not None:
+            extras["static"] = static_range(activations, stats["minmax"])
         layer.release()
-        return layer.with_weight(weight, self.scheme.activations)
+        return layer.with_weight(weight, activations, extras=Extras(branch=layer.extras.branch, **extras))
+
+    def _repair(self, name: str, step: Repair, tensor: QTensor, stats: InputStatistics | None) -> Any:
+        try:
+            return step.repair(self._layers[name].dense(), tensor, self.specs[name], stats)
+        except ValueError as error:
+            raise ValueError(f"{name}: {step.registered}: {error}") from None
 
     def finish(self) -> Any:
         """The quantized model, of the kind that was given."""
