@@ -449,7 +449,7 @@ def test_bad_options(tmp_path, options, message):
 
 def test_bad_calls_of_quantize(tmp_path):
     model = decoder(tmp_path)
-    with pytest.raises(ValueError, match="Toy needs absmax, gram.*calib="):
+    with pytest.raises(ValueError, match="toy needs absmax, gram.*calib="):
         zq.quantize(model, "w8a8", Toy())
     with pytest.raises(ValueError, match="there is no gram; calibrate with needs"):
         zq.quantize(model, "w8a8", Toy(), calib=zq.calibrate(model, ids_of(), {"absmax"}))
