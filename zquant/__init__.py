@@ -31,6 +31,7 @@ from .generate import Generation
 from .language_report import LanguageReport
 from .linear import Linear
 from .methods import GPTQ, PRESETS, RTN, Method, Recipe, Repair, Transform
+from .methods.awq import AWQClip, AWQInfo, AWQScale, awq, awq_clip
 from .methods.gptq import GridTensor, SolveInfo, gptq
 from .methods.llm_int8 import LLMInt8, llm_int8_matmul
 from .methods.lorc import LoRC, lorc
@@ -46,10 +47,10 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "CausalLM", "Extras", "FormatError", "GPTQ", "Generation", "GridTensor", "InputStatistics", "KVCache", "LLMInt8",
-    "LanguageReport", "Linear", "LoRC", "LowRank", "Method", "Model", "Outliers", "PRESETS", "PerplexityResult", "QTensor",
-    "QuantSpec", "RTN", "Recipe", "Repair", "Report", "STSResult", "Scheme", "SentenceEncoder", "SolveInfo", "Statistics",
-    "Transform", "__version__", "calibrate", "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "gptq",
-    "llm_int8_matmul", "load", "lorc", "ops", "pearson", "perplexity", "quantize", "set_num_threads", "spearman", "sqnr_db",
-    "sts",
+    "AWQClip", "AWQInfo", "AWQScale", "CausalLM", "Extras", "FormatError", "GPTQ", "Generation", "GridTensor",
+    "InputStatistics", "KVCache", "LLMInt8", "LanguageReport", "Linear", "LoRC", "LowRank", "Method", "Model", "Outliers",
+    "PRESETS", "PerplexityResult", "QTensor", "QuantSpec", "RTN", "Recipe", "Repair", "Report", "STSResult", "Scheme",
+    "SentenceEncoder", "SolveInfo", "Statistics", "Transform", "__version__", "awq", "awq_clip", "calibrate", "compare",
+    "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "gptq", "llm_int8_matmul", "load", "lorc", "ops", "pearson",
+    "perplexity", "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
 ]

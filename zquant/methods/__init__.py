@@ -5,15 +5,18 @@ from .base import METHODS, STEPS, Method, Repair, Step, Transform, get_method, r
 from .recipe import PRESETS, Preset, Recipe, preset
 
 __all__ = [
-    "GPTQ", "LLMInt8", "LoRC", "METHODS", "Method", "PRESETS", "Preset", "RTN", "Recipe", "Repair", "STEPS", "Step",
-    "Transform", "get_method", "preset", "register",
+    "AWQClip", "AWQScale", "GPTQ", "LLMInt8", "LoRC", "METHODS", "Method", "PRESETS", "Preset", "RTN", "Recipe", "Repair", "STEPS",
+    "Step", "Transform", "get_method", "preset", "register",
 ]
 
-from .gptq import GPTQ  # noqa: E402  (needs register)
+from .awq import AWQClip, AWQScale  # noqa: E402  (needs register)
+from .gptq import GPTQ  # noqa: E402
 from .llm_int8 import LLMInt8  # noqa: E402
 from .lorc import LoRC  # noqa: E402
 from .rtn import RTN  # noqa: E402
 
 preset("zeroquant", "rtn", "w8a8")
 preset("zeroquant-v2", "gptq+lorc", "w4a8")
+preset("awq", "awq-scale+awq-clip", "w4a16-g128")
+preset("awq+gptq", "awq-scale+gptq", "w4a16-g128")
 preset("llm.int8()", "llm.int8", "w8a8-sym")
