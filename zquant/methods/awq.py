@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .. import _core
 from ..models.foldings import Folding, fold, foldings
 from ..ops.quantize import _array
 from ..qtensor import QTensor
@@ -49,12 +50,14 @@ class AWQInfo:
     rtn_loss: float
 
 
-def _output_error(w: Array, w_hat: Array, gram: Array) -> float:
+def _output_error(w: Array, w_hat: Array, gram: Any) -> float:
+    """tr (w_hat - w) C (w_hat - w)^T with C packed: :func:`_loss` multiplies with the same C again and again."""
     error = w_hat - w
-    return float(np.multiply(error @ gram, error).sum(dtype=np.float64))
+    product = _core.linear_forward(gram, error, 0, 0, None, 0)
+    return float(np.multiply(product, error, out=product).sum(dtype=np.float64))
 
 
-def _loss(weights: Sequence[Array], gram: Array, spec: QuantSpec, scale: Array | None) -> float:
+def _loss(weights: Sequence[Array], gram: Any, spec: QuantSpec, scale: Array | None) -> float:
     """Squared error of all outputs with inputs divided by ``scale``."""
     total = 0.0
     for w in weights:
@@ -136,13 +139,14 @@ def awq(weights: Array | Sequence[Array], mean_abs: Array, gram: Array, bits: in
         bits, granularity="group", group_size=group_size, symmetric=symmetric)
     k = parts[0].shape[1]
     weight_size = _weight_size(parts, min(group_size or k, k)) if duo else None
-    best, plain = np.ones(k, np.float32), _loss(parts, gram32, spec, None)
+    packed = _core.linear_pack_f32(gram32, None)
+    best, plain = np.ones(k, np.float32), _loss(parts, packed, spec, None)
     info = AWQInfo(None, False, plain, plain)
     for use in {False: (None,), True: (weight_size,), "both": (None, weight_size)}[duo]:
         for ratio in np.arange(grid) / max(grid - 1, 1):
             s = _candidate(size, use, float(ratio))
             s = s if tie is None else tie(s)
-            loss = _loss(parts, gram32, spec, s)
+            loss = _loss(parts, packed, spec, s)
             if loss < info.loss:
                 best, info = s, AWQInfo(float(ratio), use is not None, loss, plain)
     return best, info
