@@ -23,6 +23,7 @@ with core_hint():  # zquant._core loads OpenBLAS
 from . import cpu, evaluate, ops
 from .cache import KVCache
 from .calibrate import calibrate
+from .compare_methods import MethodResult, MethodsTable, compare_methods
 from .encoder import SentenceEncoder
 from .errors import FormatError
 from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, sts
@@ -36,6 +37,7 @@ from .perplexity import PerplexityResult, perplexity
 from .qtensor import QTensor
 from .quantize import quantize
 from .report import Report, compare
+from .sensitivity import Sensitivity, sensitivity
 from .spec import QuantSpec, Scheme
 from .statistics import InputStatistics, Statistics
 from .threads import get_num_threads, set_num_threads
@@ -44,8 +46,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GPTQ", "PRESETS", "RTN", "CausalLM", "FormatError", "Generation", "GridTensor", "InputStatistics", "KVCache",
-    "LanguageReport", "Linear", "Method", "Model", "PerplexityResult", "QTensor", "QuantSpec", "Recipe", "Repair", "Report",
-    "STSResult", "Scheme", "SentenceEncoder", "SolveInfo", "Statistics", "Transform", "__version__", "calibrate", "compare",
-    "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "gptq", "load", "ops", "pearson", "perplexity", "quantize",
+    "LanguageReport", "Linear", "Method", "MethodResult", "MethodsTable", "Model", "PerplexityResult", "QTensor",
+    "QuantSpec", "Recipe", "Repair", "Report", "STSResult", "Scheme", "Sensitivity", "SentenceEncoder", "SolveInfo",
+    "Statistics", "Transform", "__version__", "calibrate", "compare", "compare_methods", "cosine_fidelity", "cpu",
+    "evaluate", "get_num_threads", "gptq", "load", "ops", "pearson", "perplexity", "quantize", "sensitivity",
     "set_num_threads", "spearman", "sqnr_db", "sts",
 ]

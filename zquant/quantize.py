@@ -69,7 +69,7 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
         without ``calib``, data without tokens, statistics of another model or for a recipe that needs several passes.
     """
     recipe = Recipe.of(method)
-    scheme = _scheme(scheme, method, recipe)
+    scheme = choose_scheme(scheme, method)
     _one_of("mode", mode, MODES)
     data = _Data(model, recipe, scheme, calib, dict(samples=samples, seq_len=seq_len, seed=seed))
     check_float(model, scheme)
@@ -89,11 +89,17 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
     return quantizer.finish()
 
 
-def _scheme(scheme: str | Scheme | None, method: Any, recipe: Recipe) -> Scheme:
+def choose_scheme(scheme: str | Scheme | None, method: Any) -> Scheme:
+    """The scheme that was given; else the one of the preset that ``method`` is; else "w8a8".
+
+    >>> choose_scheme(None, "zeroquant").name
+    'w8a8'
+    """
     if scheme is not None:
         return Scheme.parse(scheme)
     if isinstance(method, Preset):
         return method.scheme
+    recipe = Recipe.of(method)
     found = PRESETS.get(recipe.name)
     return found.scheme if found is not None and found.recipe == recipe else Scheme.parse("w8a8")
 
