@@ -236,11 +236,12 @@ def sensitivity_figure(study: Sensitivity) -> Figure:
 
 def _by_name(axes: Any, study: Sensitivity, part: str, title: str) -> None:
     everything: list[float] = []
-    for mode, (colour, marker) in _MODES.items():
+    for offset, (mode, (colour, marker)) in zip((-0.2, 0.0, 0.2), _MODES.items()):
         values = list(study.increases(part, mode).values())
         everything += values
         if values:
-            axes.plot(range(len(values)), values, marker, color=colour, markersize=4.2, label=mode, alpha=0.85)
+            at = [i + offset for i in range(len(values))]
+            axes.plot(at, values, marker, color=colour, markersize=4.2, label=mode, fillstyle="none" if offset > 0 else "full")
     _increase_axis(axes, everything, "y")
     _class_lines(axes, study)
     axes.set_title(title, fontsize=9.5, color=_INK, loc="left")
@@ -259,28 +260,29 @@ def _by_block_size(axes: Any, study: Sensitivity) -> None:
 
 
 def methods_figure(table: MethodsTable) -> Figure:
-    """A bar per recipe, grouped and coloured by scheme: the increase of the loss. A recipe that failed has a note."""
+    """A line per recipe, grouped and coloured by scheme: the increase of the loss. A recipe that failed has a note."""
     schemes = list(dict.fromkeys(result.scheme for result in table.results))
-    rows: list[tuple[float, MethodResult]] = []
-    for scheme in schemes:
-        rows += [(len(rows) + 0.7 * schemes.index(scheme), r) for r in table.results if r.scheme == scheme]
-    figure = _Figure(figsize=(9.0, 1.3 + 0.3 * max(len(rows), 3) + 0.2 * len(schemes)), layout="constrained")
+    found = [r for scheme in schemes for r in table.results if r.scheme == scheme]
+    rows: list[tuple[float, MethodResult]] = [(i + 0.7 * schemes.index(r.scheme), r) for i, r in enumerate(found)]
+    figure = _Figure(figsize=(9.0, 1.6 + 0.3 * max(len(rows), 3) + 0.2 * len(schemes)), layout="constrained")
     axes = figure.subplots()
     drawn = [(at, r, r.increase) for at, r in rows if r.increase is not None and math.isfinite(r.increase)]
     colours = {scheme: _SCHEMES[i % len(_SCHEMES)] for i, scheme in enumerate(schemes)}
-    axes.barh([at for at, _, _ in drawn], [x for _, _, x in drawn], height=0.78,
-              color=[colours[r.scheme] for _, r, _ in drawn])
+    for at, r, x in drawn:
+        axes.plot([0, x], [at, at], color=colours[r.scheme], linewidth=1.5, alpha=0.6)
+        axes.plot([x], [at], "o", color=colours[r.scheme], markersize=7)
     _increase_axis(axes, [x for _, _, x in drawn], "x")
     for at, r in rows:
         note = "failed" if r.value is None else table.loss.text(r.value)
         note += "" if r.recovered is None else f"  ({100 * r.recovered:.0f} % of RTN's loss regained)"
-        axes.annotate(note, (max(r.increase or 0.0, 0.0), at), xytext=(4, 0), textcoords="offset points", va="center",
+        axes.annotate(note, (max(r.increase or 0.0, 0.0), at), xytext=(7, 0), textcoords="offset points", va="center",
                       fontsize=8, color=_INK)
     axes.set_yticks([at for at, _ in rows], [r.name for _, r in rows])
     axes.invert_yaxis()
-    axes.margins(x=0.25)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * 6 if axes.get_xscale() == "symlog" else high + 0.35 * (high - low))  # room for the notes
     axes.set_xlabel(f"{table.metric}: worse than float32 ({table.loss.text(table.reference)}) by", color=_INK, fontsize=9)
-    axes.legend(handles=[Patch(color=colours[scheme], label=scheme) for scheme in schemes], fontsize=8, frameon=False,
-                loc="lower right")
+    figure.legend(handles=[Patch(color=colours[scheme], label=scheme) for scheme in schemes], fontsize=8.5, frameon=False,
+                  ncols=min(len(schemes), 6), loc="outside lower left")
     _bare(axes)
     return figure
