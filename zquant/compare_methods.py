@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from .methods import Recipe
 from .quantize import choose_scheme, quantize
 from .report import _size
 from .spec import Scheme
-from .tables import Written, html_table, page, text_table, write_text
+from .tables import Written, html_table, text_table
 
 __all__ = ["MethodResult", "MethodsTable", "compare_methods"]
 
@@ -104,10 +103,6 @@ class MethodsTable(Written):
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
         return html_table(*self._table(), left=2) + notes
 
-    def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as an HTML document."""
-        write_text(path, page("Quantization methods compared", self._repr_html_()))
-
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain Python objects, ready for JSON."""
         return {"metric": self.metric, "reference": self.reference, "bytes": self.nbytes, "interrupted": self.interrupted,
@@ -155,7 +150,8 @@ def compare_methods(
     model
         A float CausalLM, SentenceEncoder or Model. It is not changed.
     methods
-        Name -> recipe, or name -> (scheme, recipe); recipes as for :meth:`Recipe.of`. A list of names of recipes will do.
+        Name -> recipe, or name -> (scheme, recipe); recipes as for :meth:`Recipe.of`. Or a list of recipes and pairs, which
+        are then called what the recipes are.
     calib
         Calibration data for recipes that need some, as in :func:`zquant.quantize`; never what ``evaluation`` is.
     evaluation
@@ -207,12 +203,12 @@ def _jobs(methods: Any, default: str | Scheme | None) -> Iterator[_Job]:
     """Every recipe, and before the first of each scheme round to nearest where it is not among them."""
     if isinstance(methods, (str, Recipe)) or not methods:
         raise ValueError("methods: expected a mapping from names to recipes, or a list of recipes")
-    given = methods.items() if isinstance(methods, Mapping) else [(Recipe.of(method).name, method) for method in methods]
     found = []
-    for name, method in given:
+    for name, method in methods.items() if isinstance(methods, Mapping) else ((None, method) for method in methods):
         pair = isinstance(method, tuple) and len(method) == 2 and _is_scheme(method[0])
         scheme, what = method if pair else (default, method)
-        found.append(_Job(str(name), Recipe.of(what), choose_scheme(scheme, what)))
+        recipe = Recipe.of(what)
+        found.append(_Job(recipe.name if name is None else str(name), recipe, choose_scheme(scheme, what)))
     rtn, seen = Recipe.of("rtn"), list[Scheme]()
     plain = [job.scheme for job in found if job.recipe.steps == rtn.steps]
     for job in found:

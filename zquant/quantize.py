@@ -114,8 +114,8 @@ class _Data:
 
     def __init__(self, model: Any, recipe: Recipe, scheme: Scheme, calib: Any, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
-        self.given = calib if recipe.needs or _static(scheme) else None
-        if not recipe.needs and not _static(scheme):
+        self.given = calib if needs_data(recipe, scheme) else None
+        if not needs_data(recipe, scheme):
             return
         if calib is None:
             what = ", ".join(sorted(recipe.needs)) if recipe.needs else "the ranges"
@@ -139,6 +139,15 @@ class _Data:
             self.given.check(model, needs, dict(getattr(model, "model", model).named_linears()))
             return self.given
         return collect(model, self.sequences, needs, seed=self._options["seed"], progress=show)
+
+
+def needs_data(recipe: Recipe, scheme: Scheme) -> bool:
+    """Whether ``quantize`` asks for calibration data.
+
+    >>> needs_data(Recipe.of("gptq"), Scheme.parse("w4a16")), needs_data(Recipe.of("rtn"), Scheme.parse("w4a16"))
+    (True, False)
+    """
+    return bool(recipe.needs) or _static(scheme)
 
 
 def _static(scheme: Scheme) -> bool:

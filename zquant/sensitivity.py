@@ -8,6 +8,7 @@ For language models the increase of the perplexity is sorted into the paper's cl
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -161,7 +162,7 @@ class Sensitivity(Written):
         return "\n\n".join([self._title(), *(text_table(*table) for table in self._tables())])
 
     def _repr_html_(self) -> str:
-        return f"<p>{self._title()}</p>" + "".join(html_table(*table) for table in self._tables())
+        return f"<p>{html.escape(self._title())}</p>" + "".join(html_table(*table) for table in self._tables())
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain Python objects, ready for JSON; the class is None where the loss is not a perplexity."""

@@ -67,7 +67,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 class Written(ABC):
-    """What results share that can be written as JSON."""
+    """What results share that can be written to files."""
 
     @abstractmethod
     def as_dict(self) -> dict[str, Any]:
@@ -80,3 +80,11 @@ class Written(ABC):
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`to_json` to a file, beside it first and then renamed."""
         write_text(path, self.to_json() + "\n")
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write what Jupyter shows as an HTML document."""
+        write_text(path, page(type(self).__name__, self._repr_html_()))
+
+    @abstractmethod
+    def _repr_html_(self) -> str:
+        """The result as HTML."""
