@@ -8,7 +8,7 @@ from typing import Any, Union
 import numpy as np
 
 from . import _core
-from .extras import Extras, Outliers, StaticRange, static_range
+from .extras import Extras, LowRank, Outliers, StaticRange, static_range
 from .formats.safetensors import Stored
 from .mapped import release
 from .qtensor import QTensor
@@ -100,6 +100,8 @@ class Linear:
             raise ValueError(f"{self.name}: {error}") from None
         if self.activations is not None:
             self._check_activations(weight, self.activations)
+        if self.extras.outliers is not None:
+            self._check_outliers()
         if self.extras.static is not None and not self._static:
             raise ValueError(f"{self.name}: a static range needs activations per tensor that are not dynamic")
 
@@ -119,6 +121,14 @@ class Linear:
         reason = self._why_float(weight) if isinstance(weight, QTensor) else None
         if reason:
             raise ValueError(f"{self.name}: {reason}")
+
+    def _check_outliers(self) -> None:
+        weight, act = self._weight, self.activations
+        rows = isinstance(weight, QTensor) and weight.spec.bits == 8 and weight.spec.granularity != "group"
+        if not rows or act is None or act.granularity != "token":
+            raise ValueError(f"{self.name}: outliers need 8-bit weights with a scale per channel and activations per token")
+        if self.extras.correction is not None:
+            raise ValueError(f"{self.name}: outliers and a correction exclude each other")
 
     def _why_float(self, weight: QTensor) -> str | None:
         """Why the integer kernels cannot take weights of this format, or None where they can."""
@@ -158,7 +168,7 @@ class Linear:
     @property
     def quant(self) -> str | None:
         """Which token codes the layer takes in place of float32 rows: "symmetric", "asymmetric" or None (rows only)."""
-        if self.activations is None or self.activations.granularity != "token" or self.extras:
+        if self.activations is None or self.activations.granularity != "token" or not self.extras.take_codes:
             return None
         return _symmetry(self.activations)
 
@@ -204,10 +214,19 @@ class Linear:
                       self.activations, extras=self.extras.take(rows))
 
     def _pack(self) -> Any:
+        handle, extras = self._pack_weight(), self.extras
+        if extras.correction is not None:
+            _core.linear_correct(handle, *extras.correction.factors())
+        if extras.outliers is not None:
+            _core.linear_outliers(handle, extras.outliers.threshold, extras.outliers.columns, extras.outliers.weights)
+        return handle
+
+    def _pack_weight(self) -> Any:
         weight: Any = self.weight
         self._integer = (isinstance(weight, QTensor) and self._why_float(weight) is None
                          and not (weight.spec.bits == 8 and (weight.codes == -128).any()))
-        self._quant_in = QUANT[self.quant] if self.quant else TOKEN_16 if self._integer else 0
+        per_token = self.activations is not None and self.activations.granularity == "token"
+        self._quant_in = QUANT[_symmetry(self.activations)] if per_token else TOKEN_16 if self._integer else 0  # type: ignore[arg-type]
         if not self._integer:
             handle = _core.linear_pack_f32(self.dense(), self.bias)
             self.release()
@@ -254,9 +273,6 @@ class Linear:
             Shapes that do not fit; NaN or Inf in x.
         """
         handle = self._packed()
-        for field in ("correction", "outliers"):
-            if getattr(self.extras, field) is not None:
-                raise NotImplementedError(f"{self.name}: extras.{field} is not computed yet")
         if self.extras.branch is not None:
             if isinstance(x, tuple):
                 raise TypeError(f"{self.name}: a layer with a branch takes float32 rows, not codes")
@@ -283,8 +299,8 @@ class Linear:
     def fuse(layers: Sequence[Linear]) -> Linear:
         """One layer that computes what several layers of one input do, outputs side by side.
 
-        All float, or all quantized alike (bits, groups and activations), with the same branch and static range and without
-        corrections; else a ValueError.
+        All float, or all quantized alike (bits, groups and activations), with the same branch, static range and outlier
+        columns, and all or none with a correction; else a ValueError.
 
         >>> a, b = (Linear(n, np.ones((2, 3), np.float32)) for n in "ab")
         >>> Linear.fuse([a, b])
@@ -335,14 +351,16 @@ def _range_of(x: np.ndarray, spec: QuantSpec) -> StaticRange:
 
 def _fuse_extras(name: str, parts: Sequence[Extras]) -> Extras:
     first = parts[0]
-    outliers = [part.outliers for part in parts]
-    known = {None if o is None else (o.threshold, o.columns.tobytes()) for o in outliers}
-    if any((part.static, part.branch) != (first.static, first.branch) or part.correction is not None
-           for part in parts) or len(known) != 1:
+    outliers = [part.outliers for part in parts if part.outliers is not None]
+    corrections = [part.correction for part in parts if part.correction is not None]
+    if (any((part.static, part.branch) != (first.static, first.branch) for part in parts)
+            or any(0 < len(some) < len(parts) for some in (outliers, corrections))):
         raise ValueError(f"{name}: layers differ in their extras and cannot be fused")
-    both = outliers[0] and Outliers(outliers[0].threshold, outliers[0].columns,
-                                    np.concatenate([o.weights for o in outliers if o is not None]))
-    return Extras(first.static, first.branch, None, both)
+    try:
+        return Extras(first.static, first.branch, LowRank.stack(corrections) if corrections else None,
+                      Outliers.stack(outliers) if outliers else None)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _alike(spec: QuantSpec) -> QuantSpec:
