@@ -14,7 +14,7 @@ from .extras import Extras, static_range
 from .formats.safetensors import Stored
 from .linear import Linear
 from .mapped import release
-from .methods import PRESETS, Method, Preset, Recipe, Repair, Transform, get_method
+from .methods import PRESETS, Method, Preset, Recipe, Repair, Step, Transform, get_method
 from .qtensor import QTensor
 from .spec import QuantSpec, Scheme
 from .statistics import InputStatistics, Statistics
@@ -99,8 +99,8 @@ def choose_scheme(scheme: str | Scheme | None, method: Any) -> Scheme:
         return Scheme.parse(scheme)
     if isinstance(method, Preset):
         return method.scheme
-    recipe = Recipe.of(method)
-    found = PRESETS.get(recipe.name)
+    recipe = None if isinstance(method, Step) else Recipe.of(method)
+    found = None if recipe is None else PRESETS.get(recipe.name)
     return found.scheme if found is not None and found.recipe == recipe else Scheme.parse("w8a8")
 
 

@@ -15,5 +15,6 @@ from .lorc import LoRC  # noqa: E402
 from .rtn import RTN  # noqa: E402
 
 preset("zeroquant", "rtn", "w8a8")
+preset("gptq", "gptq", "w4a16")
 preset("zeroquant-v2", "gptq+lorc", "w4a8")
 preset("llm.int8()", "llm.int8", "w8a8-sym")
