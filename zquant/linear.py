@@ -8,6 +8,7 @@ from typing import Any, Union
 import numpy as np
 
 from . import _core
+from .extras import Extras, Outliers, StaticRange, static_range
 from .formats.safetensors import Stored
 from .mapped import release
 from .qtensor import QTensor
@@ -45,8 +46,11 @@ class Linear:
     bias
         (n,) float32 or None.
     activations
-        How rows of x are quantized on the way in: per token, 8 bits. None leaves them as they are: float weights
-        multiply in float32, integer weights with int16 codes of x (see the notes).
+        How rows of x are quantized on the way in: 8 bits, per token, or per tensor with a scale that is taken from all
+        rows of a call (dynamic; a row's result then depends on the others) or known beforehand (``extras.static``). None
+        leaves them as they are: float weights multiply in float32, integer weights with int16 codes of x (see the notes).
+    extras
+        What the layer does beside the product; see :class:`zquant.extras.Extras`.
 
     Raises
     ------
@@ -69,11 +73,12 @@ class Linear:
     """
 
     def __init__(self, name: str, weight: Weight | Stored, bias: np.ndarray | None = None,
-                 activations: QuantSpec | None = None) -> None:
+                 activations: QuantSpec | None = None, *, extras: Extras | None = None) -> None:
         self.name = name
         self._weight = weight
         self.bias = bias
         self.activations = activations if isinstance(weight, QTensor) else None
+        self.extras = Extras() if extras is None else extras
         self._handle: Any = None
         self._integer = False  # known once packed
         self._quant_in = 0  # what linear_forward does with float rows; known once packed
@@ -88,13 +93,29 @@ class Linear:
             raise ValueError(f"{self.name}: weight must be float32 or a QTensor, got {weight.dtype}")
         if self.bias is not None and self.bias.shape != (self.out_features,):
             raise ValueError(f"{self.name}: bias must have shape ({self.out_features},), got {self.bias.shape}")
+        try:
+            self.extras.check(*self.shape)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
         if self.activations is not None:
-            self._check_integer(weight)  # type: ignore[arg-type]
+            self._check_integer(weight, self.activations)  # type: ignore[arg-type]
+        if self.extras.static is not None and not self._static:
+            raise ValueError(f"{self.name}: a static range needs a quantized weight and activations per tensor that are not "
+                             "dynamic")
 
-    def _check_integer(self, weight: QTensor) -> None:
+    @property
+    def _static(self) -> bool:
         act = self.activations
-        if act.granularity != "token" or act.bits != 8:  # type: ignore[union-attr]
-            raise ValueError(f"{self.name}: activations must be 8 bits per token, not {act}")
+        return act is not None and act.granularity == "tensor" and not act.dynamic
+
+    def _check_integer(self, weight: QTensor, act: QuantSpec) -> None:
+        if act.granularity not in ("token", "tensor") or act.bits != 8:
+            raise ValueError(f"{self.name}: activations must be 8 bits per token or per tensor, not {act}")
+        if self._static and self.extras.static is None:
+            raise ValueError(f"{self.name}: static activations need their range: extras.static")
+        if self._static and act.symmetric and self.extras.static.zero != 128:  # type: ignore[union-attr]
+            raise ValueError(f"{self.name}: symmetric activations have zero point 128, not "
+                             f"{self.extras.static.zero}")  # type: ignore[union-attr]
         reason = self._why_float(weight)
         if reason:
             raise ValueError(f"{self.name}: {reason}")
@@ -136,15 +157,15 @@ class Linear:
 
     @property
     def quant(self) -> str | None:
-        """What the layer wants its input quantized as: "symmetric", "asymmetric" or None (float32)."""
-        if self.activations is None:
+        """Which token codes the layer takes in place of float32 rows: "symmetric", "asymmetric" or None (rows only)."""
+        if self.activations is None or self.activations.granularity != "token" or self.extras:
             return None
-        return "symmetric" if self.activations.symmetric else "asymmetric"
+        return _symmetry(self.activations)
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of weight (codes packed) and bias."""
-        return self._weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        """Stored bytes of weight (codes packed), bias and extras."""
+        return self._weight.nbytes + (0 if self.bias is None else self.bias.nbytes) + self.extras.nbytes
 
     @property
     def packed_bytes(self) -> int:
@@ -156,11 +177,13 @@ class Linear:
         weight = self.weight
         return weight.dequantize() if isinstance(weight, QTensor) else weight
 
-    def with_weight(self, weight: Weight, activations: QuantSpec | None = None) -> Linear:
-        """The same layer with another weight of the same shape."""
+    def with_weight(self, weight: Weight, activations: QuantSpec | None = None, *, extras: Extras | None = None) -> Linear:
+        """The same layer with another weight of the same shape; ``extras`` None keeps the branch and drops the rest, which
+        belongs to a weight."""
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"{self.name}: weight must have shape {self.shape}, got {tuple(weight.shape)}")
-        return Linear(self.name, weight, self.bias, activations)
+        extras = Extras(branch=self.extras.branch) if extras is None else extras
+        return Linear(self.name, weight, self.bias, activations, extras=extras)
 
     def release(self) -> None:
         """Give the mapped pages of float weights back; they come again when read."""
@@ -175,10 +198,10 @@ class Linear:
         """
         weight, bias = self.weight, None if self.bias is None else self.bias[rows]
         if not isinstance(weight, QTensor):
-            return Linear(self.name, weight[rows], bias)
+            return Linear(self.name, weight[rows], bias, extras=self.extras.take(rows))
         zeros = None if weight.zeros is None else weight.zeros[rows]
         return Linear(self.name, QTensor(weight.codes[rows], weight.scales[rows], zeros, _alike(weight.spec)), bias,
-                      self.activations)
+                      self.activations, extras=self.extras.take(rows))
 
     def _pack(self) -> Any:
         weight: Any = self.weight
@@ -231,18 +254,37 @@ class Linear:
             Shapes that do not fit; NaN or Inf in x.
         """
         handle = self._packed()
+        for field in ("correction", "outliers"):
+            if getattr(self.extras, field) is not None:
+                raise NotImplementedError(f"{self.name}: extras.{field} is not computed yet")
+        if self.extras.branch is not None:
+            if isinstance(x, tuple):
+                raise TypeError(f"{self.name}: a layer with a branch takes float32 rows, not codes")
+            x = self.extras.branch(x)
+        if self.activations is not None and not isinstance(x, tuple) and (
+                not self._integer or self.activations.granularity == "tensor"):
+            x = self._codes(x)
         if not self._integer:
-            if self.activations is not None and not isinstance(x, tuple):
-                x = _core.quantize_tokens(x, QUANT[self.quant], False)
             x = _core.dequantize_rows(*x) if isinstance(x, tuple) else x
         return _core.linear_forward(handle, x, self._quant_in, _number(ACTIVATIONS, "activation", activation), residual,
                                     _number(QUANT, "quantize", quantize))
+
+    def _codes(self, x: np.ndarray) -> Codes:
+        """Codes of rows of x, behind the branch, in the format of the activations."""
+        act: Any = self.activations
+        if act.granularity == "token":
+            return _core.quantize_tokens(x, QUANT[_symmetry(act)], False)
+        given = self.extras.static or _range_of(x, act)
+        q = _core.quantize_static(x, np.array([given.scale], np.float32),
+                                  np.array([given.zero], np.int32), 0, 255, False)
+        return q, np.full(len(x), given.scale, np.float32), np.full(len(x), given.zero, np.int32)
 
     @staticmethod
     def fuse(layers: Sequence[Linear]) -> Linear:
         """One layer that computes what several layers of one input do, outputs side by side.
 
-        All float, or all quantized alike (bits, groups and activations); else a ValueError.
+        All float, or all quantized alike (bits, groups and activations), with the same branch and static range and without
+        corrections; else a ValueError.
 
         >>> a, b = (Linear(n, np.ones((2, 3), np.float32)) for n in "ab")
         >>> Linear.fuse([a, b])
@@ -252,28 +294,55 @@ class Linear:
         alike = {(layer.in_features, layer.activations, layer.spec and _alike(layer.spec)) for layer in layers}
         if len(alike) != 1:
             raise ValueError(f"{name}: layers differ in inputs or format and cannot be fused")
+        extras = _fuse_extras(name, [layer.extras for layer in layers])
         bias = None
         if any(layer.bias is not None for layer in layers):
             bias = np.concatenate([np.zeros(layer.out_features, np.float32) if layer.bias is None else layer.bias
                                    for layer in layers])
         if first.spec is None:
-            return Linear(name, np.concatenate([layer.weight for layer in layers]), bias)
+            return Linear(name, np.concatenate([layer.weight for layer in layers]), bias, extras=extras)
         parts: list[QTensor] = [layer.weight for layer in layers]  # type: ignore[misc]
         zeros = None if parts[0].zeros is None else np.concatenate([p.zeros for p in parts])
         fused = QTensor(np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]), zeros,
                         _alike(parts[0].spec))
-        return Linear(name, fused, bias, first.activations)
+        return Linear(name, fused, bias, first.activations, extras=extras)
 
     def __repr__(self) -> str:
         kind = "float32" if self.spec is None else str(self.spec)
-        inputs = f", {self.quant} input" if self.quant else ""
+        inputs = "" if self.activations is None else f", {_symmetry(self.activations)} input"
+        if self.activations is not None and self.activations.granularity == "tensor":
+            inputs += f" per tensor, {'dynamic' if self.activations.dynamic else 'static'}"
+        inputs += "".join(f", {name}" for name, _ in self.extras.given() if name != "static")
         return f"Linear({self.name!r}, {self.out_features}x{self.in_features}, {kind}{inputs})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "weight": self._weight, "bias": self.bias, "activations": self.activations}
+        return {"name": self.name, "weight": self._weight, "bias": self.bias, "activations": self.activations,
+                "extras": self.extras}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+def _symmetry(spec: QuantSpec) -> str:
+    return "symmetric" if spec.symmetric else "asymmetric"
+
+
+def _range_of(x: np.ndarray, spec: QuantSpec) -> StaticRange:
+    """Range of all rows of x: scale and zero of dynamic activations per tensor."""
+    lo, hi = _core.minmax_rows(x)
+    return static_range(spec.replace(dynamic=False), np.stack([lo, hi]))
+
+
+def _fuse_extras(name: str, parts: Sequence[Extras]) -> Extras:
+    first = parts[0]
+    outliers = [part.outliers for part in parts]
+    known = {None if o is None else (o.threshold, o.columns.tobytes()) for o in outliers}
+    if any((part.static, part.branch) != (first.static, first.branch) or part.correction is not None
+           for part in parts) or len(known) != 1:
+        raise ValueError(f"{name}: layers differ in their extras and cannot be fused")
+    both = outliers[0] and Outliers(outliers[0].threshold, outliers[0].columns,
+                                    np.concatenate([o.weights for o in outliers if o is not None]))
+    return Extras(first.static, first.branch, None, both)
 
 
 def _alike(spec: QuantSpec) -> QuantSpec:

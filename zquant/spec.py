@@ -53,9 +53,9 @@ class QuantSpec(_Data):
     format
         "int".
     granularity
-        What shares one scale: "tensor"; "token" (a row of activations, dynamic); "channel" (a row of weights, or of an
-        embedding table); "group" (``group_size`` consecutive inputs of a row); "row_block" (one of ``blocks`` blocks of
-        whole consecutive rows: the grouping of ZeroQuant's own code).
+        What shares one scale: "tensor" (all of it; activations may be dynamic); "token" (a row of activations, dynamic);
+        "channel" (a row of weights, or of an embedding table); "group" (``group_size`` consecutive inputs of a row);
+        "row_block" (one of ``blocks`` blocks of whole consecutive rows: the grouping of ZeroQuant's own code).
     group_size, blocks
         For "group" and "row_block" only; at least 1.
     symmetric
@@ -92,11 +92,11 @@ class QuantSpec(_Data):
         for name in ("symmetric", "dynamic"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"QuantSpec: {name} must be True or False, got {getattr(self, name)!r}")
-        if self.dynamic != (self.granularity == "token"):
-            raise ValueError("QuantSpec: granularity 'token' is dynamic, and the only one that is; "
+        if self.granularity != "tensor" and self.dynamic != (self.granularity == "token"):
+            raise ValueError("QuantSpec: granularity 'token' is dynamic, 'tensor' may be, and no other is; "
                              f"got {self.granularity!r} with dynamic={self.dynamic}")
-        if not self.symmetric and self.granularity in ("row_block", "tensor"):
-            raise ValueError(f"QuantSpec: granularity {self.granularity!r} is symmetric only")
+        if not self.symmetric and self.granularity == "row_block":
+            raise ValueError("QuantSpec: granularity 'row_block' is symmetric only")
 
     @property
     def qmax(self) -> int:
