@@ -184,6 +184,7 @@ run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int
     const int64_t item = w->kind == ZQ_W_F32 ? (int64_t)sizeof(float) : 1;
     zq_tile t = {.nr = (int)zq_min(ZQ_NR, w->n - col), .k = g->kpad, .group = w->group, .lda = op->lda,
                  .b = (const char *)w->panels + p * w->panel_bytes, .bias = w->bias + col, .pairs = g->split == 2,
+                 .rank = g->out->add.rank, .ld_low = g->out->add.ld_t, .low_b = g->out->add.u + p * g->out->add.rank * ZQ_NR,
                  .act = g->out->act, .ldy = ldy, .ldr = g->out->ld_residual, .stream = g->stream_out};
     if (w->kind == ZQ_W_S8) {
         t.scale = w->scale + col;
@@ -204,6 +205,7 @@ run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int
         t.sx = op->sx ? op->sx + at : NULL;
         t.zx = op->zx ? op->zx + at : NULL;
         t.start = op->start ? op->start + at * g->groups : NULL;
+        t.low = t.rank ? g->out->add.t + row * g->out->add.ld_t : NULL;
         t.residual = g->out->residual ? g->out->residual + row * g->out->ld_residual + col : NULL;
         t.y = y + (row - base) * ldy + col;
         g->kernel(&t);
@@ -417,6 +419,9 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
 {
     if (m == 0 || w->n == 0) {
         return ZQ_OK;
+    }
+    if (w->extras) {
+        return zq_forward_with_extras(w, x, m, out, bad_row);
     }
     gemm_job g = {.w = w, .x = x, .out = out, .K = zq_active(), .m = m};
     int mr = 1;

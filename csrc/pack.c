@@ -52,6 +52,7 @@ zq_linear_free(zq_linear *w)
     zq_free(w->scale);
     zq_free(w->zcorr);
     zq_free(w->bias);
+    zq_extras_free(w->extras);
     memset(w, 0, sizeof *w);
 }
 
@@ -61,7 +62,7 @@ zq_linear_bytes(const zq_linear *w)
     const int64_t panels = panel_count(w->n);
     const int64_t grouped = w->kind == ZQ_W_S8_GROUP || w->kind == ZQ_W_S4_GROUP;
     const int64_t words = w->kind == ZQ_W_F32 ? 1 : grouped ? 2 : 3;
-    return panels * (w->panel_bytes + words * ZQ_NR * 4);
+    return panels * (w->panel_bytes + words * ZQ_NR * 4) + zq_extras_bytes(w);
 }
 
 /* Everything but the panels' contents, which are filled with the byte of zero codes. */

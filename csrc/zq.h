@@ -58,7 +58,7 @@ typedef enum { ZQ_W_F32, ZQ_W_S8, ZQ_W_S8_GROUP, ZQ_W_S4_GROUP } zq_weight_kind;
 
 /* A weight matrix packed for the micro-kernels: panels of ZQ_NR output channels, the same layout at every
  * dispatch level (see pack.c). Read-only after packing; may be used from many threads. */
-typedef struct {
+typedef struct zq_linear {
     zq_weight_kind kind;
     int64_t n, k;        /* output channels, input features */
     int64_t group;       /* input features per scale; at least k for one scale per channel */
@@ -68,6 +68,7 @@ typedef struct {
     float *scale;    /* (n); NULL with groups: their scales lie in the panels */
     float *zcorr;    /* (n) sum over groups of scale * code sum: what a zero point multiplies; groups only */
     float *bias;     /* (n), zeros without bias */
+    struct zq_extras *extras; /* what is added to the product, or NULL (low_rank.c) */
 } zq_linear;
 
 zq_status zq_linear_pack_f32(zq_linear *w, const float *weight, int64_t n, int64_t k, const float *bias);
@@ -77,6 +78,13 @@ zq_status zq_linear_pack_s8(zq_linear *w, const int8_t *codes, const float *scal
 /* codes (n, k); scales (n, ceil(k / group)); group a multiple of 8 or >= k; bits 4 (codes -8..7) or 8. */
 zq_status zq_linear_pack_group(zq_linear *w, const int8_t *codes, const float *scales, int64_t n, int64_t k,
                                int64_t group, int bits, const float *bias);
+/* y = act(x W^T + (x_hat v^T) u^T + bias) + residual, x_hat what the codes of x stand for: LoRC. u (n, rank), v (rank, k).
+ * Both functions are for a weight that nobody uses yet, and exclude each other. */
+zq_status zq_linear_correct(zq_linear *w, const float *u, const float *v, int64_t rank);
+/* Columns of x that reach the threshold in any row are multiplied in float32, the others as codes: LLM.int8(). Kind S8.
+ * `count` columns, ascending, have float32 weights (n, count); those of others are their codes times scale. */
+zq_status zq_linear_set_outliers(zq_linear *w, float threshold, const int64_t *columns, const float *weights, int64_t count);
+int zq_linear_splits(const zq_linear *w); /* it does that: rows must be float32, quantized per token on the way in */
 void zq_linear_free(zq_linear *w);
 int64_t zq_linear_bytes(const zq_linear *w);
 
@@ -110,9 +118,18 @@ typedef struct {
     const float *static_scale;  /* (1) or (n) */
     const int32_t *static_zero; /* (1) or (n) */
     int64_t static_count;       /* 1 or n */
+    struct {
+        const float *t, *u; /* added before the activation: t (m, rank) times u, panels of (rank, 32); rank 0: nothing */
+        int64_t ld_t, rank;
+    } add;
 } zq_out;
 
 zq_status zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out, int64_t *bad_row);
+
+/* The same for a weight with extras; zq_linear_forward calls it. */
+zq_status zq_forward_with_extras(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out, int64_t *bad_row);
+void zq_extras_free(struct zq_extras *e);
+int64_t zq_extras_bytes(const zq_linear *w);
 
 /* Exact integer product: acc = (a - zero_a) (b - zero_b)^T is built on this: c (m, n) int32 = a (m, k) u8 times
  * packed s8 weights, minus zero[i] * column sums. Used by MatMulInteger and the tests. */

@@ -36,6 +36,9 @@ typedef struct {
      * where ahead_step is 128; ahead moves on by ahead_step. NULL: nothing is. Never read from. */
     const char *ahead;
     int64_t ahead_step;
+    /* What is added before the activation: y += low (rows, rank) low_b (rank, NR), one fma for each r in order. rank 0: nothing */
+    int64_t rank, ld_low;
+    const float *low, *low_b;
     zq_activation act;
     const float *residual;
     int64_t ldr;
@@ -101,6 +104,8 @@ enum { ZQ_ROWS = 8 };
     X(absmax_f32, float, (const float *x, int64_t n)) \
     /* lo = min(0, min x), hi = max(0, max x); returns 1 when all of x is finite, else 0 */ \
     X(minmax_f32, int, (const float *x, int64_t n, float *lo, float *hi)) \
+    /* top[j] = max(top[j], |x[i][j]|) over rows i; x (rows, n), ldx apart. NaN counts as larger than Inf */ \
+    X(absmax_columns_f32, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, float *top)) \
     /* q = rint(x * inv) + zero, saturated to 0..255; |x * inv| <= 32000, zero in 0..255 */ \
     X(quantize_mul_f32_b8, void, (const float *x, int64_t n, float inv, int32_t zero, uint8_t *q)) \
     /* rint(clamp(x * inv, +-32767)) + 32768 as its two bytes. x finite */ \

@@ -19,7 +19,7 @@ import zquant as zq
 from zquant import cli
 from zquant.calibrate import MODES, Walker, read_sequences, walk
 from zquant.errors import FormatError
-from zquant.methods import METHODS, Method
+from zquant.methods import STEPS, Method
 from zquant.models import load
 from zquant.statistics import NEEDS, Accumulator, fingerprint
 
@@ -449,7 +449,7 @@ def test_bad_options(tmp_path, options, message):
 
 def test_bad_calls_of_quantize(tmp_path):
     model = decoder(tmp_path)
-    with pytest.raises(ValueError, match="Toy needs absmax, gram.*calib="):
+    with pytest.raises(ValueError, match="toy needs absmax, gram.*calib="):
         zq.quantize(model, "w8a8", Toy())
     with pytest.raises(ValueError, match="there is no gram; calibrate with needs"):
         zq.quantize(model, "w8a8", Toy(), calib=zq.calibrate(model, ids_of(), {"absmax"}))
@@ -498,7 +498,7 @@ def test_sentence_encoder_and_text(shared, tmp_path):
 
 def test_command(tmp_path, capsys, monkeypatch):
     pytest.importorskip("tokenizers")
-    monkeypatch.setitem(METHODS, "toy", Toy)
+    monkeypatch.setitem(STEPS, "toy", Toy)
     model = str(Path(__file__).parent / "data" / "tiny-llama-5m")
     text = tmp_path / "calibration.txt"
     text.write_text("Once upon a time there was a small house by the sea. " * 30, encoding="utf-8")

@@ -23,19 +23,24 @@ with core_hint():  # zquant._core loads OpenBLAS
 from . import cpu, evaluate, ops
 from .cache import KVCache
 from .calibrate import calibrate
+from .compare_methods import MethodResult, MethodsTable, compare_methods
 from .encoder import SentenceEncoder
 from .errors import FormatError
 from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, sts
+from .extras import Extras, LowRank, Outliers
 from .generate import Generation
 from .language_report import LanguageReport
 from .linear import Linear
 from .methods import GPTQ, PRESETS, RTN, Method, Recipe, Repair, Transform
 from .methods.gptq import GridTensor, SolveInfo, gptq
+from .methods.llm_int8 import LLMInt8, llm_int8_matmul
+from .methods.lorc import LoRC, lorc
 from .models import CausalLM, Model, load
 from .perplexity import PerplexityResult, perplexity
 from .qtensor import QTensor
 from .quantize import quantize
 from .report import Report, compare
+from .sensitivity import Sensitivity, sensitivity
 from .spec import QuantSpec, Scheme
 from .statistics import InputStatistics, Statistics
 from .threads import get_num_threads, set_num_threads
@@ -43,9 +48,10 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "GPTQ", "PRESETS", "RTN", "CausalLM", "FormatError", "Generation", "GridTensor", "InputStatistics", "KVCache",
-    "LanguageReport", "Linear", "Method", "Model", "PerplexityResult", "QTensor", "QuantSpec", "Recipe", "Repair", "Report",
-    "STSResult", "Scheme", "SentenceEncoder", "SolveInfo", "Statistics", "Transform", "__version__", "calibrate", "compare",
-    "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "gptq", "load", "ops", "pearson", "perplexity", "quantize",
-    "set_num_threads", "spearman", "sqnr_db", "sts",
+    "CausalLM", "Extras", "FormatError", "GPTQ", "Generation", "GridTensor", "InputStatistics", "KVCache", "LLMInt8",
+    "LanguageReport", "Linear", "LoRC", "LowRank", "Method", "MethodResult", "MethodsTable", "Model", "Outliers", "PRESETS",
+    "PerplexityResult", "QTensor", "QuantSpec", "RTN", "Recipe", "Repair", "Report", "STSResult", "Scheme", "Sensitivity",
+    "SentenceEncoder", "SolveInfo", "Statistics", "Transform", "__version__", "calibrate", "compare", "compare_methods",
+    "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "gptq", "llm_int8_matmul", "load", "lorc", "ops", "pearson",
+    "perplexity", "quantize", "sensitivity", "set_num_threads", "spearman", "sqnr_db", "sts",
 ]

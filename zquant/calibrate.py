@@ -17,7 +17,7 @@ from ._progress import bar
 from .evaluate import read_text
 from .generate import _count, text_ids
 from .linear import Linear
-from .methods import Method
+from .methods import Method, Recipe
 from .models.steps import Batch, Run, Steps, Unit, steps_of
 from .perplexity import _checked, _not_a_name
 from .spec import Scheme
@@ -44,7 +44,7 @@ def calibrate(
     seed: int = 0,
     mode: str = "parallel",
     scheme: str | Scheme | None = None,
-    method: str | Method = "rtn",
+    method: str | Method | Recipe = "rtn",
     rows: int = 512,
     batch_tokens: int = 2048,
     file: str | os.PathLike[str] | None = None,
@@ -105,15 +105,24 @@ def calibrate(
     >>> stats["encoder.layer.0.attention.self.query"] is stats["encoder.layer.0.attention.self.value"]
     True
     """
-    start, wanted = time.perf_counter(), check_needs(needs)
+    wanted = check_needs(needs)
     _one_of("mode", mode, MODES)
     quantizer = _quantizer(model, mode, scheme, method)
     sequences = read_sequences(model, data, samples=samples, seq_len=seq_len, seed=seed)
-    info = RunInfo(fingerprint(model), sequences.source, len(sequences.ids), sequences.tokens, sequences.seq_len, seed, mode,
-                   "" if quantizer is None else quantizer.scheme.name)
+    return collect(model, sequences, wanted, quantizer=quantizer, rows=_count("rows", rows, 1), seed=seed,
+                   batch_tokens=_count("batch_tokens", batch_tokens, 1), file=file, progress=progress)
+
+
+def collect(model: Any, sequences: Sequences, needs: frozenset[str], *, quantizer: Any = None, rows: int = 512, seed: int = 0,
+            batch_tokens: int = 2048, file: str | os.PathLike[str] | None = None,
+            progress: bool | None = None) -> Statistics:
+    """As :func:`calibrate`, of sequences that are read already; sequential with a ``zquant.quantize.Quantizer``."""
+    start = time.perf_counter()
+    info = RunInfo(fingerprint(model), sequences.source, len(sequences.ids), sequences.tokens, sequences.seq_len, seed,
+                   MODES[0] if quantizer is None else MODES[1], "" if quantizer is None else quantizer.scheme.name)
     walker = Walker(getattr(model, "model", model) if quantizer is None else quantizer.start, sequences.ids,
-                    wanted if quantizer is None else wanted | quantizer.method.needs, sequential=quantizer is not None,
-                    rows=_count("rows", rows, 1), seed=seed, batch_tokens=_count("batch_tokens", batch_tokens, 1))
+                    needs if quantizer is None else needs | quantizer.needs, sequential=quantizer is not None,
+                    rows=rows, seed=seed, batch_tokens=batch_tokens)
     if file is not None:
         with _writing(file, walker.shapes(), info) as write:
             walker.run(_keeping(write, quantizer), progress)
@@ -124,7 +133,7 @@ def calibrate(
     return Statistics(groups, info, time.perf_counter() - start, walker.peak_bytes)
 
 
-def _quantizer(model: Any, mode: str, scheme: str | Scheme | None, method: str | Method) -> Any:
+def _quantizer(model: Any, mode: str, scheme: str | Scheme | None, method: Any) -> Any:
     """What the sequential mode replaces layers with; None for the parallel mode."""
     if mode == "parallel":
         return None
@@ -132,7 +141,10 @@ def _quantizer(model: Any, mode: str, scheme: str | Scheme | None, method: str |
         raise ValueError("mode: 'sequential' needs a scheme, which predecessors are quantized with")
     from .quantize import Quantizer
 
-    return Quantizer(model, scheme, method)
+    recipe = Recipe.of(method)
+    if recipe.transforms:
+        raise ValueError(f"method: {recipe.name} transforms the model before it is calibrated; calibrate what it made of it")
+    return Quantizer(model, Scheme.parse(scheme), recipe)
 
 
 def _keeping(keep: Callable[[InputStatistics], None], quantizer: Any) -> Visitor:
@@ -344,7 +356,7 @@ class Walker:
             for index in range(len(unit.stages)):
                 given = _advance(unit, steps)
                 if index in found:
-                    found[index].add(given)
+                    found[index].add(self._behind_branch(unit.stages[index], given))
             out = None if unit is self.units[-1] else _advance(unit, steps)
             if out is not None:
                 x[batch.first:batch.last] = out
@@ -356,16 +368,22 @@ class Walker:
         for _, steps in self._batches(unit, x):
             for _ in range(index):
                 _advance(unit, steps)
-            found.add(_advance(unit, steps))
+            found.add(self._behind_branch(unit.stages[index], _advance(unit, steps)))
             steps.close()
             yield
         self.model = self.model.replace(linears=dict(visit(found.result()) or {}))
+
+    def _behind_branch(self, stage: Sequence[str], x: np.ndarray) -> np.ndarray:
+        """What the weights of a stage's layers multiply; a branch is the same for all of them."""
+        branch = self.model.linears[stage[0]].extras.branch
+        return x if branch is None else branch(x)
 
     def _batches(self, unit: Unit, x: np.ndarray) -> Iterator[tuple[Batch, Run]]:
         """The unit's layers are packed for this pass alone: a model's own would stay packed."""
         names = [name for stage in unit.stages for name in stage]
         layers = {name: self.model.linears[name] for name in names}
-        fresh = {name: layer.with_weight(layer._weight, layer.activations) for name, layer in layers.items()}
+        fresh = {name: layer.with_weight(layer._weight, layer.activations, extras=layer.extras)
+                 for name, layer in layers.items()}
         try:
             run = unit.prepare(self.model.replace(linears=fresh))
             for batch in self.steps.batches:

@@ -1,7 +1,7 @@
 """What a linear layer may carry beside its weight: a known range of its input, a branch, a correction, outliers."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Union
 
@@ -166,7 +166,8 @@ class Branch(_Arrays):
 class LowRank(_Arrays):
     """A low-rank correction of a quantized layer (LoRC): y = act(x W^T + (x v^T) u^T + bias) + residual.
 
-    x is what the layer reads, behind its :class:`Branch` if it has one, before it is quantized.
+    x is what the layer multiplies its codes with: behind its :class:`Branch` if it has one, and where it is quantized to 8
+    bits, what the codes stand for.
 
     Parameters
     ----------
@@ -192,6 +193,57 @@ class LowRank(_Arrays):
     @property
     def rank(self) -> int:
         return self.u.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.u.shape[0], self.v.shape[1]
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """u and v as float32 arrays."""
+        u, v = (f.dequantize() if isinstance(f, QTensor) else f for f in (self.u, self.v))
+        return u, v
+
+    def dense(self) -> np.ndarray:
+        """u v, (n, k) float32.
+
+        >>> LowRank(np.ones((2, 1), np.float32), np.float32([[1, 2, 3]])).dense().tolist()
+        [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
+        """
+        u, v = self.factors()
+        return u @ v
+
+    @staticmethod
+    def stack(parts: Sequence[LowRank]) -> LowRank:
+        """Of layers that read the same x, outputs side by side: u block diagonal, v stacked.
+
+        >>> a = LowRank(np.ones((1, 1), np.float32), np.float32([[1, 2]]))
+        >>> LowRank.stack([a, a]).dense().tolist()
+        [[1.0, 2.0], [1.0, 2.0]]
+        """
+        if len({(type(part.u), type(part.v)) for part in parts}) != 1:
+            raise ValueError("corrections with factors in float32 and in codes do not stack")
+        u = _stacked([part.u for part in parts], _block_diagonal)
+        return LowRank(u, _stacked([part.v for part in parts], np.concatenate))
+
+    def __repr__(self) -> str:
+        kind = "int8" if isinstance(self.u, QTensor) else "float32"
+        return f"LowRank({self.shape[0]}x{self.shape[1]}, rank {self.rank}, {kind})"
+
+
+def _block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    rows, columns = np.cumsum([(0, 0), *(block.shape for block in blocks)], axis=0).T
+    out = np.zeros((rows[-1], columns[-1]), blocks[0].dtype)
+    for i, block in enumerate(blocks):
+        out[rows[i]:rows[i + 1], columns[i]:columns[i + 1]] = block
+    return out
+
+
+def _stacked(factors: Sequence[Any], join: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Factor:
+    """Factors joined, floats or codes; scales belong to rows and are always one below the other."""
+    if not isinstance(factors[0], QTensor):
+        return join(factors)
+    return QTensor(join([f.codes for f in factors]), np.concatenate([f.scales for f in factors]), None, factors[0].spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +273,17 @@ class Outliers(_Arrays):
             raise ValueError("Outliers: columns must be ascending int64 of shape (c,)")
         object.__setattr__(self, "columns", _frozen(columns))
         object.__setattr__(self, "weights", _float32("Outliers: weights", self.weights, (-1, len(columns))))
+
+    @staticmethod
+    def stack(parts: Sequence[Outliers]) -> Outliers:
+        """Of layers that read the same x, outputs side by side; ValueError where thresholds or columns differ."""
+        first = parts[0]
+        if any(part.threshold != first.threshold or not np.array_equal(part.columns, first.columns) for part in parts):
+            raise ValueError("layers differ in their outliers' threshold or columns")
+        return Outliers(first.threshold, first.columns, np.concatenate([part.weights for part in parts]))
+
+    def __repr__(self) -> str:
+        return f"Outliers(threshold {self.threshold:g}, float32 weights of {len(self.columns)} columns)"
 
 
 @dataclass(frozen=True)
@@ -257,6 +320,11 @@ class Extras:
 
     def __bool__(self) -> bool:
         return any(True for _ in self.given())
+
+    @property
+    def take_codes(self) -> bool:
+        """Whether the layer reads token codes in place of float32 rows, if it is quantized per token."""
+        return self.static is None and self.branch is None and self.outliers is None
 
     @property
     def nbytes(self) -> int:

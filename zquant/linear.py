@@ -8,7 +8,7 @@ from typing import Any, Union
 import numpy as np
 
 from . import _core
-from .extras import Extras, Outliers, StaticRange, static_range
+from .extras import Extras, LowRank, Outliers, StaticRange, static_range
 from .formats.safetensors import Stored
 from .mapped import release
 from .qtensor import QTensor
@@ -49,6 +49,7 @@ class Linear:
         How rows of x are quantized on the way in: 8 bits, per token, or per tensor with a scale that is taken from all
         rows of a call (dynamic; a row's result then depends on the others) or known beforehand (``extras.static``). None
         leaves them as they are: float weights multiply in float32, integer weights with int16 codes of x (see the notes).
+        Float weights multiply what the codes stand for, in float32: it shows what quantized activations alone do.
     extras
         What the layer does beside the product; see :class:`zquant.extras.Extras`.
 
@@ -77,7 +78,7 @@ class Linear:
         self.name = name
         self._weight = weight
         self.bias = bias
-        self.activations = activations if isinstance(weight, QTensor) else None
+        self.activations = activations
         self.extras = Extras() if extras is None else extras
         self._handle: Any = None
         self._integer = False  # known once packed
@@ -98,17 +99,18 @@ class Linear:
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         if self.activations is not None:
-            self._check_integer(weight, self.activations)  # type: ignore[arg-type]
+            self._check_activations(weight, self.activations)
+        if self.extras.outliers is not None:
+            self._check_outliers()
         if self.extras.static is not None and not self._static:
-            raise ValueError(f"{self.name}: a static range needs a quantized weight and activations per tensor that are not "
-                             "dynamic")
+            raise ValueError(f"{self.name}: a static range needs activations per tensor that are not dynamic")
 
     @property
     def _static(self) -> bool:
         act = self.activations
         return act is not None and act.granularity == "tensor" and not act.dynamic
 
-    def _check_integer(self, weight: QTensor, act: QuantSpec) -> None:
+    def _check_activations(self, weight: Weight | Stored, act: QuantSpec) -> None:
         if act.granularity not in ("token", "tensor") or act.bits != 8:
             raise ValueError(f"{self.name}: activations must be 8 bits per token or per tensor, not {act}")
         if self._static and self.extras.static is None:
@@ -116,9 +118,17 @@ class Linear:
         if self._static and act.symmetric and self.extras.static.zero != 128:  # type: ignore[union-attr]
             raise ValueError(f"{self.name}: symmetric activations have zero point 128, not "
                              f"{self.extras.static.zero}")  # type: ignore[union-attr]
-        reason = self._why_float(weight)
+        reason = self._why_float(weight) if isinstance(weight, QTensor) else None
         if reason:
             raise ValueError(f"{self.name}: {reason}")
+
+    def _check_outliers(self) -> None:
+        weight, act = self._weight, self.activations
+        rows = isinstance(weight, QTensor) and weight.spec.bits == 8 and weight.spec.granularity != "group"
+        if not rows or act is None or act.granularity != "token":
+            raise ValueError(f"{self.name}: outliers need 8-bit weights with a scale per channel and activations per token")
+        if self.extras.correction is not None:
+            raise ValueError(f"{self.name}: outliers and a correction exclude each other")
 
     def _why_float(self, weight: QTensor) -> str | None:
         """Why the integer kernels cannot take weights of this format, or None where they can."""
@@ -158,7 +168,7 @@ class Linear:
     @property
     def quant(self) -> str | None:
         """Which token codes the layer takes in place of float32 rows: "symmetric", "asymmetric" or None (rows only)."""
-        if self.activations is None or self.activations.granularity != "token" or self.extras:
+        if self.activations is None or self.activations.granularity != "token" or not self.extras.take_codes:
             return None
         return _symmetry(self.activations)
 
@@ -198,16 +208,25 @@ class Linear:
         """
         weight, bias = self.weight, None if self.bias is None else self.bias[rows]
         if not isinstance(weight, QTensor):
-            return Linear(self.name, weight[rows], bias, extras=self.extras.take(rows))
+            return Linear(self.name, weight[rows], bias, self.activations, extras=self.extras.take(rows))
         zeros = None if weight.zeros is None else weight.zeros[rows]
         return Linear(self.name, QTensor(weight.codes[rows], weight.scales[rows], zeros, _alike(weight.spec)), bias,
                       self.activations, extras=self.extras.take(rows))
 
     def _pack(self) -> Any:
+        handle, extras = self._pack_weight(), self.extras
+        if extras.correction is not None:
+            _core.linear_correct(handle, *extras.correction.factors())
+        if extras.outliers is not None:
+            _core.linear_outliers(handle, extras.outliers.threshold, extras.outliers.columns, extras.outliers.weights)
+        return handle
+
+    def _pack_weight(self) -> Any:
         weight: Any = self.weight
         self._integer = (isinstance(weight, QTensor) and self._why_float(weight) is None
                          and not (weight.spec.bits == 8 and (weight.codes == -128).any()))
-        self._quant_in = QUANT[self.quant] if self.quant else TOKEN_16 if self._integer else 0
+        per_token = self.activations is not None and self.activations.granularity == "token"
+        self._quant_in = QUANT[_symmetry(self.activations)] if per_token else TOKEN_16 if self._integer else 0  # type: ignore[arg-type]
         if not self._integer:
             handle = _core.linear_pack_f32(self.dense(), self.bias)
             self.release()
@@ -254,9 +273,6 @@ class Linear:
             Shapes that do not fit; NaN or Inf in x.
         """
         handle = self._packed()
-        for field in ("correction", "outliers"):
-            if getattr(self.extras, field) is not None:
-                raise NotImplementedError(f"{self.name}: extras.{field} is not computed yet")
         if self.extras.branch is not None:
             if isinstance(x, tuple):
                 raise TypeError(f"{self.name}: a layer with a branch takes float32 rows, not codes")
@@ -283,8 +299,8 @@ class Linear:
     def fuse(layers: Sequence[Linear]) -> Linear:
         """One layer that computes what several layers of one input do, outputs side by side.
 
-        All float, or all quantized alike (bits, groups and activations), with the same branch and static range and without
-        corrections; else a ValueError.
+        All float, or all quantized alike (bits, groups and activations), with the same branch, static range and outlier
+        columns, and all or none with a correction; else a ValueError.
 
         >>> a, b = (Linear(n, np.ones((2, 3), np.float32)) for n in "ab")
         >>> Linear.fuse([a, b])
@@ -300,7 +316,7 @@ class Linear:
             bias = np.concatenate([np.zeros(layer.out_features, np.float32) if layer.bias is None else layer.bias
                                    for layer in layers])
         if first.spec is None:
-            return Linear(name, np.concatenate([layer.weight for layer in layers]), bias, extras=extras)
+            return Linear(name, np.concatenate([layer.weight for layer in layers]), bias, first.activations, extras=extras)
         parts: list[QTensor] = [layer.weight for layer in layers]  # type: ignore[misc]
         zeros = None if parts[0].zeros is None else np.concatenate([p.zeros for p in parts])
         fused = QTensor(np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]), zeros,
@@ -335,14 +351,16 @@ def _range_of(x: np.ndarray, spec: QuantSpec) -> StaticRange:
 
 def _fuse_extras(name: str, parts: Sequence[Extras]) -> Extras:
     first = parts[0]
-    outliers = [part.outliers for part in parts]
-    known = {None if o is None else (o.threshold, o.columns.tobytes()) for o in outliers}
-    if any((part.static, part.branch) != (first.static, first.branch) or part.correction is not None
-           for part in parts) or len(known) != 1:
+    outliers = [part.outliers for part in parts if part.outliers is not None]
+    corrections = [part.correction for part in parts if part.correction is not None]
+    if (any((part.static, part.branch) != (first.static, first.branch) for part in parts)
+            or any(0 < len(some) < len(parts) for some in (outliers, corrections))):
         raise ValueError(f"{name}: layers differ in their extras and cannot be fused")
-    both = outliers[0] and Outliers(outliers[0].threshold, outliers[0].columns,
-                                    np.concatenate([o.weights for o in outliers if o is not None]))
-    return Extras(first.static, first.branch, None, both)
+    try:
+        return Extras(first.static, first.branch, LowRank.stack(corrections) if corrections else None,
+                      Outliers.stack(outliers) if outliers else None)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _alike(spec: QuantSpec) -> QuantSpec:

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ._progress import bar
-from .calibrate import MODES, _one_of, read_sequences, walk
+from .calibrate import MODES, Sequences, _one_of, collect, read_sequences, walk
+from .extras import Extras, static_range
 from .formats.safetensors import Stored
 from .linear import Linear
 from .mapped import release
-from .methods import Method, get_method
+from .methods import PRESETS, Method, Preset, Recipe, Repair, Transform, get_method
 from .qtensor import QTensor
 from .spec import QuantSpec, Scheme
 from .statistics import InputStatistics, Statistics
@@ -25,7 +26,7 @@ PIECE = 1 << 22  # weights of a large matrix that are float32 at a time
 M = TypeVar("M")
 
 
-def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rtn", *, calib: Any = None,
+def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", *, calib: Any = None,
              mode: str = "sequential", samples: int = 128, seq_len: int | None = None, seed: int = 0,
              show_progress_bar: bool | None = None) -> M:
     """Quantize a model's linear layers (and, if the scheme says so, its word embeddings).
@@ -35,17 +36,21 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
     Parameters
     ----------
     model
-        A Model or a SentenceEncoder. It is not changed.
+        A Model, a CausalLM or a SentenceEncoder. It is not changed.
     scheme
-        A name ("w8a8", "w4/8a8-g128", ...; see :meth:`Scheme.parse`) or a :class:`Scheme`.
+        A name ("w8a8", "w4/8a8-g128", ...; see :meth:`Scheme.parse`) or a :class:`Scheme`. None: the preset's, where
+        ``method`` is one, else "w8a8".
     method
-        A name or a :class:`Method`.
+        What :meth:`Recipe.of` takes: a name ("gptq"), names joined with + ("smoothquant+gptq+lorc"), the name of a preset
+        ("zeroquant"; see ``zquant.PRESETS``), a step with its options, a list of steps, or a :class:`Recipe`.
     calib
-        For methods that look at data (``method.needs``; others ignore it): texts, ids or "random" as for
-        :func:`zquant.calibrate`, or :class:`zquant.Statistics` of this model. Keep it apart from what you evaluate on.
+        For methods that look at data (``Recipe.of(method).needs``), and for schemes with static activations; others ignore
+        it: texts, ids or "random" as for :func:`zquant.calibrate`, or :class:`zquant.Statistics` of this model where one
+        pass over the data is enough. Keep it apart from what you evaluate on.
     mode
-        "sequential": statistics of each layer are taken after those before it have been quantized, inside a block too.
-        "parallel": those of the float model throughout. Statistics that are given are used as they are.
+        "sequential": the solver's statistics of each layer are taken after those before it have been quantized, inside a
+        block too. "parallel": those of the float model throughout. Transforms look at the float model in either mode.
+        Statistics that are given are used as they are.
     samples, seq_len, seed
         What is taken of ``calib``; see :func:`zquant.calibrate`.
     show_progress_bar
@@ -53,62 +58,161 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
 
     Returns
     -------
-    Model or SentenceEncoder
-        A new one of the same kind.
+    Model, CausalLM or SentenceEncoder
+        A new one of the same kind. Its ``recipe`` says what was done, and is saved with it.
 
     Raises
     ------
     ValueError
-        Unknown scheme or method; NaN or Inf in a weight, a layer that cannot run in the format, a model that is
-        quantized already (each names the layer); an override that matches no layer; a method that needs data without
-        ``calib``, data without tokens, statistics of another model.
+        Unknown scheme or method, steps out of order; NaN or Inf in a weight, a layer that cannot run in the format, a model
+        that is quantized already (each names the layer); an override that matches no layer; a method that needs data
+        without ``calib``, data without tokens, statistics of another model or for a recipe that needs several passes.
     """
-    quantizer = Quantizer(model, scheme, method)
-    needs = quantizer.method.needs
+    recipe = Recipe.of(method)
+    scheme = choose_scheme(scheme, method)
     _one_of("mode", mode, MODES)
-    if not needs:
-        quantizer.layer_by_layer(None, show_progress_bar)
-    elif calib is None:
-        raise ValueError(f"method {type(quantizer.method).__name__} needs {', '.join(sorted(needs))} of the layers' inputs: "
-                         "give calib=, a text of the kind that the model will see")
-    elif isinstance(calib, Statistics):
-        calib.check(model, needs, quantizer.specs)
-        quantizer.layer_by_layer(calib, show_progress_bar)
-    elif quantizer.specs:
-        sequences = read_sequences(model, calib, samples=samples, seq_len=seq_len, seed=seed)
+    data = _Data(model, recipe, scheme, calib, dict(samples=samples, seq_len=seq_len, seed=seed))
+    check_float(model, scheme)
+    for step in recipe.transforms:
+        model, scheme = _transform(model, step, data, scheme, show_progress_bar)
+    quantizer = Quantizer(model, scheme, recipe)
+    needs = quantizer.needs
+    if isinstance(data.given, Statistics) and needs:
+        data.given.check(model, needs, quantizer.specs)
+        quantizer.layer_by_layer(data.given, show_progress_bar)
+    elif needs and quantizer.specs:
         begin = quantizer.start if mode == "sequential" else quantizer.network
-        walk(begin, sequences.ids, needs, quantizer.visit, sequential=mode == "sequential", wanted=quantizer.specs, seed=seed,
-             progress=show_progress_bar)
+        walk(begin, data.sequences.ids, needs, quantizer.visit, sequential=mode == "sequential", wanted=quantizer.specs,
+             seed=seed, progress=show_progress_bar)
+    else:
+        quantizer.layer_by_layer(None, show_progress_bar)
     return quantizer.finish()
 
 
+def choose_scheme(scheme: str | Scheme | None, method: Any) -> Scheme:
+    """The scheme that was given; else the one of the preset that ``method`` is; else "w8a8".
+
+    >>> choose_scheme(None, "zeroquant").name
+    'w8a8'
+    """
+    if scheme is not None:
+        return Scheme.parse(scheme)
+    if isinstance(method, Preset):
+        return method.scheme
+    recipe = Recipe.of(method)
+    found = PRESETS.get(recipe.name)
+    return found.scheme if found is not None and found.recipe == recipe else Scheme.parse("w8a8")
+
+
+class _Data:
+    """Calibration data of a recipe: checked at once, read when a step asks for it.
+
+    Attributes
+    ----------
+    given : the Statistics or whatever else the caller gave; None where no step needs data
+    """
+
+    def __init__(self, model: Any, recipe: Recipe, scheme: Scheme, calib: Any, options: dict[str, Any]) -> None:
+        self._model, self._options = model, options
+        self.given = calib if needs_data(recipe, scheme) else None
+        if not needs_data(recipe, scheme):
+            return
+        if calib is None:
+            what = ", ".join(sorted(recipe.needs)) if recipe.needs else "the ranges"
+            who = f"method {recipe.name}" if recipe.needs else f"scheme {scheme.name}"
+            raise ValueError(f"{who} needs {what} of the layers' inputs: give calib=, a text of the kind that the model "
+                             "will see")
+        after = frozenset[str]().union(*(step.needs for step in recipe.steps[1:]))
+        if isinstance(calib, Statistics) and recipe.transforms and (after or _static(scheme)):
+            raise ValueError(f"calib: {recipe.name} calibrates again after {recipe.steps[0].registered}, and statistics of the "
+                             "model as it was do not do for that: give the text itself")
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        return read_sequences(self._model, self.given, **self._options)
+
+    def statistics(self, model: Any, needs: frozenset[str], show: bool | None) -> Statistics | None:
+        """Of a float model; None where nothing is needed."""
+        if not needs:
+            return None
+        if isinstance(self.given, Statistics):
+            self.given.check(model, needs, dict(getattr(model, "model", model).named_linears()))
+            return self.given
+        return collect(model, self.sequences, needs, seed=self._options["seed"], progress=show)
+
+
+def needs_data(recipe: Recipe, scheme: Scheme) -> bool:
+    """Whether ``quantize`` asks for calibration data.
+
+    >>> needs_data(Recipe.of("gptq"), Scheme.parse("w4a16")), needs_data(Recipe.of("rtn"), Scheme.parse("w4a16"))
+    (True, False)
+    """
+    return bool(recipe.needs) or _static(scheme)
+
+
+def _static(scheme: Scheme) -> bool:
+    """Whether some layer's activations have a scale that is known beforehand."""
+    return scheme.activations is not None and _is_static(scheme.activations)
+
+
+def _is_static(spec: QuantSpec) -> bool:
+    return spec.granularity == "tensor" and not spec.dynamic
+
+
+def _transform(model: Any, step: Transform, data: _Data, scheme: Scheme, show: bool | None) -> tuple[Any, Scheme]:
+    network = inner_network(model)
+    statistics = data.statistics(network, step.needs, show)
+    try:
+        changed, scheme = step.transform(network, statistics, scheme)
+    except ValueError as error:
+        raise ValueError(f"{step.registered}: {error}") from None
+    return (changed if network is model else model.replace(model=changed)), scheme
+
+
+def inner_network(model: Any) -> Any:
+    """The Model inside a SentenceEncoder; others are that themselves."""
+    inner = getattr(model, "model", None)
+    return inner if inner is not None and hasattr(model, "encode") else model
+
+
+def check_float(model: Any, scheme: Scheme) -> None:
+    """ValueError naming the first layer that ``scheme`` quantizes and that is quantized already."""
+    for name, layer in inner_network(model).named_linears():
+        if scheme.weights_for(name) is not None:
+            _refuse_quantized(name, layer._weight)
+
+
 class Quantizer:
-    """A model while it is being quantized.
+    """A model while it is being quantized; the recipe's transforms have happened.
 
     Attributes
     ----------
     network : the float model
     start : the same with quantized word embeddings, if the scheme says so: where the sequential mode begins
     specs : name -> format of the layers that are quantized
+    needs : statistics that the solver, the repairs and static activations want
     """
 
-    def __init__(self, model: Any, scheme: str | Scheme, method: str | Method) -> None:
-        self.model, self.scheme, self.method = model, Scheme.parse(scheme), get_method(method)
-        scheme, inner = self.scheme, getattr(model, "model", None)
-        self.network: Any = inner if inner is not None and hasattr(model, "encode") else model
+    def __init__(self, model: Any, scheme: Scheme, recipe: Recipe) -> None:
+        self.model, self.scheme, self.recipe, self.method = model, scheme, recipe, recipe.method
+        self.network: Any = inner_network(model)
         self._layers: dict[str, Linear] = dict(self.network.named_linears())
         _check_overrides(scheme, self._layers)
         if scheme.int8_attention and not hasattr(self.network, "has_head"):
             raise ValueError(f"scheme {scheme.name}: int8 attention is for encoders, not {type(self.network).__name__}")
+        check_float(model, scheme)
         specs = {name: scheme.weights_for(name) for name in self._layers}
         self.specs = {name: spec for name, spec in specs.items() if spec is not None}
-        for name in self.specs:
-            _refuse_quantized(name, self._layers[name]._weight)
         self._linears: dict[str, Linear] = {}
 
     @cached_property
+    def needs(self) -> frozenset[str]:
+        static = frozenset({"minmax"} if _static(self.scheme) else ())
+        return self.method.needs.union(static, *(step.needs for step in self.recipe.repairs))
+
+    @cached_property
     def start(self) -> Any:
-        return self.network.replace(embeddings=self._tables, scheme=self.scheme)
+        return self.network.replace(embeddings=self._tables, scheme=self.scheme, recipe=self.recipe)
 
     @cached_property
     def _tables(self) -> dict[str, QTensor]:
@@ -130,14 +234,23 @@ class Quantizer:
             self._linears[name] = self._quantize(name, None if stats is None else stats[name])
 
     def _quantize(self, name: str, stats: InputStatistics | None) -> Linear:
-        layer = self._layers[name]
-        weight = _quantize_weight(name, layer._weight, self.specs[name], self.method, stats)
+        layer, spec, activations = self._layers[name], self.specs[name], self.scheme.activations
+        weight = _quantize_weight(name, layer._weight, spec, self.method, stats)
+        extras = {step.fills: self._repair(name, step, weight, stats) for step in self.recipe.repairs}
+        if activations is not None and _is_static(activations) and stats is not None:
+            extras["static"] = static_range(activations, stats["minmax"])
         layer.release()
-        return layer.with_weight(weight, self.scheme.activations)
+        return layer.with_weight(weight, activations, extras=Extras(branch=layer.extras.branch, **extras))
+
+    def _repair(self, name: str, step: Repair, tensor: QTensor, stats: InputStatistics | None) -> Any:
+        try:
+            return step.repair(self._layers[name].dense(), tensor, self.specs[name], stats)
+        except ValueError as error:
+            raise ValueError(f"{name}: {step.registered}: {error}") from None
 
     def finish(self) -> Any:
         """The quantized model, of the kind that was given."""
-        small = self.network.replace(linears=self._linears, embeddings=self._tables, scheme=self.scheme)
+        small = self.start.replace(linears=self._linears)
         return small if self.network is self.model else self.model.replace(model=small)
 
 

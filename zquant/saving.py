@@ -92,7 +92,8 @@ def _write(model: Any, directory: Path) -> None:
 def _write_model(model: Any, directory: Path) -> None:
     linears: Mapping[str, Linear] = dict(model.named_linears())
     tables = {name.removesuffix(".weight"): t for name, t in model.tensors.items() if isinstance(t, QTensor)}
-    write_safetensors(directory / SINGLE, _tensors(model, linears, tables), zquant_metadata(model.scheme, linears))
+    metadata = zquant_metadata(model.scheme, linears, model.recipe and model.recipe.to_dict())
+    write_safetensors(directory / SINGLE, _tensors(model, linears, tables), metadata)
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
     if tables or any(layer.spec is not None for layer in linears.values()):
         config["quantization_config"] = quantization_config(linears, tables, model.unlisted)

@@ -55,7 +55,7 @@ def check_needs(needs: Any) -> frozenset[str]:
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics(Mapping[str, np.ndarray]):
-    """Statistics of the rows X (tokens, k) that some layers read; a mapping from name to array.
+    """Statistics of the rows X (tokens, k) that some layers' weights multiply; a mapping from name to array.
 
     ======== ============================================================= =================
     absmax   max over tokens of abs(x), per channel                        (k,) float32

@@ -160,6 +160,87 @@ cleanup:
     return result;
 }
 
+/* A handle that nobody uses yet and that has no extras; NULL with an exception else. */
+static zq_linear *
+fresh_handle(PyObject *handle)
+{
+    zq_linear *w = PyCapsule_GetPointer(handle, LINEAR);
+    if (w && w->extras) {
+        PyErr_SetString(PyExc_ValueError, "handle: it has a correction or outliers already");
+        return NULL;
+    }
+    return w;
+}
+
+static PyObject *
+py_correct(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    (void)self;
+    enum { HANDLE, U, V, N };
+    zq_arg a[N] = {{0}};
+    PyObject *result = NULL;
+    zq_linear *w;
+    if (zq_count("linear_correct", nargs, N) < 0 || !(w = fresh_handle(args[HANDLE])) ||
+        zq_in(args[U], "u", ZQ_F32, 2, 2, &a[U]) < 0 || zq_in(args[V], "v", ZQ_F32, 2, 2, &a[V]) < 0) {
+        goto cleanup;
+    }
+    const int64_t rank = a[V].dim[0], u[2] = {w->n, rank}, v[2] = {zq_max(rank, 1), w->k};
+    if (zq_shape(&a[U], "u", 2, u) < 0 || zq_shape(&a[V], "v", 2, v) < 0 || zq_finite(&a[U], "u") < 0 ||
+        zq_finite(&a[V], "v") < 0) {
+        goto cleanup;
+    }
+    if (zq_check(zq_linear_correct(w, a[U].data, a[V].data, rank), "u", 0) == 0) {
+        result = Py_None;
+        Py_INCREF(result);
+    }
+cleanup:
+    zq_release(N, a);
+    return result;
+}
+
+static PyObject *
+py_outliers(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    (void)self;
+    enum { HANDLE, THRESHOLD, COLUMNS, WEIGHTS, N };
+    zq_arg a[N] = {{0}};
+    PyObject *result = NULL;
+    zq_linear *w;
+    double threshold;
+    if (zq_count("linear_outliers", nargs, N) < 0 || !(w = fresh_handle(args[HANDLE])) ||
+        zq_float(args[THRESHOLD], "threshold", &threshold) < 0 ||
+        zq_in(args[COLUMNS], "columns", ZQ_I64, 1, 1, &a[COLUMNS]) < 0 ||
+        zq_in(args[WEIGHTS], "weights", ZQ_F32, 2, 2, &a[WEIGHTS]) < 0) {
+        goto cleanup;
+    }
+    const int64_t count = a[COLUMNS].dim[0], shape[2] = {w->n, count}, *columns = a[COLUMNS].data;
+    if (!(threshold > 0)) {
+        PyErr_Format(PyExc_ValueError, "threshold: expected more than 0, got %S", args[THRESHOLD]);
+        goto cleanup;
+    }
+    if (zq_shape(&a[WEIGHTS], "weights", 2, shape) < 0 || zq_finite(&a[WEIGHTS], "weights") < 0) {
+        goto cleanup;
+    }
+    if (w->kind != ZQ_W_S8) {
+        PyErr_SetString(PyExc_ValueError, "handle: outliers need int8 weights with one scale per channel");
+        goto cleanup;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        if (columns[i] < (i ? columns[i - 1] + 1 : 0) || columns[i] >= w->k) {
+            PyErr_Format(PyExc_ValueError, "columns: expected ascending indices below %lld, got %lld at index %lld",
+                         (long long)w->k, (long long)columns[i], (long long)i);
+            goto cleanup;
+        }
+    }
+    if (zq_check(zq_linear_set_outliers(w, (float)threshold, columns, a[WEIGHTS].data, count), "weights", 0) == 0) {
+        result = Py_None;
+        Py_INCREF(result);
+    }
+cleanup:
+    zq_release(N, a);
+    return result;
+}
+
 /* ---- activations in and out, shared by the forward wrappers ------------------------------------------ */
 
 /* Codes whose rows may be read to a multiple of ZQ_KSTEP without a copy: only arrays that zq_new_strided made. */
@@ -241,6 +322,10 @@ parse_rows(const zq_linear *w, PyObject *o, int64_t quant, zq_arg a[3], zq_rows 
             PyErr_SetString(PyExc_TypeError, "x: float32 weights take float32 rows, not codes");
             return -1;
         }
+        if (zq_linear_splits(w)) {
+            PyErr_SetString(PyExc_TypeError, "x: a weight with outliers takes float32 rows, not codes");
+            return -1;
+        }
         if (parse_codes(o, a, x) < 0) {
             return -1;
         }
@@ -252,6 +337,10 @@ parse_rows(const zq_linear *w, PyObject *o, int64_t quant, zq_arg a[3], zq_rows 
         x->f32 = a[0].data;
         x->ld_f32 = a[0].dim[1];
         x->quant = (zq_quant)quant;
+        if (zq_linear_splits(w) && quant != ZQ_QUANT_TOKEN_SYM && quant != ZQ_QUANT_TOKEN_ASYM) {
+            PyErr_SetString(PyExc_ValueError, "quant_in: a weight with outliers needs 1 (symmetric) or 2 (asymmetric)");
+            return -1;
+        }
         if (w->kind != ZQ_W_F32 && quant == ZQ_QUANT_NONE) {
             PyErr_SetString(PyExc_ValueError,
                             "quant_in: integer weights need 1 (symmetric), 2 (asymmetric) or 3 (int16) for float32 rows");
@@ -471,6 +560,11 @@ PyMethodDef zq_methods_linear[] = {
     {"linear_pack_f32", FAST(py_pack_f32), METH_FASTCALL, "linear_pack_f32(w, bias) -> handle"},
     {"linear_pack_s8", FAST(py_pack_s8), METH_FASTCALL, "linear_pack_s8(codes, scale, bias) -> handle"},
     {"linear_pack_group", FAST(py_pack_group), METH_FASTCALL, "linear_pack_group(codes, scales, group, bits, bias) -> handle"},
+    {"linear_correct", FAST(py_correct), METH_FASTCALL,
+     "linear_correct(handle, u, v): add (x v^T) u^T before the activation; for a new handle"},
+    {"linear_outliers", FAST(py_outliers), METH_FASTCALL,
+     "linear_outliers(handle, threshold, columns, weights): columns of x that reach the threshold are not quantized; for a "
+     "new handle"},
     {"linear_forward", FAST(py_forward), METH_FASTCALL,
      "linear_forward(handle, x, quant_in, act, residual, quant_out) -> y or (q, scale, zero), "
      "or q when quant_out is (scale, zero)"},

@@ -2,7 +2,7 @@
  *   S8     y = fma(float(acc) * sx, scale, bias)
  *   groups f = fma(float(acc_g), scale_g, f) over g from 0;  y = fma(f - (zero - 128) * zcorr, sx, bias)
  *   F32    f = fma(a_k, b_k, f) over k from 0;  y = f + bias
- * then y = act(y), then y = y + residual. acc is exact. Pairs of rows (int16 activations) are computed with bias 0 each
+ * then y = fma(low_r, low_b_r, y) over r, then y = act(y), then y = y + residual. acc is exact. Pairs of rows (int16 activations) are computed with bias 0 each
  * and added: y = (y_high + y_low) + bias. */
 #include "../zq_kernels.h"
 
@@ -19,8 +19,11 @@ every_output(const zq_tile *t, value_fn value)
 {
     for (int i = 0; i < t->mr / (t->pairs ? 2 : 1); i++) {
         for (int j = 0; j < t->nr; j++) {
-            const float sum = t->pairs ? (value(t, 2 * i, j, 0.0f) + value(t, 2 * i + 1, j, 0.0f)) + t->bias[j]
-                                       : value(t, i, j, t->bias[j]);
+            float sum = t->pairs ? (value(t, 2 * i, j, 0.0f) + value(t, 2 * i + 1, j, 0.0f)) + t->bias[j]
+                                 : value(t, i, j, t->bias[j]);
+            for (int64_t r = 0; r < t->rank; r++) {
+                sum = fmaf(t->low[i * t->ld_low + r], t->low_b[r * ZQ_NR + j], sum);
+            }
             const float y = zq_activate1(sum, t->act);
             t->y[i * t->ldy + j] = t->residual ? y + t->residual[i * t->ldr + j] : y;
         }

@@ -21,6 +21,17 @@ zq_absmax_f32__ref(const float *x, int64_t n)
     return amax;
 }
 
+void
+zq_absmax_columns_f32__ref(const float *x, int64_t rows, int64_t n, int64_t ldx, float *top)
+{
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t j = 0; j < n; j++) {
+            const float pair[2] = {top[j], x[i * ldx + j]};
+            top[j] = zq_absmax_f32__ref(pair, 2);
+        }
+    }
+}
+
 int
 zq_minmax_f32__ref(const float *x, int64_t n, float *lo, float *hi)
 {

@@ -1,7 +1,7 @@
 /* The rest of a tile's epilogue: y = act(v) + residual, where v is what the tile function stored, or for pairs of rows
  * the sum of two of these and the bias.
  *
- * Tiles with an activation, a residual or pairs of rows are stored to a buffer of their own first (it never leaves L1)
+ * Tiles with an activation, a residual, pairs of rows or a low-rank part are stored to a buffer of their own first (it never leaves L1)
  * and written to y once: reading back rows of y that were just stored waits for their cache lines. */
 /* X(mr, far) for the height and the prefetching that t asks for, out of ROWS: one function per constant mr. */
 #define NEAR_OR_FAR(ROWS, X)              \
@@ -19,11 +19,21 @@
 
 typedef void (*tile_fn)(const zq_tile *t);
 
-/* sum: y before the activation, of columns j .. j + n of row i */
+/* sum + low low_b, of columns j .. j + 16 of row i */
+ZQ_INLINE v16
+add_low_rank(const zq_tile *t, v16 sum, int i, int j)
+{
+    for (int64_t r = 0; r < t->rank; r++) {
+        sum = v16_fma(v16_set1(t->low[i * t->ld_low + r]), v16_load(t->low_b + r * ZQ_NR + j), sum);
+    }
+    return sum;
+}
+
+/* sum: y before the activation and what is added there, of columns j .. j + n of row i */
 ZQ_INLINE void
 finish_vector(const zq_tile *t, v16 sum, int i, int j, int64_t n, const zq_activation act)
 {
-    v16 y = v16_activate(sum, act);
+    v16 y = v16_activate(add_low_rank(t, sum, i, j), act);
     if (t->residual) {
         const float *r = t->residual + i * t->ldr + j;
         y = v16_add(y, n == 16 ? v16_load(r) : v16_loadn(r, n));
@@ -85,7 +95,7 @@ ZQ_INLINE void
 run_tile(zq_tile *t, const tile_fn tile)
 {
     static const float no_bias[ZQ_NR];
-    if (t->act == ZQ_ACT_NONE && !t->residual && !t->pairs) {
+    if (t->act == ZQ_ACT_NONE && !t->residual && !t->pairs && !t->rank) {
         tile(t);
         return;
     }

@@ -25,6 +25,21 @@ LEVEL(absmax_f32)(const float *x, int64_t n)
     return amax;
 }
 
+static void
+LEVEL(absmax_columns_f32)(const float *x, int64_t rows, int64_t n, int64_t ldx, float *top)
+{
+    const v16i no_sign = v16i_set1(0x7fffffff);
+    for (int64_t j = 0; j < n; j += 16) {
+        const int64_t m = zq_min(n - j, 16);
+        v16i a = v16_bits(v16_loadn(top + j, m));
+        for (int64_t i = 0; i < rows; i++) {
+            const float *p = x + i * ldx + j;
+            a = v16i_max(a, v16i_and(v16_bits(m == 16 ? v16_load(p) : v16_loadn(p, m)), no_sign));
+        }
+        v16_storen(top + j, v16_from_bits(a), m);
+    }
+}
+
 /* One register of the running minimum, maximum and largest bit pattern without sign (whose exponent tells NaN and
  * Inf). The accumulator is the second operand: it stays when x is NaN or a zero of the other sign. */
 #define MINMAX_STEP(v, lo, hi, top)                              \
@@ -307,6 +322,7 @@ LEVEL(fill)(zq_kernels *t)
     t->gptq_columns_f32 = LEVEL(gptq_columns_f32);
     t->grid_error_f32 = LEVEL(grid_error_f32);
     t->absmax_f32 = LEVEL(absmax_f32);
+    t->absmax_columns_f32 = LEVEL(absmax_columns_f32);
     t->minmax_f32 = LEVEL(minmax_f32);
     t->quantize_mul_f32_b8 = LEVEL(quantize_mul_f32_b8);
     t->quantize_mul_f32_b16 = LEVEL(quantize_mul_f32_b16);

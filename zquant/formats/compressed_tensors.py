@@ -156,11 +156,12 @@ def _without_prefix(names: list[str], linears: Mapping[str, Linear]) -> list[str
     return [name[len(prefix):] for name in names if prefix and name.startswith(prefix)]
 
 
-def zquant_metadata(scheme: Scheme | None, linears: Mapping[str, Linear]) -> dict[str, str]:
+def zquant_metadata(scheme: Scheme | None, linears: Mapping[str, Linear],
+                    recipe: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Metadata of the safetensors file: our format's version, and what compressed-tensors cannot say."""
     layers = {name: layer.spec.to_dict() for name, layer in linears.items()
               if layer.spec is not None and layer.spec.granularity in ("row_block", "tensor")}
-    extra = {"scheme": scheme and scheme.to_dict(), "layers": layers}
+    extra = {"scheme": scheme and scheme.to_dict(), "layers": layers, "recipe": recipe}
     return {"format": "pt", "zquant_format_version": str(FORMAT_VERSION), "zquant": json.dumps(extra)}
 
 
@@ -245,6 +246,7 @@ class ModelTensors(Mapping[str, np.ndarray]):
     def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         self.checkpoint = checkpoint
         self.scheme: Scheme | None = None
+        self.recipe: Mapping[str, Any] | None = None
         self._specs: dict[str, QuantSpec] = {}
         self._read_metadata(checkpoint.metadata)
         settings = config.get("quantization_config")
@@ -268,6 +270,7 @@ class ModelTensors(Mapping[str, np.ndarray]):
             extra = json.loads(metadata["zquant"])
             self.scheme = Scheme.from_dict(extra["scheme"]) if extra["scheme"] else None
             self._specs = {name: QuantSpec.from_dict(spec) for name, spec in extra["layers"].items()}
+            self.recipe = extra.get("recipe")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FormatError(f"{self.checkpoint.path}: the zquant metadata is damaged: {error!r}") from None
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 from .base import METHODS, STEPS, Method, Repair, Step, Transform, get_method, register
 from .recipe import PRESETS, Preset, Recipe, preset
 
-__all__ = ["GPTQ", "METHODS", "PRESETS", "Method", "Preset", "RTN", "Recipe", "Repair", "STEPS", "Step", "Transform",
-           "get_method", "preset", "register"]
+__all__ = [
+    "GPTQ", "LLMInt8", "LoRC", "METHODS", "Method", "PRESETS", "Preset", "RTN", "Recipe", "Repair", "STEPS", "Step",
+    "Transform", "get_method", "preset", "register",
+]
 
 from .gptq import GPTQ  # noqa: E402  (needs register)
+from .llm_int8 import LLMInt8  # noqa: E402
+from .lorc import LoRC  # noqa: E402
 from .rtn import RTN  # noqa: E402
 
 preset("zeroquant", "rtn", "w8a8")
+preset("zeroquant-v2", "gptq+lorc", "w4a8")
+preset("llm.int8()", "llm.int8", "w8a8-sym")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,9 @@ def load(path: str | os.PathLike[str], *, weights: str | None = None, embeddings
     family = _family(path, config)
     tensors = ModelTensors(open_checkpoint(path / weights if weights else path), config)
     try:
-        if isinstance(family, DecoderFamily):
-            return _DecoderReader(family, config, tensors).model(path)
-        return _EncoderReader(family, config, tensors, embeddings).model(path)
+        reader = (_DecoderReader(family, config, tensors) if isinstance(family, DecoderFamily)
+                  else _EncoderReader(family, config, tensors, embeddings))
+        return reader.model(path).replace(recipe=_recipe(path, tensors.recipe))
     except FormatError:
         raise
     except ValueError as error:
@@ -86,6 +87,17 @@ def _family(path: Path, config: Mapping[str, Any]) -> Family | DecoderFamily:
     if not isinstance(kind, str) or kind not in known:
         raise FormatError(f"{path / 'config.json'}: model_type {kind!r} is not known; known: {', '.join(sorted(known))}")
     return known[kind]
+
+
+def _recipe(path: Path, data: Mapping[str, Any] | None) -> Any:
+    """What the file says of its making. A recipe that this version cannot read does not keep the model from running."""
+    from ..methods import Recipe
+
+    try:
+        return None if data is None else Recipe.from_dict(data)
+    except (ValueError, TypeError) as error:
+        warnings.warn(f"{path}: the recipe that it was quantized by is not known here: {error}", stacklevel=3)
+        return None
 
 
 class _Reader:

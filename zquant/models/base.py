@@ -36,7 +36,10 @@ class Network:
     linears : dict of module name (as in the checkpoint) -> Linear, in the order of the forward
     tensors : dict of tensor name -> embedding tables, weights of norms
     scheme : what the linear layers were quantized with, or None
+    recipe : the :class:`zquant.Recipe` that did it, or None
     """
+
+    recipe: Any = None
 
     family: Any
     dims: Any
@@ -111,7 +114,7 @@ class Network:
         linears : module name -> Linear of the same shape
         embeddings : tensor name -> embedding table of the same shape
         norms : tensor name -> weight or bias of a norm, of the same shape
-        attributes : ``scheme``, ``path``, ``config``
+        attributes : ``scheme``, ``recipe``, ``path``, ``config``
 
         Raises
         ------
@@ -123,7 +126,7 @@ class Network:
         _same_shapes("linear layer", self.linears, linears)
         _same_shapes("embedding table", tables, embeddings)
         _same_shapes("norm", {name: value for name, value in self.tensors.items() if name not in tables}, norms)
-        known = {"scheme", "path", "config"}
+        known = {"scheme", "recipe", "path", "config"}
         if not attributes.keys() <= known:
             raise TypeError(f"replace() got {sorted(attributes.keys() - known)}; known: {sorted(known)}")
         model = object.__new__(type(self))
@@ -137,7 +140,7 @@ class Network:
     def __repr__(self) -> str:
         d = self.dims
         if self.scheme is not None:
-            kind = str(self.scheme)
+            kind = str(self.scheme) + ("" if self.recipe is None or self.recipe.name == "rtn" else f" by {self.recipe.name}")
         else:
             kind = "quantized" if any(layer.spec is not None for layer in self.linears.values()) else "float32"
         return (f"{self.family.name}({d.layers} layers, hidden {d.hidden}, {self._heads()}, "

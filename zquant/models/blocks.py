@@ -304,7 +304,7 @@ def _bind(linear: Linear) -> tuple[Callable, int, tuple[Any, int] | None]:
     a fused layer can go."""
     handle, mode, forward = linear._packed(), QUANT[linear.quant], _core.linear_forward
     quant_in = linear._quant_in
-    if not linear.extras and (linear.activations is None or linear.quant and linear._integer):
+    if linear.extras.take_codes and (linear.activations is None or linear.quant and linear._integer):
         return (lambda x, act=0, residual=None, quant=0: forward(handle, x, quant_in, act, residual, quant), mode,
                 (handle, quant_in))
     return (lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant]), mode,

@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 
-__all__ = ["activate", "linear", "linear_w8a8", "linear_grouped", "quantize_int16"]
+from .quantize import quantize_per_token, quantize_weight
+
+__all__ = ["activate", "linear", "linear_w8a8", "linear_grouped", "llm_int8", "quantize_int16"]
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -72,3 +74,14 @@ def linear_grouped(q: np.ndarray, x_scale: np.ndarray, x_zero: np.ndarray, codes
     w = codes.astype(np.float64) * scales.astype(np.float64)[:, columns]
     x = q.astype(np.float64) - x_zero.astype(np.float64)[:, None]
     return _finish((x @ w.T) * x_scale.astype(np.float64)[:, None], bias, activation, residual)
+
+
+def llm_int8(x: np.ndarray, w: np.ndarray, threshold: float, bias: np.ndarray | None = None,
+             symmetric: bool = True) -> np.ndarray:
+    """LLM.int8(): columns of x with a value of at least the threshold in float64, the rest as codes of 8 bits."""
+    outlier = (np.abs(x) >= threshold).any(axis=0)
+    rest = np.where(outlier, np.float32(0), x)
+    q, x_scale, x_zero = quantize_per_token(rest, symmetric)
+    codes, scales, _ = quantize_weight(w, 8)
+    y = linear_w8a8(q, x_scale, np.zeros(len(x)) if x_zero is None else x_zero, codes, scales[:, 0], bias)
+    return y + x[:, outlier].astype(np.float64) @ w[:, outlier].T.astype(np.float64)
