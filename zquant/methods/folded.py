@@ -59,6 +59,7 @@ def rounded_inputs(x: np.ndarray, activations: QuantSpec | None, limit: float) -
         return dequantize_per_token(*quantize_per_token(x, activations.symmetric))
     if not activations.symmetric:
         return dequantize_linear(*dynamic_quantize_linear(x))
+    limit = float(limit)
     scale = np.float32(limit / activations.qmax) or np.float32(1)
     return dequantize_linear(quantize_linear(np.clip(x, -limit, limit), scale), scale)
 

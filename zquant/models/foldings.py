@@ -201,13 +201,13 @@ def _checked(model: Any, folding: Folding, scale: np.ndarray, shift: np.ndarray 
     return scale
 
 
-def _changed(layer: Linear, weight: np.ndarray, bias: np.ndarray | None, extras: Extras | None) -> Linear:
+def _changed(layer: Linear, weight: np.ndarray, bias: np.ndarray | None, extras: Extras) -> Linear:
     return Linear(layer.name, weight.astype(np.float32), None if bias is None else bias.astype(np.float32), extras=extras)
 
 
 def _branch(layer: Linear, scale: np.ndarray, shift: np.ndarray | None) -> Branch:
     """What the layer does to its input once it reads (x' - shift) / scale, x' being what it reads now."""
-    before = layer.extras.branch if layer.extras is not None else None
+    before = layer.extras.branch
     if before is None:
         return Branch(scale.astype(np.float32), None if shift is None else shift.astype(np.float32))
     minus = np.zeros(len(scale)) if before.shift is None else before.shift
@@ -226,7 +226,7 @@ def _reading(layer: Linear, scale: np.ndarray, shift: np.ndarray | None, branch:
     """The layer for inputs (x - shift) / scale: the bias takes the shift by the weights as they were."""
     weight = _dense(layer)
     bias = layer.bias if shift is None else layer.bias + weight.astype(np.float64) @ shift  # type: ignore[operator]
-    extras = layer.extras if branch is None else replace(layer.extras or Extras(), branch=branch)
+    extras = layer.extras if branch is None else replace(layer.extras, branch=branch)
     return _changed(layer, weight * scale, bias, extras)
 
 
