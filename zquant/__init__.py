@@ -32,11 +32,15 @@ from .generate import Generation
 from .language_report import LanguageReport
 from .linear import Linear
 from .methods import GPTQ, PRESETS, RTN, Method, Recipe, Repair, Transform
+from .methods.fptq import FPTQ, FPTQPolicy, fptq
 from .methods.gptq import GridTensor, SolveInfo, gptq
 from .methods.llm_int8 import LLMInt8, llm_int8_matmul
 from .methods.lorc import LoRC, lorc
+from .methods.outlier_suppression import OutlierSuppression, outlier_suppression
+from .methods.smoothquant import SmoothQuant, smoothquant_scales
 from .models import CausalLM, Model, load
 from .perplexity import PerplexityResult, perplexity
+from .planted import plant_outliers
 from .qtensor import QTensor
 from .quantize import quantize
 from .report import Report, compare
@@ -48,10 +52,11 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "CausalLM", "Extras", "FormatError", "GPTQ", "Generation", "GridTensor", "InputStatistics", "KVCache", "LLMInt8",
-    "LanguageReport", "Linear", "LoRC", "LowRank", "Method", "MethodResult", "MethodsTable", "Model", "Outliers", "PRESETS",
-    "PerplexityResult", "QTensor", "QuantSpec", "RTN", "Recipe", "Repair", "Report", "STSResult", "Scheme", "Sensitivity",
-    "SentenceEncoder", "SolveInfo", "Statistics", "Transform", "__version__", "calibrate", "compare", "compare_methods",
-    "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "gptq", "llm_int8_matmul", "load", "lorc", "ops", "pearson",
-    "perplexity", "quantize", "sensitivity", "set_num_threads", "spearman", "sqnr_db", "sts",
+    "CausalLM", "Extras", "FPTQ", "FPTQPolicy", "FormatError", "GPTQ", "Generation", "GridTensor", "InputStatistics",
+    "KVCache", "LLMInt8", "LanguageReport", "Linear", "LoRC", "LowRank", "Method", "MethodResult", "MethodsTable", "Model",
+    "OutlierSuppression", "Outliers", "PRESETS", "PerplexityResult", "QTensor", "QuantSpec", "RTN", "Recipe", "Repair",
+    "Report", "STSResult", "Scheme", "Sensitivity", "SentenceEncoder", "SmoothQuant", "SolveInfo", "Statistics",
+    "Transform", "__version__", "calibrate", "compare", "compare_methods", "cosine_fidelity", "cpu", "evaluate", "fptq",
+    "get_num_threads", "gptq", "llm_int8_matmul", "load", "lorc", "ops", "outlier_suppression", "pearson", "perplexity",
+    "plant_outliers", "quantize", "sensitivity", "set_num_threads", "smoothquant_scales", "spearman", "sqnr_db", "sts",
 ]

@@ -5,14 +5,17 @@ from .base import METHODS, STEPS, Method, Repair, Step, Transform, get_method, r
 from .recipe import PRESETS, Preset, Recipe, preset
 
 __all__ = [
-    "GPTQ", "LLMInt8", "LoRC", "METHODS", "Method", "PRESETS", "Preset", "RTN", "Recipe", "Repair", "STEPS", "Step",
-    "Transform", "get_method", "preset", "register",
+    "FPTQ", "GPTQ", "LLMInt8", "LoRC", "METHODS", "Method", "OutlierSuppression", "PRESETS", "Preset", "RTN", "Recipe",
+    "Repair", "STEPS", "SmoothQuant", "Step", "Transform", "get_method", "preset", "register",
 ]
 
+from .fptq import FPTQ  # noqa: E402
 from .gptq import GPTQ  # noqa: E402  (needs register)
 from .llm_int8 import LLMInt8  # noqa: E402
 from .lorc import LoRC  # noqa: E402
+from .outlier_suppression import OutlierSuppression  # noqa: E402
 from .rtn import RTN  # noqa: E402
+from .smoothquant import SmoothQuant  # noqa: E402
 
 preset("zeroquant", "rtn", "w8a8")
 preset("gptq", "gptq", "w4a16")
