@@ -19,7 +19,7 @@ import zquant as zq
 from zquant import cli
 from zquant.calibrate import MODES, Walker, read_sequences, walk
 from zquant.errors import FormatError
-from zquant.methods import METHODS, Method
+from zquant.methods import STEPS, Method
 from zquant.models import load
 from zquant.statistics import NEEDS, Accumulator, fingerprint
 
@@ -498,7 +498,7 @@ def test_sentence_encoder_and_text(shared, tmp_path):
 
 def test_command(tmp_path, capsys, monkeypatch):
     pytest.importorskip("tokenizers")
-    monkeypatch.setitem(METHODS, "toy", Toy)
+    monkeypatch.setitem(STEPS, "toy", Toy)
     model = str(Path(__file__).parent / "data" / "tiny-llama-5m")
     text = tmp_path / "calibration.txt"
     text.write_text("Once upon a time there was a small house by the sea. " * 30, encoding="utf-8")

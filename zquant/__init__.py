@@ -23,6 +23,7 @@ with core_hint():  # zquant._core loads OpenBLAS
 from . import cpu, evaluate, ops
 from .cache import KVCache
 from .calibrate import calibrate
+from .compare_methods import MethodResult, MethodsTable, compare_methods
 from .encoder import SentenceEncoder
 from .errors import FormatError
 from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, sts
@@ -32,14 +33,19 @@ from .language_report import LanguageReport
 from .linear import Linear
 from .methods import GPTQ, PRESETS, RTN, Method, Recipe, Repair, Transform
 from .methods.awq import AWQClip, AWQInfo, AWQScale, awq, awq_clip
+from .methods.fptq import FPTQ, FPTQPolicy, fptq
 from .methods.gptq import GridTensor, SolveInfo, gptq
 from .methods.llm_int8 import LLMInt8, llm_int8_matmul
 from .methods.lorc import LoRC, lorc
+from .methods.outlier_suppression import OutlierSuppression, outlier_suppression
+from .methods.smoothquant import SmoothQuant, smoothquant_scales
 from .models import CausalLM, Model, load
 from .perplexity import PerplexityResult, perplexity
+from .planted import plant_outliers
 from .qtensor import QTensor
 from .quantize import quantize
 from .report import Report, compare
+from .sensitivity import Sensitivity, sensitivity
 from .spec import QuantSpec, Scheme
 from .statistics import InputStatistics, Statistics
 from .threads import get_num_threads, set_num_threads
@@ -47,10 +53,12 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "AWQClip", "AWQInfo", "AWQScale", "CausalLM", "Extras", "FormatError", "GPTQ", "Generation", "GridTensor",
-    "InputStatistics", "KVCache", "LLMInt8", "LanguageReport", "Linear", "LoRC", "LowRank", "Method", "Model", "Outliers",
-    "PRESETS", "PerplexityResult", "QTensor", "QuantSpec", "RTN", "Recipe", "Repair", "Report", "STSResult", "Scheme",
-    "SentenceEncoder", "SolveInfo", "Statistics", "Transform", "__version__", "awq", "awq_clip", "calibrate", "compare",
-    "cosine_fidelity", "cpu", "evaluate", "get_num_threads", "gptq", "llm_int8_matmul", "load", "lorc", "ops", "pearson",
-    "perplexity", "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
+    "AWQClip", "AWQInfo", "AWQScale", "CausalLM", "Extras", "FPTQ", "FPTQPolicy", "FormatError", "GPTQ", "Generation",
+    "GridTensor", "InputStatistics", "KVCache", "LLMInt8", "LanguageReport", "Linear", "LoRC", "LowRank", "Method",
+    "MethodResult", "MethodsTable", "Model", "OutlierSuppression", "Outliers", "PRESETS", "PerplexityResult", "QTensor",
+    "QuantSpec", "RTN", "Recipe", "Repair", "Report", "STSResult", "Scheme", "Sensitivity", "SentenceEncoder",
+    "SmoothQuant", "SolveInfo", "Statistics", "Transform", "__version__", "awq", "awq_clip", "calibrate", "compare",
+    "compare_methods", "cosine_fidelity", "cpu", "evaluate", "fptq", "get_num_threads", "gptq", "llm_int8_matmul",
+    "load", "lorc", "ops", "outlier_suppression", "pearson", "perplexity", "plant_outliers", "quantize", "sensitivity",
+    "set_num_threads", "smoothquant_scales", "spearman", "sqnr_db", "sts",
 ]

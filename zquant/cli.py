@@ -27,6 +27,13 @@ schemes:
 """
 
 
+_METHODS = """\
+methods:
+  a name (rtn, gptq, ...), names joined with + in the order transforms, solver, repairs, or a preset by its paper's name
+  (zeroquant, ...), which brings its own scheme; an unknown name lists those that are known
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (argparse itself exits with 2 on wrong usage).
 
@@ -122,6 +129,23 @@ def _scheme(text: str) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _recipe(text: str) -> Any:
+    from .methods import Recipe
+
+    try:
+        return Recipe.of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _recipes(text: str) -> list[Any]:
+    return [_recipe(part) for part in text.split(",")]
+
+
+def _schemes(text: str) -> list[Any]:
+    return [_scheme(part) for part in text.split(",")]
+
+
 def _command(commands: Any, name: str, run: Any, summary: str, examples: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
@@ -155,6 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_quantize(commands)
     _add_compare(commands)
+    _add_sweep(commands)
+    _add_sensitivity(commands)
     _add_eval(commands)
     _add_ppl(commands)
     _add_generate(commands)
@@ -172,12 +198,13 @@ def _add_quantize(commands: Any) -> None:
         "zquant quantize all-MiniLM-L6-v2 -o minilm-w8a8\n"
         "zquant quantize all-MiniLM-L6-v2 -o minilm-w4 --scheme w4/8a8-g32\n"
         "zquant quantize Llama-3.2-1B -o llama-w4 --scheme w4a8\n"
+        "zquant quantize Llama-3.2-1B -o llama-gptq --scheme w4a16 --method gptq --calib wiki.valid.raw\n"
         "zquant quantize bert-base -o mixed --scheme w4a8 --override '*.value=8' --override 'encoder.layer.0.*=float'",
     )
-    parser.epilog = f"{_SCHEMES}\n{parser.epilog}"
+    parser.epilog = f"{_SCHEMES}\n{_METHODS}\n{parser.epilog}"
     parser.add_argument("model", metavar="DIR", type=Path, help="the model to quantize")
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to write")
-    parser.add_argument("--scheme", type=_scheme, default="w8a8", help="how to quantize (default: %(default)s)")
+    parser.add_argument("--scheme", type=_scheme, help="how to quantize (default: the preset's, else w8a8)")
     parser.add_argument(
         "--override",
         metavar="GLOB=SPEC",
@@ -186,15 +213,80 @@ def _add_quantize(commands: Any) -> None:
         default=[],
         help="other weights for layers whose names match: float, 8, 4, 4-g32, 8-b48; repeatable, the last match wins",
     )
-    parser.add_argument("--method", metavar="NAME", default="rtn", help="how weights are rounded (default: %(default)s)")
+    parser.add_argument(
+        "--method", metavar="NAME", type=_recipe, default="rtn", help="recipe or preset (default: %(default)s)"
+    )
     parser.add_argument(
         "--calib",
         metavar="FILE",
         type=Path,
-        help="for methods that look at data: text (encoders read its lines), or statistics that zquant.calibrate saved "
-        "(.safetensors); not what the model is evaluated on",
+        help="for methods that look at data, and static activations: text (encoders read its lines), or statistics that "
+        "zquant.calibrate saved (.safetensors); not what the model is evaluated on",
     )
     parser.add_argument("--force", action="store_true", help="write into OUT although it is not empty")
+
+
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    """What the loss is measured on, and where the results go."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text for the perplexity of a language model")
+    source.add_argument("--sentences", metavar="FILE", type=Path, help="one a line, for the fidelity of an encoder")
+    source.add_argument("--sts", metavar="FILE", type=Path, help="csv or tsv of scored pairs, for its rank correlation")
+    parser.add_argument(
+        "--calib", metavar="FILE", type=Path, help="for methods that look at data: text; not what the loss is measured on"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        metavar="N",
+        type=_whole(2),
+        default=16384,
+        help="tokens of the text that are used (default: %(default)s)",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results as JSON")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="write their picture (.png, .svg, .pdf)")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write their table as HTML")
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sweep",
+        _sweep,
+        "quantize a model by several methods and schemes and compare the losses",
+        "zquant sweep tiny-llama-5m --methods rtn,gptq --schemes w4a16,w3a16 --calib wiki.valid.raw --text wiki.test.raw\n"
+        "zquant sweep all-MiniLM-L6-v2 --methods rtn,gptq --schemes w4a8 --calib mine.txt --sts stsb-test.csv "
+        "--plot sweep.png",
+    )
+    parser.epilog = f"{_SCHEMES}\n{_METHODS}\n{parser.epilog}"
+    parser.add_argument("model", metavar="DIR", type=Path, help="a float model")
+    parser.add_argument("--methods", metavar="LIST", type=_recipes, required=True, help="recipes, between commas")
+    parser.add_argument(
+        "--schemes", metavar="LIST", type=_schemes, default=[None], help="each with every method (default: as quantize's)"
+    )
+    _add_loss(parser)
+
+
+def _add_sensitivity(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sensitivity",
+        _sensitivity,
+        "measure what quantized weights, activations and both cost, by layer and by kind of layer",
+        "zquant sensitivity tiny-llama-5m --text wiki.test.raw --max-tokens 4096\n"
+        "zquant sensitivity all-MiniLM-L6-v2 --sentences mine.txt --scheme w4a8-g32 --parts all,kind --json found.json",
+    )
+    parser.epilog = f"{_SCHEMES}\n{parser.epilog}"
+    parser.add_argument("model", metavar="DIR", type=Path, help="a float model")
+    parser.add_argument("--scheme", type=_scheme, default="w4a8", help="what is studied (default: %(default)s)")
+    parser.add_argument("--method", metavar="NAME", type=_recipe, default="rtn", help="solver (default: %(default)s)")
+    parser.add_argument(
+        "--parts",
+        metavar="LIST",
+        type=lambda text: text.split(","),
+        default=["all", "kind", "layer", "blocks"],
+        help="some of all,kind,layer,blocks (default: all four)",
+    )
+    _add_loss(parser)
 
 
 def _add_compare(commands: Any) -> None:
@@ -383,28 +475,28 @@ def _network(model: Any) -> Any:
     return getattr(model, "model", model)
 
 
-def _calibration(path: Path | None, method: Any) -> Any:
+def _calibration(path: Path | None, recipe: Any, scheme: Any) -> Any:
     """Statistics from a file of them, the path of a text, or None."""
+    from .quantize import needs_data
     from .statistics import Statistics
 
     if path is None:
         return None
-    if not method.needs:
-        raise ValueError(f"--calib: method {type(method).__name__.lower()} needs no calibration data")
+    if not needs_data(recipe, scheme):
+        raise ValueError(f"--calib: method {recipe.name} needs no calibration data")
     return Statistics.load(path) if path.suffix == ".safetensors" else path
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
     from .calibrate import _peak_rss
-    from .methods import get_method
-    from .quantize import quantize
+    from .quantize import choose_scheme, quantize
 
     _check_output(arguments.model, arguments.output, arguments.force)
     start = time.perf_counter()
     model = _open(arguments.model)
-    scheme = arguments.scheme.with_overrides(dict(arguments.override))
-    method = get_method(arguments.method)
-    quantized = quantize(model, scheme, method, calib=_calibration(arguments.calib, method))
+    recipe = arguments.method
+    scheme = choose_scheme(arguments.scheme, recipe).with_overrides(dict(arguments.override))
+    quantized = quantize(model, scheme, recipe, calib=_calibration(arguments.calib, recipe, scheme))
     quantized.save(arguments.output)
     before, after = _network(model).nbytes, _network(quantized).nbytes
     print(
@@ -445,6 +537,55 @@ def _compare(arguments: argparse.Namespace) -> None:
         report.save_json(arguments.json)
     if arguments.plot:
         report.plot().savefig(arguments.plot, dpi=130)
+
+
+def _loss_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, and what its loss is measured on."""
+    from .evaluate import read_pairs
+
+    if arguments.plot:
+        from . import plot  # noqa: F401  says at once that matplotlib is missing
+    for path in (arguments.text, arguments.calib):
+        if path is not None:
+            path.stat()
+    data = arguments.text or (read_pairs(arguments.sts) if arguments.sts else _sentences(arguments.sentences))
+    model = _open(arguments.model)
+    if hasattr(_network(model), "new_cache") != isinstance(data, Path):
+        raise ValueError(f"{arguments.model}: language models are measured on --text, encoders on --sentences or --sts")
+    return model, data
+
+
+def _write_results(found: Any, arguments: argparse.Namespace) -> None:
+    """What was found, also where Ctrl-C ended it early."""
+    print(found)
+    if arguments.json:
+        found.save_json(arguments.json)
+    if arguments.plot:
+        found.plot().savefig(arguments.plot, dpi=130)
+    if arguments.html:
+        found.save_html(arguments.html)
+    if found.interrupted:
+        raise KeyboardInterrupt
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from .compare_methods import compare_methods
+
+    model, data = _loss_data(arguments)
+    pairs = [method if scheme is None else (scheme, method) for scheme in arguments.schemes for method in arguments.methods]
+    found = compare_methods(model, pairs, arguments.calib, data, max_tokens=arguments.max_tokens)
+    _write_results(found, arguments)
+    if all(result.error for result in found.results):
+        raise ValueError("every method failed")
+
+
+def _sensitivity(arguments: argparse.Namespace) -> None:
+    from .sensitivity import sensitivity
+
+    model, data = _loss_data(arguments)
+    found = sensitivity(model, data, arguments.scheme, method=arguments.method, calib=arguments.calib, parts=arguments.parts,
+                        max_tokens=arguments.max_tokens)
+    _write_results(found, arguments)
 
 
 def _compared(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -49,6 +49,7 @@ class Linear:
         How rows of x are quantized on the way in: 8 bits, per token, or per tensor with a scale that is taken from all
         rows of a call (dynamic; a row's result then depends on the others) or known beforehand (``extras.static``). None
         leaves them as they are: float weights multiply in float32, integer weights with int16 codes of x (see the notes).
+        Float weights multiply what the codes stand for, in float32: it shows what quantized activations alone do.
     extras
         What the layer does beside the product; see :class:`zquant.extras.Extras`.
 
@@ -77,7 +78,7 @@ class Linear:
         self.name = name
         self._weight = weight
         self.bias = bias
-        self.activations = activations if isinstance(weight, QTensor) else None
+        self.activations = activations
         self.extras = Extras() if extras is None else extras
         self._handle: Any = None
         self._integer = False  # known once packed
@@ -98,19 +99,18 @@ class Linear:
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         if self.activations is not None:
-            self._check_integer(weight, self.activations)  # type: ignore[arg-type]
+            self._check_activations(weight, self.activations)
         if self.extras.outliers is not None:
             self._check_outliers()
         if self.extras.static is not None and not self._static:
-            raise ValueError(f"{self.name}: a static range needs a quantized weight and activations per tensor that are not "
-                             "dynamic")
+            raise ValueError(f"{self.name}: a static range needs activations per tensor that are not dynamic")
 
     @property
     def _static(self) -> bool:
         act = self.activations
         return act is not None and act.granularity == "tensor" and not act.dynamic
 
-    def _check_integer(self, weight: QTensor, act: QuantSpec) -> None:
+    def _check_activations(self, weight: Weight | Stored, act: QuantSpec) -> None:
         if act.granularity not in ("token", "tensor") or act.bits != 8:
             raise ValueError(f"{self.name}: activations must be 8 bits per token or per tensor, not {act}")
         if self._static and self.extras.static is None:
@@ -118,7 +118,7 @@ class Linear:
         if self._static and act.symmetric and self.extras.static.zero != 128:  # type: ignore[union-attr]
             raise ValueError(f"{self.name}: symmetric activations have zero point 128, not "
                              f"{self.extras.static.zero}")  # type: ignore[union-attr]
-        reason = self._why_float(weight)
+        reason = self._why_float(weight) if isinstance(weight, QTensor) else None
         if reason:
             raise ValueError(f"{self.name}: {reason}")
 
@@ -208,7 +208,7 @@ class Linear:
         """
         weight, bias = self.weight, None if self.bias is None else self.bias[rows]
         if not isinstance(weight, QTensor):
-            return Linear(self.name, weight[rows], bias, extras=self.extras.take(rows))
+            return Linear(self.name, weight[rows], bias, self.activations, extras=self.extras.take(rows))
         zeros = None if weight.zeros is None else weight.zeros[rows]
         return Linear(self.name, QTensor(weight.codes[rows], weight.scales[rows], zeros, _alike(weight.spec)), bias,
                       self.activations, extras=self.extras.take(rows))
@@ -316,7 +316,7 @@ class Linear:
             bias = np.concatenate([np.zeros(layer.out_features, np.float32) if layer.bias is None else layer.bias
                                    for layer in layers])
         if first.spec is None:
-            return Linear(name, np.concatenate([layer.weight for layer in layers]), bias, extras=extras)
+            return Linear(name, np.concatenate([layer.weight for layer in layers]), bias, first.activations, extras=extras)
         parts: list[QTensor] = [layer.weight for layer in layers]  # type: ignore[misc]
         zeros = None if parts[0].zeros is None else np.concatenate([p.zeros for p in parts])
         fused = QTensor(np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]), zeros,

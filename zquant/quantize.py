@@ -14,7 +14,7 @@ from .extras import Extras, static_range
 from .formats.safetensors import Stored
 from .linear import Linear
 from .mapped import release
-from .methods import PRESETS, Method, Preset, Recipe, Repair, Transform, get_method
+from .methods import PRESETS, Method, Preset, Recipe, Repair, Step, Transform, get_method
 from .qtensor import QTensor
 from .spec import QuantSpec, Scheme
 from .statistics import InputStatistics, Statistics
@@ -69,7 +69,7 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
         without ``calib``, data without tokens, statistics of another model or for a recipe that needs several passes.
     """
     recipe = Recipe.of(method)
-    scheme = _scheme(scheme, method, recipe)
+    scheme = choose_scheme(scheme, method)
     _one_of("mode", mode, MODES)
     data = _Data(model, recipe, scheme, calib, dict(samples=samples, seq_len=seq_len, seed=seed))
     check_float(model, scheme)
@@ -89,12 +89,18 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
     return quantizer.finish()
 
 
-def _scheme(scheme: str | Scheme | None, method: Any, recipe: Recipe) -> Scheme:
+def choose_scheme(scheme: str | Scheme | None, method: Any) -> Scheme:
+    """The scheme that was given; else the one of the preset that ``method`` is; else "w8a8".
+
+    >>> choose_scheme(None, "zeroquant").name
+    'w8a8'
+    """
     if scheme is not None:
         return Scheme.parse(scheme)
     if isinstance(method, Preset):
         return method.scheme
-    found = PRESETS.get(recipe.name)
+    recipe = None if isinstance(method, Step) else Recipe.of(method)
+    found = None if recipe is None else PRESETS.get(recipe.name)
     return found.scheme if found is not None and found.recipe == recipe else Scheme.parse("w8a8")
 
 
@@ -108,8 +114,8 @@ class _Data:
 
     def __init__(self, model: Any, recipe: Recipe, scheme: Scheme, calib: Any, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
-        self.given = calib if recipe.needs or _static(scheme) else None
-        if not recipe.needs and not _static(scheme):
+        self.given = calib if needs_data(recipe, scheme) else None
+        if not needs_data(recipe, scheme):
             return
         if calib is None:
             what = ", ".join(sorted(recipe.needs)) if recipe.needs else "the ranges"
@@ -133,6 +139,15 @@ class _Data:
             self.given.check(model, needs, dict(getattr(model, "model", model).named_linears()))
             return self.given
         return collect(model, self.sequences, needs, seed=self._options["seed"], progress=show)
+
+
+def needs_data(recipe: Recipe, scheme: Scheme) -> bool:
+    """Whether ``quantize`` asks for calibration data.
+
+    >>> needs_data(Recipe.of("gptq"), Scheme.parse("w4a16")), needs_data(Recipe.of("rtn"), Scheme.parse("w4a16"))
+    (True, False)
+    """
+    return bool(recipe.needs) or _static(scheme)
 
 
 def _static(scheme: Scheme) -> bool:

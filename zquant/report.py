@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import html
-import json
 import math
-import os
 import re
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ._progress import bar
 from .evaluate import _decibels, cosine_fidelity, sqnr_db
+from .tables import Written
 from .threads import get_num_threads
 
 __all__ = ["KINDS", "LayerError", "Report", "compare", "layer_kind", "scheme_name", "speeds"]
@@ -87,7 +85,7 @@ class LayerError:
         return _block(self.name)
 
 
-class ReportBase(ABC):
+class ReportBase(Written):
     """What the reports on encoders and on language models share: text, HTML, JSON, a picture."""
 
     scheme: str
@@ -114,10 +112,6 @@ class ReportBase(ABC):
     @abstractmethod
     def _facts(self) -> list[tuple[str, str]]:
         """(name, value) lines."""
-
-    @abstractmethod
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain Python objects, ready for JSON; infinite ratios become the strings "inf" and "-inf"."""
 
     def _size(self) -> tuple[str, str]:
         sizes = f"{_mb(self.bytes_before)} -> {_mb(self.bytes_after)}"
@@ -174,20 +168,6 @@ class ReportBase(ABC):
             "<th style='text-align:left'>weights</th><th>weight (dB)</th><th>output (dB)</th></tr></thead>"
             f"<tbody>{rows}</tbody></table></div></details>"
         )
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """:meth:`as_dict` as JSON text."""
-        return json.dumps(self.as_dict(), indent=indent, allow_nan=False)
-
-    def save_json(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_json` to a file, beside it first and then renamed."""
-        path = Path(path)
-        beside = path.with_name(path.name + ".tmp")
-        try:
-            beside.write_text(self.to_json() + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     def plot(self) -> Any:
         """One picture of the report, a ``matplotlib.figure.Figure`` (``.savefig(path)`` writes it; Jupyter shows it).

@@ -13,11 +13,12 @@ Elsewhere an explicit (x - z) / s before the layers is needed: :class:`zquant.ex
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ..extras import Branch, Extras
 from ..linear import Linear
 from ..qtensor import QTensor
 from .decoder_blocks import per_head_rows
@@ -150,7 +151,7 @@ def _folding(model: Any, stage: str, consumers: tuple[str, ...], kind: str, sour
     return Folding(stage, consumers, "none" if reason else kind, source, shift=shift, reason=reason, **options)
 
 
-def fold(model: Any, folding: Folding, scale: np.ndarray, shift: np.ndarray | None = None) -> Any:
+def fold(model: Any, folding: Folding, scale: np.ndarray, shift: np.ndarray | None = None, *, branch: bool = False) -> Any:
     """A model that computes the same, whose layers ``folding.consumers`` read (x - shift) / scale in place of x.
 
     Parameters
@@ -163,13 +164,20 @@ def fold(model: Any, folding: Folding, scale: np.ndarray, shift: np.ndarray | No
         (k,) positive.
     shift
         (k,), or None for 0.
+    branch
+        Where nothing absorbs them, let the layers themselves compute (x - shift) / scale at run time.
 
     Raises
     ------
     ValueError
         A scale or shift that the source cannot take, or of another shape; layers that are quantized already.
     """
-    scale = _checked(model, folding, scale, shift)
+    scale = _checked(model, folding, scale, shift, branch)
+    if not folding.exact:
+        scale = scale.astype(np.float32).astype(np.float64)  # as the branch holds it
+        explicit = _branch(model.linears[folding.consumers[0]], scale, shift)
+        return model.replace(linears={name: _reading(model.linears[name], scale, shift, explicit)
+                                      for name in folding.consumers})
     linears = {name: _reading(model.linears[name], scale, shift) for name in folding.consumers}
     if folding.kind == "norm":
         return model.replace(linears=linears, norms=_scaled_norm(model, folding.source, scale, shift))
@@ -177,12 +185,12 @@ def fold(model: Any, folding: Folding, scale: np.ndarray, shift: np.ndarray | No
     return model.replace(linears={**linears, folding.source: _scaled_rows(source, folding, scale, shift)})
 
 
-def _checked(model: Any, folding: Folding, scale: np.ndarray, shift: np.ndarray | None) -> np.ndarray:
+def _checked(model: Any, folding: Folding, scale: np.ndarray, shift: np.ndarray | None, branch: bool) -> np.ndarray:
     where = ", ".join(folding.consumers)
-    if not folding.exact:
+    if not folding.exact and not branch:
         raise ValueError(f"{where}: a scale of the input cannot be absorbed: {folding.reason}")
     if shift is not None and not folding.shift:
-        raise ValueError(f"{where}: a shift of the input needs biases that {folding.source} or these layers do not have")
+        raise ValueError(f"{where}: a shift of the input needs biases that these layers, or what is before them, do not have")
     k = model.linears[folding.consumers[0]].in_features
     for name, value in (("scale", scale), ("shift", shift)):
         if value is not None and (np.shape(value) != (k,) or not np.isfinite(value).all()):
@@ -193,8 +201,19 @@ def _checked(model: Any, folding: Folding, scale: np.ndarray, shift: np.ndarray 
     return scale
 
 
-def _changed(layer: Linear, weight: np.ndarray, bias: np.ndarray | None) -> Linear:
-    return Linear(layer.name, weight.astype(np.float32), None if bias is None else bias.astype(np.float32))
+def _changed(layer: Linear, weight: np.ndarray, bias: np.ndarray | None, extras: Extras) -> Linear:
+    return Linear(layer.name, weight.astype(np.float32), None if bias is None else bias.astype(np.float32), extras=extras)
+
+
+def _branch(layer: Linear, scale: np.ndarray, shift: np.ndarray | None) -> Branch:
+    """What the layer does to its input once it reads (x' - shift) / scale, x' being what it reads now."""
+    before = layer.extras.branch
+    if before is None:
+        return Branch(scale.astype(np.float32), None if shift is None else shift.astype(np.float32))
+    minus = np.zeros(len(scale)) if before.shift is None else before.shift
+    if shift is not None:
+        minus = minus + before.scale * shift
+    return Branch((before.scale * scale).astype(np.float32), minus.astype(np.float32))
 
 
 def _dense(layer: Linear) -> np.ndarray:
@@ -203,11 +222,12 @@ def _dense(layer: Linear) -> np.ndarray:
     return layer.weight  # type: ignore[return-value]
 
 
-def _reading(layer: Linear, scale: np.ndarray, shift: np.ndarray | None) -> Linear:
+def _reading(layer: Linear, scale: np.ndarray, shift: np.ndarray | None, branch: Branch | None = None) -> Linear:
     """The layer for inputs (x - shift) / scale: the bias takes the shift by the weights as they were."""
     weight = _dense(layer)
     bias = layer.bias if shift is None else layer.bias + weight.astype(np.float64) @ shift  # type: ignore[operator]
-    return _changed(layer, weight * scale, bias)
+    extras = layer.extras if branch is None else replace(layer.extras, branch=branch)
+    return _changed(layer, weight * scale, bias, extras)
 
 
 def _scaled_norm(model: Any, module: str, scale: np.ndarray, shift: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -228,4 +248,4 @@ def _scaled_rows(layer: Linear, folding: Folding, scale: np.ndarray, shift: np.n
         raise ValueError(f"{layer.name}: {folding.heads} heads share each row and need the same scale and shift; "
                          "Folding.tied makes them equal")
     bias = None if layer.bias is None else (layer.bias - minus) / by_row
-    return _changed(layer, _dense(layer) / by_row[:, None], bias)
+    return _changed(layer, _dense(layer) / by_row[:, None], bias, layer.extras)

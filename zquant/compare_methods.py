@@ -1,0 +1,267 @@
+"""Several recipes for one model in one table: the same loss for all, time, memory, size."""
+
+from __future__ import annotations
+
+import html
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ._progress import bar
+from .calibrate import _rss
+from .language_report import MAX_TOKENS
+from .losses import Loss, loss_for
+from .methods import Recipe
+from .quantize import choose_scheme, quantize
+from .report import _size
+from .spec import Scheme
+from .tables import Written, html_table, text_table
+
+__all__ = ["MethodResult", "MethodsTable", "compare_methods"]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One recipe.
+
+    Attributes
+    ----------
+    name : what it was called
+    scheme : name of the scheme
+    recipe : :meth:`Recipe.to_dict` of what was done
+    value, increase : the loss, and how much worse than float32; None where it failed
+    recovered : share of the increase by round to nearest, in the same scheme, that this recipe avoids; None where round to
+        nearest costs nothing
+    seconds : to quantize, calibration included
+    peak_bytes : the most memory that the process had meanwhile beyond what it had before, sampled 50 times a second
+    nbytes : size of the quantized weights
+    error : why it failed, or ""
+    """
+
+    name: str
+    scheme: str
+    recipe: Mapping[str, Any]
+    value: float | None = None
+    increase: float | None = None
+    recovered: float | None = None
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    nbytes: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MethodsTable(Written):
+    """The result of :func:`compare_methods`; printed, shown in Jupyter, plotted, saved.
+
+    Attributes
+    ----------
+    results : one :class:`MethodResult` per recipe, in the order given; round to nearest is added to each scheme without it
+    metric, reference : the loss's name, and its value for the float model
+    nbytes : size of the float weights
+    interrupted : whether it was stopped before its end; what was found until then is here
+    """
+
+    loss: Loss
+    results: tuple[MethodResult, ...]
+    nbytes: int
+    interrupted: bool = False
+
+    @property
+    def metric(self) -> str:
+        return self.loss.name
+
+    @property
+    def reference(self) -> float:
+        return self.loss.reference
+
+    def __getitem__(self, name: str) -> MethodResult:
+        return next(result for result in self.results if result.name == name)
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        header = ["method", "scheme", self.metric, "increase", "of RTN's loss regained", "seconds", "peak MB", "MB"]
+        rows = [["float32", "", self.loss.text(self.reference), "", "", "", "", f"{self.nbytes / 1e6:.1f}"]]
+        return header, rows + [self._row(result) for result in self.results]
+
+    def _row(self, r: MethodResult) -> list[str]:
+        if r.value is None or r.increase is None:
+            return [r.name, r.scheme, "failed", "", "", f"{r.seconds:.1f}", "", ""]
+        regained = "-" if r.recovered is None else f"{100 * r.recovered:.0f} %"
+        return [r.name, r.scheme, self.loss.text(r.value), f"{r.increase:+.4g}", regained, f"{r.seconds:.1f}",
+                f"{r.peak_bytes / 1e6:.0f}", f"{r.nbytes / 1e6:.1f}"]
+
+    def _notes(self) -> list[str]:
+        notes = [f"{r.name} ({r.scheme}) failed: {r.error}" for r in self.results if r.error]
+        return notes + ["interrupted: some recipes are missing"] * self.interrupted
+
+    def __repr__(self) -> str:
+        return "\n".join([text_table(*self._table(), left=2), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        return html_table(*self._table(), left=2) + notes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain Python objects, ready for JSON."""
+        return {"metric": self.metric, "reference": self.reference, "bytes": self.nbytes, "interrupted": self.interrupted,
+                "results": [dict(vars(result)) for result in self.results]}
+
+    def plot(self) -> Any:
+        """One picture, a ``matplotlib.figure.Figure``: the increase of the loss by recipe and scheme.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed.
+        """
+        from .plot import methods_figure
+
+        return methods_figure(self)
+
+
+@dataclass(frozen=True)
+class _Job:
+    name: str
+    recipe: Recipe
+    scheme: Scheme
+
+
+def compare_methods(
+    model: Any,
+    methods: Mapping[str, Any] | Sequence[Any],
+    calib: Any = None,
+    evaluation: Any = None,
+    *,
+    scheme: str | Scheme | None = None,
+    mode: str = "sequential",
+    samples: int = 128,
+    seq_len: int = 512,
+    max_tokens: int | None = MAX_TOKENS,
+    batch_size: int | None = None,
+    seed: int = 0,
+    show_progress_bar: bool | None = None,
+) -> MethodsTable:
+    """Quantize a model by several recipes and compare what each costs.
+
+    Parameters
+    ----------
+    model
+        A float CausalLM, SentenceEncoder or Model. It is not changed.
+    methods
+        Name -> recipe, or name -> (scheme, recipe); recipes as for :meth:`Recipe.of`. Or a list of recipes and pairs, which
+        are then called what the recipes are.
+    calib
+        Calibration data for recipes that need some, as in :func:`zquant.quantize`; never what ``evaluation`` is.
+    evaluation
+        What the loss is measured on; see :func:`zquant.losses.loss_for`: a text for language models; sentences, or scored
+        pairs, for encoders.
+    scheme
+        For recipes that are not in a pair with one. None: a preset's own, else "w8a8".
+    mode, samples, seed
+        Of the calibration, as in :func:`zquant.quantize`.
+    seq_len, max_tokens, batch_size
+        Of the loss.
+    show_progress_bar
+        None: where stderr is a terminal, after two seconds.
+
+    Returns
+    -------
+    MethodsTable
+        A recipe that fails has a row that says why. After Ctrl-C: those that were done until then, and ``interrupted``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        No recipes; names that are not known or steps out of order; data that the loss cannot be measured on.
+
+    >>> import zquant as zq
+    >>> from zquant.demo_model import find_minilm
+    >>> enc = zq.SentenceEncoder(find_minilm())
+    >>> table = zq.compare_methods(enc, {"int8": ("w8a8", "rtn"), "int4": ("w4a8", "rtn")}, evaluation=["The sky is clear."])
+    >>> table["int8"].value > table["int4"].value > 0.9
+    True
+    """
+    if evaluation is None:
+        raise ValueError("evaluation: expected what the loss is measured on: a text, sentences or scored pairs")
+    jobs = list(_jobs(methods, scheme))
+    loss = loss_for(model, evaluation, seq_len=seq_len, max_tokens=max_tokens, batch_size=batch_size)
+    options = dict(calib=calib, mode=mode, samples=samples, seed=seed, show_progress_bar=False)
+    results: list[MethodResult] = []
+    costs: dict[Scheme, float] = {}  # of round to nearest
+    interrupted = False
+    try:
+        for job in bar(jobs, "methods", show_progress_bar, unit="recipe"):
+            results.append(_measured(model, job, loss, options, costs))
+    except KeyboardInterrupt:
+        interrupted = True
+    return MethodsTable(loss, tuple(results), _size(model), interrupted)
+
+
+def _jobs(methods: Any, default: str | Scheme | None) -> Iterator[_Job]:
+    """Every recipe, and before the first of each scheme round to nearest where it is not among them."""
+    if isinstance(methods, (str, Recipe)) or not methods:
+        raise ValueError("methods: expected a mapping from names to recipes, or a list of recipes")
+    found = []
+    for name, method in methods.items() if isinstance(methods, Mapping) else ((None, method) for method in methods):
+        pair = isinstance(method, tuple) and len(method) == 2 and _is_scheme(method[0])
+        scheme, what = method if pair else (default, method)
+        recipe = Recipe.of(what)
+        found.append(_Job(recipe.name if name is None else str(name), recipe, choose_scheme(scheme, what)))
+    rtn, seen = Recipe.of("rtn"), list[Scheme]()
+    plain = [job.scheme for job in found if job.recipe.steps == rtn.steps]
+    for job in found:
+        if job.scheme not in seen and job.scheme not in plain:
+            yield _Job("rtn", rtn, job.scheme)
+        seen.append(job.scheme)
+        yield job
+
+
+def _is_scheme(value: Any) -> bool:
+    try:
+        Scheme.parse(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _measured(model: Any, job: _Job, loss: Loss, options: dict[str, Any], costs: dict[Scheme, float]) -> MethodResult:
+    known: dict[str, Any] = dict(name=job.name, scheme=job.scheme.name, recipe=job.recipe.to_dict())
+    start, peak = time.perf_counter(), _PeakMemory()
+    try:
+        with peak:
+            small = quantize(model, job.scheme, job.recipe, **options)
+        seconds = time.perf_counter() - start
+        value = loss(small)
+    except Exception as error:  # whatever a recipe fails of, the others go on
+        return MethodResult(**known, seconds=time.perf_counter() - start,
+                            error=str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+    increase, plain = loss.increase(value), job.recipe.steps == Recipe.of("rtn").steps
+    if plain:
+        costs[job.scheme] = increase
+    cost = costs.get(job.scheme, 0.0)
+    recovered = 1 - increase / cost if cost > 0 and not plain else None
+    return MethodResult(**known, value=value, increase=increase, recovered=recovered, seconds=seconds,
+                        peak_bytes=peak.bytes, nbytes=_size(small))
+
+
+class _PeakMemory:
+    """The most memory of the process inside a ``with``, beyond what it had at its beginning."""
+
+    def __init__(self) -> None:
+        self.bytes, self._end = 0, threading.Event()
+
+    def __enter__(self) -> None:
+        self._before = _rss()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.02):
+            self.bytes = max(self.bytes, _rss() - self._before)
+
+    def __exit__(self, *_: Any) -> None:
+        self._end.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, _rss() - self._before)
