@@ -365,7 +365,8 @@ class Walker:
         """The unit's layers are packed for this pass alone: a model's own would stay packed."""
         names = [name for stage in unit.stages for name in stage]
         layers = {name: self.model.linears[name] for name in names}
-        fresh = {name: layer.with_weight(layer._weight, layer.activations) for name, layer in layers.items()}
+        fresh = {name: layer.with_weight(layer._weight, layer.activations, extras=layer.extras)
+                 for name, layer in layers.items()}
         try:
             run = unit.prepare(self.model.replace(linears=fresh))
             for batch in self.steps.batches:

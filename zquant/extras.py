@@ -1,7 +1,7 @@
 """What a linear layer may carry beside its weight: a known range of its input, a branch, a correction, outliers."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Union
 
@@ -75,7 +75,8 @@ class StaticRange:
     zero: int
 
     def __post_init__(self) -> None:
-        scale, zero = float(np.float32(self.scale)), self.zero
+        with np.errstate(over="ignore"):
+            scale, zero = float(np.float32(self.scale)), self.zero
         if not TINY <= scale < np.inf:
             raise ValueError(f"StaticRange: scale must be a positive normal float32, got {self.scale!r}")
         if isinstance(zero, bool) or not isinstance(zero, (int, np.integer)) or not 0 <= zero <= 255:
@@ -160,6 +161,28 @@ class Branch(_Arrays):
         [[1.0, 2.0]]
         """
         return (x if self.shift is None else x - self.shift) * self.reciprocal
+
+    def statistics(self, statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Statistics of what the weight multiplies, from those of the rows in front of the branch.
+
+        With a shift, means of magnitudes and the Gram matrix cannot be known from theirs: they are left out, and the maximum
+        of the magnitudes is known where "minmax" is there.
+
+        >>> Branch(np.float32([2, 4])).statistics({"absmax": np.float32([2, 2])})["absmax"].tolist()
+        [1.0, 0.5]
+        """
+        factor, found = self.reciprocal, {}
+        for name in ("minmax", "samples"):  # the scale is positive: smallest values stay smallest
+            if name in statistics:
+                found[name] = self(statistics[name])
+        if self.shift is not None:
+            return found | ({"absmax": np.abs(found["minmax"]).max(0)} if "minmax" in found else {})
+        for name in ("absmax", "mean_abs"):
+            if name in statistics:
+                found[name] = statistics[name] * factor
+        if "gram" in statistics:
+            found["gram"] = statistics["gram"] * np.multiply.outer(factor, factor)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

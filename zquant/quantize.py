@@ -10,6 +10,7 @@ import numpy as np
 
 from ._progress import bar
 from .calibrate import MODES, _one_of, read_sequences, walk
+from .extras import Extras, static_range
 from .formats.safetensors import Stored
 from .linear import Linear
 from .mapped import release
@@ -41,8 +42,9 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
     method
         A name or a :class:`Method`.
     calib
-        For methods that look at data (``method.needs``; others ignore it): texts, ids or "random" as for
-        :func:`zquant.calibrate`, or :class:`zquant.Statistics` of this model. Keep it apart from what you evaluate on.
+        For methods that look at data (``method.needs``) and for activations with static ranges (others ignore it): texts,
+        ids or "random" as for :func:`zquant.calibrate`, or :class:`zquant.Statistics` of this model. Keep it apart from
+        what you evaluate on.
     mode
         "sequential": statistics of each layer are taken after those before it have been quantized, inside a block too.
         "parallel": those of the float model throughout. Statistics that are given are used as they are.
@@ -64,12 +66,14 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
         ``calib``, data without tokens, statistics of another model.
     """
     quantizer = Quantizer(model, scheme, method)
-    needs = quantizer.method.needs
+    needs = quantizer.needs
     _one_of("mode", mode, MODES)
     if not needs:
         quantizer.layer_by_layer(None, show_progress_bar)
     elif calib is None:
-        raise ValueError(f"method {type(quantizer.method).__name__} needs {', '.join(sorted(needs))} of the layers' inputs: "
+        who = f"method {type(quantizer.method).__name__}" if quantizer.method.needs else \
+            f"scheme {quantizer.scheme.name}, whose activations have static ranges,"
+        raise ValueError(f"{who} needs {', '.join(sorted(needs))} of the layers' inputs: "
                          "give calib=, a text of the kind that the model will see")
     elif isinstance(calib, Statistics):
         calib.check(model, needs, quantizer.specs)
@@ -90,6 +94,7 @@ class Quantizer:
     network : the float model
     start : the same with quantized word embeddings, if the scheme says so: where the sequential mode begins
     specs : name -> format of the layers that are quantized
+    needs : statistics that the method wants, and those that static activations do
     """
 
     def __init__(self, model: Any, scheme: str | Scheme, method: str | Method) -> None:
@@ -102,6 +107,8 @@ class Quantizer:
             raise ValueError(f"scheme {scheme.name}: int8 attention is for encoders, not {type(self.network).__name__}")
         specs = {name: scheme.weights_for(name) for name in self._layers}
         self.specs = {name: spec for name, spec in specs.items() if spec is not None}
+        static = any(_is_static(scheme.activations_for(name)) for name in self.specs)
+        self.needs = self.method.needs | ({"minmax"} if static else set())
         for name in self.specs:
             _refuse_quantized(name, self._layers[name]._weight)
         self._linears: dict[str, Linear] = {}
@@ -129,11 +136,16 @@ class Quantizer:
         for name in bar(self.specs, "quantize", show, total=len(self.specs), unit="layer"):
             self._linears[name] = self._quantize(name, None if stats is None else stats[name])
 
-    def _quantize(self, name: str, stats: InputStatistics | None) -> Linear:
+    def _quantize(self, name: str, given: InputStatistics | None) -> Linear:
         layer = self._layers[name]
+        stats = _behind(layer, given, self.needs)
         weight = _quantize_weight(name, layer._weight, self.specs[name], self.method, stats)
         layer.release()
-        return layer.with_weight(weight, self.scheme.activations)
+        act = self.scheme.activations_for(name)
+        static = None
+        if act is not None and stats is not None and _is_static(act):
+            static = static_range(act, stats["minmax"])
+        return layer.with_weight(weight, act, extras=Extras(static, layer.extras.branch))
 
     def finish(self) -> Any:
         """The quantized model, of the kind that was given."""
@@ -141,10 +153,25 @@ class Quantizer:
         return small if self.network is self.model else self.model.replace(model=small)
 
 
+def _is_static(activations: QuantSpec | None) -> bool:
+    return activations is not None and activations.granularity == "tensor" and not activations.dynamic
+
+
+def _behind(layer: Linear, stats: Mapping[str, np.ndarray] | None, needs: Iterable[str]) -> Mapping[str, np.ndarray] | None:
+    """Statistics of what the layer's weight multiplies: calibration sees what the layer reads, in front of its branch."""
+    branch = layer.extras.branch
+    if branch is None or stats is None:
+        return stats
+    found = branch.statistics(stats)
+    if missing := sorted(set(needs) - set(found)):
+        raise ValueError(f"{layer.name}: its input is shifted; {', '.join(missing)} cannot be known behind that")
+    return found
+
+
 def _check_overrides(scheme: Scheme, names: Iterable[str]) -> None:
     """A pattern that the user gave and that matches nothing is a mistake; those of the named schemes may not apply."""
     built_in = set(Scheme.parse("w4/8a8").overrides)
-    for glob, spec in scheme.overrides:
+    for glob, spec in scheme.overrides + scheme.activation_overrides:
         if (glob, spec) not in built_in and not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(f"scheme {scheme.name}: override {glob!r} matches no linear layer of the model")
 

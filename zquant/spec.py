@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from dataclasses import replace as _replace
 from fnmatch import fnmatchcase
@@ -104,7 +104,7 @@ class QuantSpec(_Data):
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
     def __str__(self) -> str:
-        sharing = {"tensor": "one scale", "token": "per token", "channel": "per channel",
+        sharing = {"tensor": "per tensor" if self.dynamic else "one scale", "token": "per token", "channel": "per channel",
                    "group": f"groups of {self.group_size}", "row_block": f"{self.blocks} row blocks"}[self.granularity]
         return f"{'' if self.symmetric else 'u'}{self.format}{self.bits}, {sharing}"
 
@@ -135,6 +135,9 @@ class QuantSpec(_Data):
 INT8_ROWS = QuantSpec()
 TOKEN_ASYMMETRIC = QuantSpec(8, granularity="token", symmetric=False, dynamic=True)
 TOKEN_SYMMETRIC = QuantSpec(8, granularity="token", dynamic=True)
+# Suffix of a scheme's name -> how its activations share scales.
+SHARING = {"token": {"granularity": "token", "dynamic": True}, "tensor": {"granularity": "tensor", "dynamic": True},
+           "static": {"granularity": "tensor"}}
 
 
 def _weights(bits: int) -> QuantSpec:
@@ -176,8 +179,10 @@ class Scheme(_Data):
     weights
         Format of the linear layers' weights; None leaves them float.
     activations
-        Format of what goes into the quantized linear layers: per token, 8 bits; None (weight-only) keeps float32,
-        which symmetric weights multiply at int16 precision (see :class:`zquant.linear.Linear`).
+        Format of what goes into the quantized linear layers: 8 bits, per token or per tensor; None (weight-only) keeps
+        float32, which symmetric weights multiply at int16 precision (see :class:`zquant.linear.Linear`). Per tensor and
+        dynamic, one scale comes from all tokens of a call, so that a result depends on what else is in the batch; static,
+        it is known from calibration.
     embeddings
         Format of the word-embedding table: int8 per row, or None for float.
     overrides
@@ -186,6 +191,8 @@ class Scheme(_Data):
         Globs of layers that stay float unless an override says otherwise: pooler and heads, as in ZeroQuant.
     int8_attention
         Encoders: the two products of attention run on 8-bit codes too (:func:`zquant.ops.attention` with ``int8``).
+    activation_overrides
+        Pairs of a glob on layer names and a format of activations or None. The last one that matches a name wins.
 
     >>> Scheme.parse("w4/8a8-g128").weights_for("encoder.layer.0.output.dense")
     QuantSpec(bits=4, granularity='group', group_size=128)
@@ -198,33 +205,32 @@ class Scheme(_Data):
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
     skip: tuple[str, ...] = HEADS
     int8_attention: bool = False
+    activation_overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"Scheme: name must be a non-empty string, got {self.name!r}")
         change = object.__setattr__
         change(self, "weights", _weight_format(self.weights, "weights"))
-        change(self, "activations", _as_spec(self.activations, "activations"))
+        change(self, "activations", _activation_format(self.activations, "activations"))
         change(self, "embeddings", _rows(self.embeddings, "embeddings"))
-        pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
-        change(self, "overrides", tuple((_glob(g), _weight_format(s, f"override {g!r}")) for g, s in pairs))
+        change(self, "overrides", _pairs(self.overrides, "override", _weight_format))
+        change(self, "activation_overrides", _pairs(self.activation_overrides, "activation override", _activation_format))
         change(self, "skip", tuple(_glob(g) for g in self.skip))
         if not isinstance(self.int8_attention, bool):
             raise ValueError(f"Scheme: int8_attention must be True or False, got {self.int8_attention!r}")
-        act = self.activations
-        if act is not None and not (act.granularity == "token" and act.bits == 8):
-            raise ValueError(f"Scheme: activations are 8 bits per token or None, not {act}")
 
     @classmethod
     def parse(cls, scheme: str | Scheme) -> Scheme:
         """A scheme by name; a Scheme is returned as it is.
 
         ``w<bits>a8``, ``w<bits>a16`` (weights only) or ``w<bits>/<bits>a8`` (feed-forward / attention: ZeroQuant's
-        mixed precision), then any of ``-sym`` (symmetric int8 activations; else asymmetric uint8), ``-g<size>`` (weights
-        in groups along the input), ``-b<blocks>`` (blocks of whole rows), ``+e32`` (float word embeddings; else int8 per
-        row, as in ZeroQuant; ``+e8`` says so explicitly), ``+attn8`` (encoders: int8 attention). 8-bit weights have one
-        scale per channel, fewer bits one per 64 inputs unless a suffix says otherwise; in mixed schemes the suffix is for
-        the feed-forward layers.
+        mixed precision), then any of ``-sym`` (symmetric int8 activations; else asymmetric uint8), ``-tensor`` or ``-static``
+        (activations with one scale per tensor, dynamic or from calibration; else per token), ``-g<size>`` (weights in groups
+        along the input), ``-b<blocks>`` (blocks of whole rows), ``-wt`` (weights with one scale per tensor), ``+e32`` (float
+        word embeddings; else int8 per row, as in ZeroQuant; ``+e8`` says so explicitly), ``+attn8`` (encoders: int8
+        attention). 8-bit weights have one scale per channel, fewer bits one per 64 inputs unless a suffix says otherwise; in
+        mixed schemes the suffix is for the feed-forward layers.
 
         >>> Scheme.parse("w8a8-sym").activations
         QuantSpec(granularity='token', dynamic=True)
@@ -235,21 +241,27 @@ class Scheme(_Data):
         """
         if isinstance(scheme, Scheme):
             return scheme
-        match = re.fullmatch(r"w(\d+)(?:/(\d+))?a(8|16)((?:-sym|-g\d+|-b\d+)*)(?:\+e(8|32))?(\+attn8)?", scheme) \
-            if isinstance(scheme, str) else None
+        match = re.fullmatch(r"w(\d+)(?:/(\d+))?a(8|16)((?:-sym|-tensor|-static|-wt|-g\d+|-b\d+)*)(?:\+e(8|32))?(\+attn8)?",
+                             scheme) if isinstance(scheme, str) else None
         if match is None:
             raise ValueError(f"unknown scheme {scheme!r}; known: w8a8, w4a8, w4/8a8, w8a16, w4a16 (2 to 8 weight bits), "
-                             "with suffixes -sym, -g<group size>, -b<row blocks>, +e8, +e32, +attn8")
+                             "with suffixes -sym, -tensor, -static, -g<group size>, -b<row blocks>, -wt, +e8, +e32, +attn8")
         bits, attention, act_bits, suffixes, embeddings, attn8 = match.groups()
-        weights, symmetric = _weights(int(bits)), False
+        weights, symmetric, sharing = _weights(int(bits)), False, "token"
         for suffix in filter(None, suffixes.split("-")):
             if suffix == "sym":
                 symmetric = True
+            elif suffix in SHARING:
+                sharing = suffix
+            elif suffix == "wt":
+                weights = QuantSpec(weights.bits, granularity="tensor")
             elif suffix[0] == "g":
                 weights = QuantSpec(weights.bits, granularity="group", group_size=int(suffix[1:]))
             else:
                 weights = QuantSpec(weights.bits, granularity="row_block", blocks=int(suffix[1:]))
-        activations = None if act_bits == "16" else TOKEN_SYMMETRIC if symmetric else TOKEN_ASYMMETRIC
+        if act_bits == "16" and sharing != "token":
+            raise ValueError(f"scheme {scheme!r}: activations of 16 bits have no scale that -{sharing} could be about")
+        activations = None if act_bits == "16" else QuantSpec(8, symmetric=symmetric, **SHARING[sharing])  # type: ignore[arg-type]
         mixed = [("*attention*", _weights(int(attention))), ("*attn*", _weights(int(attention)))] if attention else []
         return cls(scheme, weights, activations, None if embeddings == "32" else INT8_ROWS, tuple(mixed),
                    int8_attention=bool(attn8))
@@ -264,6 +276,19 @@ class Scheme(_Data):
             if fnmatchcase(name, glob):
                 return spec
         return None if any(fnmatchcase(name, glob) for glob in self.skip) else self.weights
+
+    def activations_for(self, name: str) -> QuantSpec | None:
+        """The format of what goes into the linear layer of that name; None is float32.
+
+        >>> static = QuantSpec(8, granularity="tensor")
+        >>> scheme = Scheme.parse("w8a8").replace(activation_overrides={"*.query": static})
+        >>> scheme.activations_for("encoder.layer.0.attention.self.query") == static
+        True
+        """
+        for glob, spec in reversed(self.activation_overrides):
+            if fnmatchcase(name, glob):
+                return spec
+        return self.activations
 
     def with_overrides(self, overrides: Mapping[str, QuantSpec | int | str | None]) -> Scheme:
         """A copy with overrides appended: glob -> "float" (or None), a number of bits, or a QuantSpec.
@@ -291,7 +316,8 @@ class Scheme(_Data):
 
         return {"name": self.name, "weights": plain(self.weights), "activations": plain(self.activations),
                 "embeddings": plain(self.embeddings), "overrides": [[g, plain(s)] for g, s in self.overrides],
-                "skip": list(self.skip), "int8_attention": self.int8_attention}
+                "skip": list(self.skip), "int8_attention": self.int8_attention,
+                "activation_overrides": [[g, plain(s)] for g, s in self.activation_overrides]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
@@ -305,8 +331,21 @@ def _glob(value: object) -> str:
     return value
 
 
+def _pairs(value: Any, what: str, read: Callable[[object, str], QuantSpec | None]) -> tuple[tuple[str, QuantSpec | None], ...]:
+    """(glob, format) pairs of a mapping or a sequence."""
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return tuple((_glob(g), read(s, f"{what} {g!r}")) for g, s in pairs)
+
+
 def _weight_format(value: object, what: str) -> QuantSpec | None:
     spec = _as_spec(value, what)
-    if spec is not None and spec.dynamic:
-        raise ValueError(f"Scheme: {what}: weights are not dynamic; got {spec!r}")
+    if spec is not None and (spec.dynamic or (spec.granularity == "tensor" and not spec.symmetric)):
+        raise ValueError(f"Scheme: {what}: weights are not dynamic, and with one scale per tensor symmetric; got {spec!r}")
+    return spec
+
+
+def _activation_format(value: object, what: str) -> QuantSpec | None:
+    spec = _as_spec(value, what)
+    if spec is not None and not (spec.granularity in ("token", "tensor") and spec.bits == 8):
+        raise ValueError(f"Scheme: {what}: 8 bits per token or per tensor, or None; not {spec}")
     return spec
