@@ -20,7 +20,7 @@ from ._blas import core_hint
 
 with core_hint():  # zquant._core loads OpenBLAS
     from . import _core as _core
-from . import cpu, evaluate, ops
+from . import cpu, evaluate, extras, ops
 from .cache import KVCache
 from .calibrate import calibrate
 from .encoder import SentenceEncoder
@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GPTQ", "RTN", "CausalLM", "FormatError", "Generation", "GridTensor", "InputStatistics", "KVCache", "LanguageReport",
     "Linear", "Method", "Model", "PerplexityResult", "QTensor", "QuantSpec", "Report", "STSResult", "Scheme", "SentenceEncoder",
-    "SolveInfo", "Statistics", "__version__", "calibrate", "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads",
-    "gptq", "load", "ops", "pearson",
+    "SolveInfo", "Statistics", "__version__", "calibrate", "compare", "cosine_fidelity", "cpu", "evaluate", "extras",
+    "get_num_threads", "gptq", "load", "ops", "pearson",
     "perplexity", "quantize", "set_num_threads", "spearman", "sqnr_db", "sts",
 ]
