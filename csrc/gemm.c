@@ -7,6 +7,8 @@
  * Every element is computed by the same tile arithmetic either way, so the schedule never shows in the result. */
 #include "zq_kernels.h"
 
+#include <float.h>
+#include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -62,6 +64,11 @@ typedef struct {
     int stream_out;
     int copy_in; /* float32 rows whose pitch aliases: move them */
     int quantize_out;
+    /* one scale for all rows: ZQ_QUANT_STATIC and TENSOR_* */
+    int one_scale;
+    float scale;
+    int32_t zero;
+    _Atomic(uint32_t) lowest, highest; /* TENSOR_*: bit patterns of -min(0, min x) and max(0, max x) */
     /* by columns: shared scratch */
     prepared shared;
     float *y;
@@ -92,13 +99,49 @@ note_bad_row(gemm_job *g, int64_t row)
     }
 }
 
-/* One row of x into its `split` rows of codes. Returns 0 where x is not finite. */
-static int
-quantize_row(const gemm_job *g, int64_t r, uint8_t *q, float *sx, int32_t *zx)
+/* Row r of x as the weights see it: itself, or in `branched` (k) behind shift and factor. */
+static const float *
+read_row(const gemm_job *g, int64_t r, float *branched)
 {
     const float *x = g->x->f32 + r * g->x->ld_f32;
-    return g->split == 2 ? zq_quantize_token16(g->K, x, g->w->k, q, q + g->lda, sx, zx)
-                         : zq_quantize_token(g->K, x, g->w->k, g->x->quant, q, sx, zx);
+    if (!g->w->in_factor) {
+        return x;
+    }
+    g->K->shift_scale_f32(x, g->w->k, g->w->in_shift, g->w->in_factor, branched);
+    return branched;
+}
+
+/* The same, in scratch of this thread; NULL without memory, which is noted. */
+static const float *
+read_row_scratch(gemm_job *g, int64_t r)
+{
+    float *branched = g->w->in_factor ? zq_scratch(ZQ_SCRATCH_ROW, (size_t)g->w->k * sizeof *branched) : NULL;
+    if (g->w->in_factor && !branched) {
+        atomic_store(&g->no_memory, 1);
+        return NULL;
+    }
+    return read_row(g, r, branched);
+}
+
+/* One row of x into its `split` rows of codes. Returns 0 where x is not finite. */
+static int
+quantize_row(gemm_job *g, int64_t r, uint8_t *q, float *sx, int32_t *zx)
+{
+    const int64_t k = g->w->k;
+    const float *x = read_row_scratch(g, r);
+    if (!x) {
+        return 1;
+    }
+    if (g->split == 2) {
+        return zq_quantize_token16(g->K, x, k, q, q + g->lda, sx, zx);
+    }
+    if (!g->one_scale) {
+        return zq_quantize_token(g->K, x, k, g->x->quant, q, sx, zx);
+    }
+    *sx = g->scale;
+    *zx = g->zero;
+    g->K->quantize_div_f32_b8(x, k, g->scale, g->zero, 0, 255, q);
+    return g->K->absmax_f32(x, k) <= FLT_MAX;
 }
 
 static size_t
@@ -119,10 +162,10 @@ prepared_at(const gemm_job *g, int64_t rows, void *buffer)
 static operand
 prepared_operand(const gemm_job *g, const prepared *p)
 {
-    return (operand){p->q, g->lda, p->sx, p->zx, p->start};
+    return (operand){p->q, g->w->kind == ZQ_W_F32 ? g->lda / (int64_t)sizeof(float) : g->lda, p->sx, p->zx, p->start};
 }
 
-/* Row r of x into codes and scales at row `at` of p, and what groups need: signed codes and where the sums start. The slack
+/* Row r of x into codes and scales (float32 weights: float32 behind shift and factor) at row `at` of p, and what groups need: signed codes and where the sums start. The slack
  * up to kpad is multiplied too, by codes that may not be 0: it must be. */
 static void
 prepare_row(gemm_job *g, int64_t r, const prepared *p, int64_t at)
@@ -130,6 +173,10 @@ prepare_row(gemm_job *g, int64_t r, const prepared *p, int64_t at)
     const zq_rows *x = g->x;
     const int64_t k = g->w->k;
     uint8_t *q = p->q + at * g->lda;
+    if (g->w->kind == ZQ_W_F32) {
+        read_row(g, r, (float *)q);
+        return;
+    }
     if (!x->f32) {
         memcpy(q, x->u8 + r * x->ld_u8, (size_t)k);
         p->sx[at] = x->scale[r];
@@ -414,6 +461,68 @@ zq_row_pitch(int64_t bytes)
     return (lines + (lines % 2 == 0)) * 64;
 }
 
+/* Positive floats order as their bit patterns do. */
+static void
+raise_to(_Atomic(uint32_t) *top, float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t seen = atomic_load(top);
+    while (bits > seen && !atomic_compare_exchange_weak(top, &seen, bits)) {
+    }
+}
+
+static void
+range_job(void *ctx, int64_t r)
+{
+    gemm_job *g = ctx;
+    const float *x = read_row_scratch(g, r);
+    float lo, hi;
+    if (!x) {
+        return;
+    }
+    if (!g->K->minmax_f32(x, g->w->k, &lo, &hi)) {
+        note_bad_row(g, r);
+        return;
+    }
+    raise_to(&g->lowest, fabsf(lo));
+    raise_to(&g->highest, hi);
+}
+
+/* The scale and zero of all rows. Extremes do not depend on the order in which the rows are looked at. */
+static void
+find_scale(gemm_job *g)
+{
+    g->one_scale = g->x->f32 && g->x->quant >= ZQ_QUANT_STATIC;
+    if (!g->one_scale) {
+        return;
+    }
+    g->scale = g->w->in_scale;
+    g->zero = g->w->in_zero;
+    if (g->x->quant == ZQ_QUANT_STATIC) {
+        return;
+    }
+    for_rows(g, g->w->k, range_job);
+    const uint32_t ends[2] = {g->lowest, g->highest};
+    float range[2];
+    memcpy(range, ends, sizeof range);
+    zq_token_scale(g->x->quant == ZQ_QUANT_TENSOR_SYM ? ZQ_QUANT_TOKEN_SYM : ZQ_QUANT_TOKEN_ASYM, -range[0], range[1],
+                   &g->scale, &g->zero);
+}
+
+static zq_status
+outcome(gemm_job *g, int64_t *bad_row)
+{
+    if (g->no_memory) {
+        return ZQ_ENOMEM;
+    }
+    if (g->bad_row < g->m) {
+        *bad_row = g->bad_row;
+        return ZQ_ENONFINITE;
+    }
+    return ZQ_OK;
+}
+
 zq_status
 zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out, int64_t *bad_row)
 {
@@ -427,15 +536,19 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     int mr = 1;
     choose_kernel(&g, &mr);
     g.lda = zq_row_pitch(w->k * (w->kind == ZQ_W_F32 ? 4 : 1));
-    g.copy_in = w->kind == ZQ_W_F32 && x->ld_f32 % (ALIAS_BYTES / 4) == 0 && w->n > ZQ_NR;
+    g.copy_in = w->kind == ZQ_W_F32 && !w->in_factor && x->ld_f32 % (ALIAS_BYTES / 4) == 0 && w->n > ZQ_NR;
     g.panels = zq_ceil_div(w->n, ZQ_NR);
-    g.prepare_in = w->kind != ZQ_W_F32 && (x->f32 || g.groups);
+    g.prepare_in = w->in_factor || (w->kind != ZQ_W_F32 && (x->f32 || g.groups));
     g.split = x->f32 && x->quant == ZQ_QUANT_TOKEN_16 ? 2 : 1;
     set_tiles(&g, zq_ceil_div(m, mr / g.split));
     g.far = g.panels * w->panel_bytes >= FAR_BYTES;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
     g.stream_out = !g.quantize_out && m * out->ld_y * 4 >= STREAM_BYTES && out->ld_y % 16 == 0 && (uintptr_t)out->y % 64 == 0;
     g.bad_row = m;
+    find_scale(&g);
+    if (g.no_memory || g.bad_row < m) {
+        return outcome(&g, bad_row);
+    }
     const int threads = g.threads = zq_threads();
     const int once = g.far && m * g.split <= FEW_ROWS;
     if (threads == 1 || (g.tiles >= (int64_t)threads * MIN_TILES && !once)) {
@@ -448,14 +561,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     else {
         run_by_columns(&g);
     }
-    if (g.no_memory) {
-        return ZQ_ENOMEM;
-    }
-    if (g.bad_row < m) {
-        *bad_row = g.bad_row;
-        return ZQ_ENONFINITE;
-    }
-    return ZQ_OK;
+    return outcome(&g, bad_row);
 }
 
 /* ---- exact integer products ------------------------------------------------------------------------ */

@@ -122,6 +122,9 @@ typedef struct {
     int64_t ld;
     float *scale;
     int32_t *zero;
+    int one_scale; /* ZQ_QUANT_STATIC and TENSOR_*: this one */
+    float tensor_scale;
+    int32_t tensor_zero;
     int64_t *columns; /* (rank) outliers */
     float *top;       /* (k) */
     _Atomic(int64_t) bad_row;
@@ -163,13 +166,22 @@ take_codes(low_job *j, char **buffer)
 static void
 code_row(low_job *j, const float *x, int64_t r)
 {
+    const int64_t k = j->w->k;
     uint8_t *q = j->q + r * j->ld;
-    if (!zq_quantize_token(j->K, x, j->w->k, j->x->quant, q, j->scale + r, j->zero + r)) {
+    if (j->one_scale) {
+        j->scale[r] = j->tensor_scale;
+        j->zero[r] = j->tensor_zero;
+        j->K->quantize_div_f32_b8(x, k, j->tensor_scale, j->tensor_zero, 0, 255, q);
+        if (!(j->K->absmax_f32(x, k) <= FLT_MAX)) {
+            note_bad_row(j, r);
+        }
+    }
+    else if (!zq_quantize_token(j->K, x, k, j->x->quant, q, j->scale + r, j->zero + r)) {
         note_bad_row(j, r);
         j->scale[r] = 1.0f;
         j->zero[r] = 0;
     }
-    memset(q + j->w->k, 0, (size_t)(j->ld - j->w->k));
+    memset(q + k, 0, (size_t)(j->ld - k));
 }
 
 static zq_status
@@ -184,6 +196,7 @@ product(const low_job *j, const zq_out *out, const float *u, int64_t *bad_row)
     }
     zq_linear plain = *j->w;
     plain.extras = NULL;
+    plain.in_factor = NULL; /* the rows have been through it */
     zq_rows rows = *j->x;
     if (j->q) {
         rows = (zq_rows){.u8 = j->q, .ld_u8 = j->ld, .scale = j->scale, .zero = j->zero};
@@ -364,9 +377,64 @@ zq_linear_splits(const zq_linear *w)
     return w->extras && !w->extras->rank;
 }
 
+/* ---- entry ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const low_job *j;
+    float *out;
+} branch_job;
+
+static void
+branch_row(void *ctx, int64_t r)
+{
+    const branch_job *b = ctx;
+    const zq_linear *w = b->j->w;
+    b->j->K->shift_scale_f32(b->j->x->f32 + r * b->j->x->ld_f32, w->k, w->in_shift, w->in_factor, b->out + r * w->k);
+}
+
+/* The scale of all rows, where they share one. `ends` (2 m) is scratch. */
+static zq_status
+find_scale(low_job *j, float *ends, int64_t *bad_row)
+{
+    float lo = 0.0f, hi = 0.0f;
+    j->one_scale = 1;
+    j->tensor_scale = j->w->in_scale;
+    j->tensor_zero = j->w->in_zero;
+    if (j->x->quant == ZQ_QUANT_STATIC) {
+        return ZQ_OK;
+    }
+    assert(j->x->ld_f32 == j->w->k);
+    const zq_status s = zq_minmax_rows(j->x->f32, j->m, j->w->k, ends, ends + j->m, bad_row);
+    for (int64_t r = 0; s == ZQ_OK && r < j->m; r++) {
+        lo = ends[r] < lo ? ends[r] : lo;
+        hi = ends[j->m + r] > hi ? ends[j->m + r] : hi;
+    }
+    zq_token_scale(j->x->quant == ZQ_QUANT_TENSOR_SYM ? ZQ_QUANT_TOKEN_SYM : ZQ_QUANT_TOKEN_ASYM, lo, hi, &j->tensor_scale,
+                   &j->tensor_zero);
+    return s;
+}
+
 zq_status
 zq_forward_with_extras(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out, int64_t *bad_row)
 {
     low_job j = {.w = w, .x = x, .K = zq_active(), .m = m, .ld = zq_row_pitch(w->k), .bad_row = m};
+    const int branch = w->in_factor && x->f32;
+    zq_rows behind = *x;
+    float *scratch = zq_scratch(ZQ_SCRATCH_ROW, (size_t)(2 * m + (branch ? m * w->k : 0)) * sizeof *scratch);
+    if (!scratch) {
+        return ZQ_ENOMEM;
+    }
+    if (branch) {
+        behind.f32 = scratch + 2 * m;
+        behind.ld_f32 = w->k;
+        zq_parallel_for(m, branch_row, &(branch_job){&j, scratch + 2 * m});
+        j.x = &behind;
+    }
+    if (x->f32 && x->quant >= ZQ_QUANT_STATIC) {
+        const zq_status s = find_scale(&j, scratch, bad_row);
+        if (s != ZQ_OK) {
+            return s;
+        }
+    }
     return w->extras->rank ? forward_corrected(&j, out, bad_row) : forward_outliers(&j, out, bad_row);
 }

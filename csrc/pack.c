@@ -53,7 +53,37 @@ zq_linear_free(zq_linear *w)
     zq_free(w->zcorr);
     zq_free(w->bias);
     zq_extras_free(w->extras);
+    zq_free(w->in_factor);
+    zq_free(w->in_shift);
     memset(w, 0, sizeof *w);
+}
+
+/* A copy of n floats, or NULL of NULL; 0 on success. */
+static int
+copy_floats(const float *from, int64_t n, float **to)
+{
+    *to = from ? zq_alloc((size_t)n * sizeof **to) : NULL;
+    if (*to) {
+        memcpy(*to, from, (size_t)n * sizeof **to);
+    }
+    return from && !*to;
+}
+
+zq_status
+zq_linear_input(zq_linear *w, float scale, int32_t zero, const float *factor, const float *shift)
+{
+    float *f, *s;
+    if (copy_floats(factor, w->k, &f) || copy_floats(shift, w->k, &s)) {
+        zq_free(f);
+        return ZQ_ENOMEM;
+    }
+    zq_free(w->in_factor);
+    zq_free(w->in_shift);
+    w->in_scale = scale;
+    w->in_zero = zero;
+    w->in_factor = f;
+    w->in_shift = s;
+    return ZQ_OK;
 }
 
 int64_t
@@ -62,7 +92,8 @@ zq_linear_bytes(const zq_linear *w)
     const int64_t panels = panel_count(w->n);
     const int64_t grouped = w->kind == ZQ_W_S8_GROUP || w->kind == ZQ_W_S4_GROUP;
     const int64_t words = w->kind == ZQ_W_F32 ? 1 : grouped ? 2 : 3;
-    return panels * (w->panel_bytes + words * ZQ_NR * 4) + zq_extras_bytes(w);
+    const int64_t input = ((w->in_factor != NULL) + (w->in_shift != NULL)) * w->k * 4;
+    return panels * (w->panel_bytes + words * ZQ_NR * 4) + input + zq_extras_bytes(w);
 }
 
 /* Everything but the panels' contents, which are filled with the byte of zero codes. */

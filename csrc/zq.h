@@ -51,7 +51,9 @@ typedef enum {
     ZQ_QUANT_TOKEN_SYM,  /* scale = max|x| / 127, codes 1..255, zero 128 */
     ZQ_QUANT_TOKEN_ASYM, /* scale = (hi - lo) / 255 over [min(x,0), max(x,0)], zero = rint(-lo / scale) */
     ZQ_QUANT_TOKEN_16,   /* linear layers only, on the way in: scale = max|x| / 32767, codes int16, zero 0 */
-    ZQ_QUANT_STATIC,     /* scale and zero given: one of each, or one per feature */
+    ZQ_QUANT_STATIC,     /* scale and zero given: one of each, or (outputs) one per feature; saturating to 0..255 */
+    ZQ_QUANT_TENSOR_SYM, /* linear layers only, on the way in: scale and zero as TOKEN_SYM, of all rows of the call */
+    ZQ_QUANT_TENSOR_ASYM,
 } zq_quant;
 
 typedef enum { ZQ_W_F32, ZQ_W_S8, ZQ_W_S8_GROUP, ZQ_W_S4_GROUP } zq_weight_kind;
@@ -69,6 +71,10 @@ typedef struct zq_linear {
     float *zcorr;    /* (n) sum over groups of scale * code sum: what a zero point multiplies; groups only */
     float *bias;     /* (n), zeros without bias */
     struct zq_extras *extras; /* what is added to the product, or NULL (low_rank.c) */
+    /* What is known of the input beforehand (zq_linear_input): */
+    float in_scale;  /* ZQ_QUANT_STATIC; 0 where it is not known */
+    int32_t in_zero;
+    float *in_factor, *in_shift; /* (k) or NULL: float32 rows x are read as (x - shift) * factor */
 } zq_linear;
 
 zq_status zq_linear_pack_f32(zq_linear *w, const float *weight, int64_t n, int64_t k, const float *bias);
@@ -85,6 +91,9 @@ zq_status zq_linear_correct(zq_linear *w, const float *u, const float *v, int64_
  * `count` columns, ascending, have float32 weights (n, count); those of others are their codes times scale. */
 zq_status zq_linear_set_outliers(zq_linear *w, float threshold, const int64_t *columns, const float *weights, int64_t count);
 int zq_linear_splits(const zq_linear *w); /* it does that: rows must be float32, quantized per token on the way in */
+/* What is known of the input, once, before the first product: scale > 0 and zero 0..255 of ZQ_QUANT_STATIC, or scale 0;
+ * factor and shift (k), or NULL. Float32 rows go through factor and shift before anything else sees them. */
+zq_status zq_linear_input(zq_linear *w, float scale, int32_t zero, const float *factor, const float *shift);
 void zq_linear_free(zq_linear *w);
 int64_t zq_linear_bytes(const zq_linear *w);
 
@@ -96,8 +105,8 @@ int64_t zq_row_pitch(int64_t bytes);
 typedef struct {
     const float *f32;    /* (m, k) or NULL */
     int64_t ld_f32;
-    zq_quant quant;      /* how float32 rows are quantized: TOKEN_* (integer weights only) */
-    const uint8_t *u8;   /* (m, k) codes, used when f32 is NULL; rows readable to round_up(k, 8) */
+    zq_quant quant;      /* how float32 rows are quantized (integer weights only) */
+    const uint8_t *u8;   /* (m, k) codes, used when f32 is NULL; rows readable to round_up(k, 8). Not with in_factor */
     int64_t ld_u8;
     const float *scale;  /* (m) */
     const int32_t *zero; /* (m), 0..255 */

@@ -145,6 +145,8 @@ enum { ZQ_ROWS = 8 };
     X(softmax_rows_f32, unsigned, (const float *x, int64_t rows, int64_t n, float *y)) \
     /* max over x of finite or -Inf values; -Inf for n = 0 */ \
     X(max_f32, float, (const float *x, int64_t n)) \
+    /* y = (x - shift) * factor, one of each per element; without shift (NULL) y = x * factor */ \
+    X(shift_scale_f32, void, (const float *x, int64_t n, const float *shift, const float *factor, float *y)) \
     /* y = x * s; y may be x */ \
     X(scale_f32, void, (const float *x, int64_t n, float s, float *y)) \
     /* y (rows, n) = x (rows, n), filled up with zeros to a multiple of 16 columns */ \

@@ -347,7 +347,8 @@ def argument(key, value, of="weights"):
     (argument("strategy", "block"), "integer formats"),
     (argument("num_bits", 9), "bits"),
     (argument("num_bits", 4, "input_activations"), "8 bits per token"),
-    (argument("strategy", "tensor", "input_activations"), "tensor|token"),
+    (argument("strategy", "group", "input_activations"), "group"),
+    (lambda c: c["config_groups"]["group_0"]["input_activations"].update(strategy="tensor", dynamic=False), "input_scale"),
     (lambda c: c["config_groups"]["group_0"].pop("targets"), "targets"),
 ])
 def test_configurations_that_are_not_supported(tmp_path, change, words):
@@ -364,7 +365,7 @@ def test_codes_without_a_quantization_config(tmp_path):
 
 
 @pytest.mark.parametrize("metadata, error, words", [
-    ({"zquant_format_version": "2", "zquant": "{}"}, VersionError, "version 2.*upgrade"),
+    ({"zquant_format_version": "3", "zquant": "{}"}, VersionError, "version 3.*upgrade"),
     ({"zquant_format_version": "x", "zquant": "{}"}, VersionError, "version x"),
     ({"zquant_format_version": "1"}, FormatError, "damaged"),
     ({"zquant_format_version": "1", "zquant": "["}, FormatError, "damaged"),

@@ -7,7 +7,7 @@ from test_gemm import everywhere
 
 import zquant as zq
 from zquant import _core, ops
-from zquant.extras import LowRank, Outliers
+from zquant.extras import Branch, LowRank, Outliers, StaticRange
 from zquant.methods import RTN, LLMInt8, LoRC
 from zquant.methods import lorc as lorc_module
 from zquant.reference import activate, llm_int8
@@ -331,3 +331,34 @@ def test_the_extension_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="quant_in"):
         _core.linear_forward(split, x, INT16, 0, None, 0)
     assert _core.linear_bytes(split) > _core.linear_bytes(new())
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("granularity,dynamic", [("token", True), ("tensor", True), ("tensor", False)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_corrections_behind_branches_and_scales_per_tensor(symmetric, granularity, dynamic, shift):
+    """The correction multiplies what the codes stand for, whatever made them."""
+    x, w, bias, _, _ = layer(21, 33, 40, 1)
+    rng = np.random.default_rng(0)
+    branch = Branch(np.exp(rng.standard_normal(40)).astype(F), rng.standard_normal(40).astype(F) if shift else None)
+    act = QuantSpec(8, granularity=granularity, symmetric=symmetric, dynamic=dynamic)
+    static = None if dynamic else StaticRange(0.03, 128 if symmetric else 100)
+    q = RTN().quantize(w, QuantSpec(4, granularity="group", group_size=8))
+    correction = zq.lorc(w, q.dequantize(), 3)
+    plain, corrected = (zq.Linear("fc", q, bias, act, extras=zq.Extras(static, branch, part)) for part in (None, correction))
+    ones = zq.Linear("one", RTN().quantize(np.eye(40, dtype=F), QuantSpec(8)), None, act, extras=zq.Extras(static, branch))
+    u, v = correction.factors()
+    want = plain(x) + (ones(x).astype(np.float64) @ v.T) @ u.T  # ones(x): the rows that the codes stand for
+    assert np.abs(everywhere(lambda: corrected(x)) - want).max() <= 1e-5 * max(1, np.abs(want).max())
+
+
+def test_outliers_are_found_behind_the_branch():
+    x, w, bias, _, _ = layer(21, 33, 40, 1)
+    x = np.clip(x, -3, 3)
+    scale = np.ones(40, F)
+    scale[7] = 0.01  # makes an outlier of column 7
+    act = QuantSpec(8, granularity="token", dynamic=True)
+    spots = Outliers(6.0, np.array([7]), np.ascontiguousarray(w[:, [7]]))
+    fc = zq.Linear("fc", RTN().quantize(w, QuantSpec(8)), bias, act, extras=zq.Extras(branch=Branch(scale), outliers=spots))
+    want = llm_int8(Branch(scale)(x), w, 6.0, bias)
+    assert np.abs(everywhere(lambda: fc(x)) - want).max() <= 1e-5 * np.abs(want).max()

@@ -264,8 +264,8 @@ def rewrite(directory, change):
 
 def test_a_newer_format_version(tiny, tmp_path):
     saved = zq.quantize(tiny(), "w8a8").save(tmp_path / "saved")
-    rewrite(saved, lambda m: m.update(zquant_format_version="2"))
-    with pytest.raises(VersionError, match="version 2; this zquant reads up to version 1: upgrade"):
+    rewrite(saved, lambda m: m.update(zquant_format_version="3"))
+    with pytest.raises(VersionError, match="version 3; this zquant reads up to version 2: upgrade"):
         zq.load(saved)
 
 

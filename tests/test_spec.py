@@ -10,9 +10,9 @@ from zquant.spec import QuantSpec, Scheme
 
 SPECS = [QuantSpec(), QuantSpec(4, granularity="group", group_size=64), QuantSpec(3, granularity="row_block", blocks=48),
          QuantSpec(8, granularity="token", symmetric=False, dynamic=True), QuantSpec(8, granularity="tensor"),
-         QuantSpec(4, symmetric=False)]
+         QuantSpec(4, symmetric=False), QuantSpec(8, granularity="tensor", symmetric=False, dynamic=True)]
 NAMES = ["w8a8", "w8a8-sym", "w4/8a8", "w4/8a8-g32", "w4/8a8-b48", "w4a8", "w4a8-g128", "w4a8-sym-g32", "w8a16", "w4a16",
-         "w3a16-g16", "w8a8+e8", "w4/8a8-g128+e32"]
+         "w3a16-g16", "w8a8+e8", "w4/8a8-g128+e32", "w8a8-tensor", "w8a8-static-sym-wt", "w4a8-static-g64", "w4a16-wt"]
 
 
 def test_examples():
@@ -30,6 +30,7 @@ def test_spec_round_trips(spec):
 @pytest.mark.parametrize("name", NAMES)
 def test_scheme_round_trips(name):
     scheme = Scheme.parse(name).with_overrides({"encoder.layer.0.*": "float", "*.query": 4, "*.key": QuantSpec(8)})
+    scheme = scheme.replace(activation_overrides={"*.key": None, "*.value": QuantSpec(8, granularity="tensor")})
     assert eval(repr(scheme)) == scheme
     assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
     assert pickle.loads(pickle.dumps(scheme)) == scheme
@@ -52,6 +53,7 @@ def test_scheme_round_trips(name):
     (dict(blocks=48), ("blocks=48", "row_block")),
     (dict(dynamic=True), ("dynamic", "token")),
     (dict(granularity="token"), ("dynamic", "token")),
+    (dict(granularity="group", group_size=8, dynamic=True), ("dynamic", "tensor")),
     (dict(symmetric=1), ("symmetric", "1")),
     (dict(granularity="row_block", blocks=2, symmetric=False), ("row_block", "symmetric")),
 ])
@@ -68,7 +70,8 @@ def test_unknown_scheme_lists_the_known(name):
 
 
 @pytest.mark.parametrize("name, words", [("w9a8", "bits must be an integer, 2..8; got 9"), ("w4a8-g0", "group_size"),
-                                         ("w8a8-b0", "blocks"), ("w4/16a8", "got 16")])
+                                         ("w8a8-b0", "blocks"), ("w4/16a8", "got 16"),
+                                         ("w8a16-static", "16 bits have no scale.*-static"), ("w4a16-tensor", "-tensor")])
 def test_scheme_names_with_bad_numbers(name, words):
     with pytest.raises(ValueError, match=words):
         Scheme.parse(name)
@@ -79,6 +82,10 @@ def test_scheme_names_with_bad_numbers(name, words):
     (lambda: Scheme("", weights=8), "name"),
     (lambda: Scheme("x", activations=QuantSpec()), "activations"),
     (lambda: Scheme("x", weights=QuantSpec(granularity="token", dynamic=True)), "dynamic"),
+    (lambda: Scheme("x", weights=QuantSpec(granularity="tensor", symmetric=False)), "symmetric"),
+    (lambda: Scheme("x", activations=QuantSpec(4, granularity="tensor")), "8 bits"),
+    (lambda: Scheme("x", 8, activation_overrides={"*": QuantSpec()}), "activation override '\\*'.*per token or per tensor"),
+    (lambda: Scheme("x", 8, activation_overrides={3: None}), "pattern"),
     (lambda: Scheme("x", embeddings=QuantSpec(4, granularity="group", group_size=8)), "embeddings"),
     (lambda: Scheme.parse("w8a8").with_overrides({"": 8}), "pattern"),
     (lambda: Scheme.parse("w8a8").with_overrides({"*": "int9"}), "bits"),
@@ -113,8 +120,17 @@ def test_activations_of_names():
     assert Scheme.parse("w8a8").activations.symmetric is False
     assert Scheme.parse("w8a8-sym").activations.symmetric is True
     assert Scheme.parse("w8a16").activations is None
+    assert Scheme.parse("w8a8-tensor").activations == QuantSpec(8, granularity="tensor", symmetric=False, dynamic=True)
+    assert Scheme.parse("w8a8-static-sym").activations == QuantSpec(8, granularity="tensor")
+    assert Scheme.parse("w8a8-wt").weights == QuantSpec(8, granularity="tensor")
     assert Scheme.parse("w8a8").embeddings == QuantSpec(8)
     assert Scheme.parse("w8a8+e32").embeddings is None
+
+
+def test_activations_for_the_last_override_wins():
+    static, token = QuantSpec(8, granularity="tensor"), Scheme.parse("w8a8").activations
+    scheme = Scheme.parse("w8a8").replace(activation_overrides={"*.dense": static, "*.output.dense": None})
+    assert [scheme.activations_for(name) for name in ("a.query", "a.dense", "a.output.dense")] == [token, static, None]
 
 
 def test_frozen():

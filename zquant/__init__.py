@@ -20,7 +20,7 @@ from ._blas import core_hint
 
 with core_hint():  # zquant._core loads OpenBLAS
     from . import _core as _core
-from . import cpu, evaluate, ops
+from . import cpu, evaluate, extras, ops
 from .cache import KVCache
 from .calibrate import calibrate
 from .compare_methods import MethodResult, MethodsTable, compare_methods
@@ -58,7 +58,7 @@ __all__ = [
     "MethodResult", "MethodsTable", "Model", "OutlierSuppression", "Outliers", "PRESETS", "PerplexityResult", "QTensor",
     "QuantSpec", "RTN", "Recipe", "Repair", "Report", "STSResult", "Scheme", "Sensitivity", "SentenceEncoder",
     "SmoothQuant", "SolveInfo", "Statistics", "Transform", "__version__", "awq", "awq_clip", "calibrate", "compare",
-    "compare_methods", "cosine_fidelity", "cpu", "evaluate", "fptq", "get_num_threads", "gptq", "llm_int8_matmul",
-    "load", "lorc", "ops", "outlier_suppression", "pearson", "perplexity", "plant_outliers", "quantize", "sensitivity",
-    "set_num_threads", "smoothquant_scales", "spearman", "sqnr_db", "sts",
+    "compare_methods", "cosine_fidelity", "cpu", "evaluate", "extras", "fptq", "get_num_threads", "gptq",
+    "llm_int8_matmul", "load", "lorc", "ops", "outlier_suppression", "pearson", "perplexity", "plant_outliers",
+    "quantize", "sensitivity", "set_num_threads", "smoothquant_scales", "spearman", "sqnr_db", "sts",
 ]

@@ -75,7 +75,8 @@ class StaticRange:
     zero: int
 
     def __post_init__(self) -> None:
-        scale, zero = float(np.float32(self.scale)), self.zero
+        with np.errstate(over="ignore"):
+            scale, zero = float(np.float32(self.scale)), self.zero
         if not TINY <= scale < np.inf:
             raise ValueError(f"StaticRange: scale must be a positive normal float32, got {self.scale!r}")
         if isinstance(zero, bool) or not isinstance(zero, (int, np.integer)) or not 0 <= zero <= 255:
@@ -97,8 +98,8 @@ def static_range(spec: QuantSpec, minmax: np.ndarray) -> StaticRange:
     spec
         Format of the activations: granularity "tensor", not dynamic.
     minmax
-        (2, k) float32, smallest and largest value of each input feature: ``statistics[name]["minmax"]``. Where the layer
-        has a :class:`Branch`, of what comes behind it.
+        (2, k) float32, smallest and largest value of each input feature: ``statistics[name]["minmax"]``, which calibration
+        takes behind the layer's :class:`Branch`, if it has one.
 
     Notes
     -----

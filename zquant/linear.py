@@ -8,7 +8,7 @@ from typing import Any, Union
 import numpy as np
 
 from . import _core
-from .extras import Extras, LowRank, Outliers, StaticRange, static_range
+from .extras import Extras, LowRank, Outliers
 from .formats.safetensors import Stored
 from .mapped import release
 from .qtensor import QTensor
@@ -24,7 +24,9 @@ HALVES = ("F16", "BF16")
 MAX_K = 66_000  # u8 x s8 sums stay inside int32: 255 * 127 * 66,000 < 2^31
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 QUANT = {None: 0, "symmetric": 1, "asymmetric": 2}
-TOKEN_16 = 3  # float rows to int16 codes, inside linear_forward only
+# How linear_forward quantizes float rows besides: to int16 codes per token, with one scale known beforehand, with one scale
+# of all rows.
+TOKEN_16, STATIC, TENSOR = 3, 4, {"symmetric": 5, "asymmetric": 6}
 
 
 def _number(table: dict[str | None, int], what: str, key: str | None) -> int:
@@ -214,19 +216,24 @@ class Linear:
                       self.activations, extras=self.extras.take(rows))
 
     def _pack(self) -> Any:
-        handle, extras = self._pack_weight(), self.extras
-        if extras.correction is not None:
-            _core.linear_correct(handle, *extras.correction.factors())
-        if extras.outliers is not None:
-            _core.linear_outliers(handle, extras.outliers.threshold, extras.outliers.columns, extras.outliers.weights)
-        return handle
-
-    def _pack_weight(self) -> Any:
         weight: Any = self.weight
         self._integer = (isinstance(weight, QTensor) and self._why_float(weight) is None
                          and not (weight.spec.bits == 8 and (weight.codes == -128).any()))
-        per_token = self.activations is not None and self.activations.granularity == "token"
-        self._quant_in = QUANT[_symmetry(self.activations)] if per_token else TOKEN_16 if self._integer else 0  # type: ignore[arg-type]
+        self._quant_in = self._mode() if self._integer else 0
+        handle = self._pack_weight(weight)
+        self._pack_extras(handle)
+        return handle
+
+    def _mode(self) -> int:
+        """What linear_forward does with float rows before integer weights."""
+        act = self.activations
+        if act is None:
+            return TOKEN_16
+        if act.granularity == "token":
+            return QUANT[_symmetry(act)]
+        return TENSOR[_symmetry(act)] if act.dynamic else STATIC
+
+    def _pack_weight(self, weight: Any) -> Any:
         if not self._integer:
             handle = _core.linear_pack_f32(self.dense(), self.bias)
             self.release()
@@ -236,6 +243,17 @@ class Linear:
             group = min(weight.spec.group_size, self.in_features)
             return _core.linear_pack_group(weight.codes, weight.scales, group, bits, self.bias)
         return _core.linear_pack_s8(weight.codes, weight.scales[:, 0], self.bias)
+
+    def _pack_extras(self, handle: Any) -> None:
+        static, branch, correction, outliers = (value for _, value in self.extras.given(every=True))
+        scale, zero = (None, 0) if static is None else (static.scale, static.zero)
+        factor, shift = (None, None) if branch is None else (branch.reciprocal, branch.shift)
+        if self._integer or self.activations is None:
+            _core.linear_input(handle, scale, zero, factor, shift)
+        if correction is not None:
+            _core.linear_correct(handle, *correction.factors())
+        if outliers is not None:
+            _core.linear_outliers(handle, outliers.threshold, outliers.columns, outliers.weights)
 
     def _packed(self) -> Any:
         if self._handle is None:
@@ -273,27 +291,30 @@ class Linear:
             Shapes that do not fit; NaN or Inf in x.
         """
         handle = self._packed()
-        if self.extras.branch is not None:
-            if isinstance(x, tuple):
+        if isinstance(x, tuple):
+            if self.extras.branch is not None:
                 raise TypeError(f"{self.name}: a layer with a branch takes float32 rows, not codes")
-            x = self.extras.branch(x)
-        if self.activations is not None and not isinstance(x, tuple) and (
-                not self._integer or self.activations.granularity == "tensor"):
-            x = self._codes(x)
-        if not self._integer:
-            x = _core.dequantize_rows(*x) if isinstance(x, tuple) else x
+            x = x if self._integer else _core.dequantize_rows(*x)
+        elif not self._integer and self.activations is not None:
+            x = self._rounded(x)
         return _core.linear_forward(handle, x, self._quant_in, _number(ACTIVATIONS, "activation", activation), residual,
                                     _number(QUANT, "quantize", quantize))
 
-    def _codes(self, x: np.ndarray) -> Codes:
-        """Codes of rows of x, behind the branch, in the format of the activations."""
+    def _rounded(self, x: np.ndarray) -> np.ndarray:
+        """The values that the layer's codes of x stand for, behind the branch: what weights that the integer kernels do not
+        take are multiplied with."""
         act: Any = self.activations
+        x = x if self.extras.branch is None else self.extras.branch(x)
         if act.granularity == "token":
-            return _core.quantize_tokens(x, QUANT[_symmetry(act)], False)
-        given = self.extras.static or _range_of(x, act)
-        q = _core.quantize_static(x, np.array([given.scale], np.float32),
-                                  np.array([given.zero], np.int32), 0, 255, False)
-        return q, np.full(len(x), given.scale, np.float32), np.full(len(x), given.zero, np.int32)
+            return _core.dequantize_rows(*_core.quantize_tokens(x, QUANT[_symmetry(act)], False))
+        if act.dynamic:  # the range of all rows as one row of two
+            lo, hi = _core.minmax_rows(x)
+            ends = np.array([[lo.min(initial=0), hi.max(initial=0)]], np.float32)
+            _, scale, zero = _core.quantize_tokens(ends, QUANT[_symmetry(act)], False)
+        else:
+            static: Any = self.extras.static
+            scale, zero = np.array([static.scale], np.float32), np.array([static.zero], np.int32)
+        return _core.dequantize_static(_core.quantize_static(x, scale, zero, 0, 255, False), scale, zero)
 
     @staticmethod
     def fuse(layers: Sequence[Linear]) -> Linear:
@@ -341,12 +362,6 @@ class Linear:
 
 def _symmetry(spec: QuantSpec) -> str:
     return "symmetric" if spec.symmetric else "asymmetric"
-
-
-def _range_of(x: np.ndarray, spec: QuantSpec) -> StaticRange:
-    """Range of all rows of x: scale and zero of dynamic activations per tensor."""
-    lo, hi = _core.minmax_rows(x)
-    return static_range(spec.replace(dynamic=False), np.stack([lo, hi]))
 
 
 def _fuse_extras(name: str, parts: Sequence[Extras]) -> Extras:

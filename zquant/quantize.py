@@ -71,8 +71,9 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
     recipe = Recipe.of(method)
     scheme = choose_scheme(scheme, method)
     _one_of("mode", mode, MODES)
-    data = _Data(model, recipe, scheme, calib, dict(samples=samples, seq_len=seq_len, seed=seed))
     check_float(model, scheme)
+    _check_overrides(scheme, dict(inner_network(model).named_linears()))
+    data = _Data(model, recipe, scheme, calib, dict(samples=samples, seq_len=seq_len, seed=seed))
     for step in recipe.transforms:
         model, scheme = _transform(model, step, data, scheme, show_progress_bar)
     quantizer = Quantizer(model, scheme, recipe)
@@ -118,8 +119,8 @@ class _Data:
         if not needs_data(recipe, scheme):
             return
         if calib is None:
-            what = ", ".join(sorted(recipe.needs)) if recipe.needs else "the ranges"
-            who = f"method {recipe.name}" if recipe.needs else f"scheme {scheme.name}"
+            what = ", ".join(sorted(recipe.needs or {"minmax"}))
+            who = f"method {recipe.name}" if recipe.needs else f"scheme {scheme.name}, whose activations have static ranges,"
             raise ValueError(f"{who} needs {what} of the layers' inputs: give calib=, a text of the kind that the model "
                              "will see")
         after = frozenset[str]().union(*(step.needs for step in recipe.steps[1:]))
@@ -152,11 +153,7 @@ def needs_data(recipe: Recipe, scheme: Scheme) -> bool:
 
 def _static(scheme: Scheme) -> bool:
     """Whether some layer's activations have a scale that is known beforehand."""
-    return scheme.activations is not None and _is_static(scheme.activations)
-
-
-def _is_static(spec: QuantSpec) -> bool:
-    return spec.granularity == "tensor" and not spec.dynamic
+    return any(map(_is_static, [scheme.activations, *(spec for _, spec in scheme.activation_overrides)]))
 
 
 def _transform(model: Any, step: Transform, data: _Data, scheme: Scheme, show: bool | None) -> tuple[Any, Scheme]:
@@ -207,7 +204,8 @@ class Quantizer:
 
     @cached_property
     def needs(self) -> frozenset[str]:
-        static = frozenset({"minmax"} if _static(self.scheme) else ())
+        is_static = any(_is_static(self.scheme.activations_for(name)) for name in self.specs)
+        static = frozenset({"minmax"} if is_static else ())
         return self.method.needs.union(static, *(step.needs for step in self.recipe.repairs))
 
     @cached_property
@@ -234,15 +232,15 @@ class Quantizer:
             self._linears[name] = self._quantize(name, None if stats is None else stats[name])
 
     def _quantize(self, name: str, stats: InputStatistics | None) -> Linear:
-        layer, spec, activations = self._layers[name], self.specs[name], self.scheme.activations
+        layer, spec, act = self._layers[name], self.specs[name], self.scheme.activations_for(name)
         weight = _quantize_weight(name, layer._weight, spec, self.method, stats)
         extras = {step.fills: self._repair(name, step, weight, stats) for step in self.recipe.repairs}
-        if activations is not None and _is_static(activations) and stats is not None:
-            extras["static"] = static_range(activations, stats["minmax"])
+        if act is not None and stats is not None and _is_static(act):
+            extras["static"] = static_range(act, stats["minmax"])
         layer.release()
-        return layer.with_weight(weight, activations, extras=Extras(branch=layer.extras.branch, **extras))
+        return layer.with_weight(weight, act, extras=Extras(branch=layer.extras.branch, **extras))
 
-    def _repair(self, name: str, step: Repair, tensor: QTensor, stats: InputStatistics | None) -> Any:
+    def _repair(self, name: str, step: Repair, tensor: QTensor, stats: Mapping[str, np.ndarray] | None) -> Any:
         try:
             return step.repair(self._layers[name].dense(), tensor, self.specs[name], stats)
         except ValueError as error:
@@ -254,10 +252,14 @@ class Quantizer:
         return small if self.network is self.model else self.model.replace(model=small)
 
 
+def _is_static(activations: QuantSpec | None) -> bool:
+    return activations is not None and activations.granularity == "tensor" and not activations.dynamic
+
+
 def _check_overrides(scheme: Scheme, names: Iterable[str]) -> None:
     """A pattern that the user gave and that matches nothing is a mistake; those of the named schemes may not apply."""
     built_in = set(Scheme.parse("w4/8a8").overrides)
-    for glob, spec in scheme.overrides:
+    for glob, spec in scheme.overrides + scheme.activation_overrides:
         if (glob, spec) not in built_in and not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(f"scheme {scheme.name}: override {glob!r} matches no linear layer of the model")
 

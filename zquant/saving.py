@@ -13,6 +13,7 @@ import numpy as np
 
 from .errors import FormatError
 from .formats.compressed_tensors import pack_layer, quantization_config, storage_format, zquant_metadata
+from .formats.layer_extras import pack_extras
 from .formats.safetensors import SINGLE, Checkpoint, Stored, open_checkpoint, write_safetensors
 from .linear import Linear
 from .qtensor import QTensor
@@ -59,6 +60,9 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
     Decoders: ``AutoModelForCausalLM`` reads them too, but where the head is tied to the embedding table only with a float
     table (schemes with "+e32") or with ``dequantize=True``. GPT-2 is the exception: transformers builds it of ``Conv1D``
     layers, which compressed-tensors does not know. Its codes are stored as everybody's, (out, in), and are read by zquant.
+
+    Static ranges of activations are compressed-tensors' own. The other extras of a layer (a branch, a correction, outliers)
+    are not: other readers pass over their tensors, and compute something else.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -112,6 +116,7 @@ def _tensors(model: Any, linears: Mapping[str, Linear], tables: Mapping[str, QTe
         else:
             weight = layer.weight.T if name in transposed else layer.weight
             tensors[f"{name}.weight"] = _as_it_came(source, f"{name}.weight", weight)
+        tensors.update(pack_extras(name, layer.extras, layer.activations is None or layer.activations.symmetric))
         if layer.bias is not None:
             tensors[f"{name}.bias"] = _as_it_came(source, f"{name}.bias", layer.bias)
     for name, table in tables.items():

@@ -160,6 +160,44 @@ cleanup:
     return result;
 }
 
+/* (k,) finite float32, or None */
+static int
+parse_features(PyObject *o, const char *name, int64_t k, zq_arg *a)
+{
+    return o == Py_None ? 0 : zq_read_vector(o, name, k, a);
+}
+
+static PyObject *
+py_input(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    (void)self;
+    enum { HANDLE, SCALE, ZERO, FACTOR, SHIFT, NARGS };
+    zq_arg a[2] = {{0}};
+    PyObject *result = NULL;
+    int64_t zero = 0;
+    float scale = 0.0f;
+    if (zq_count("linear_input", nargs, NARGS) < 0) {
+        return NULL;
+    }
+    zq_linear *w = PyCapsule_GetPointer(args[HANDLE], LINEAR);
+    if (!w || (args[SCALE] != Py_None && zq_read_scale(args[SCALE], &scale) < 0) ||
+        zq_int(args[ZERO], "zero", 0, 255, &zero) < 0 || parse_features(args[FACTOR], "factor", w->k, &a[0]) < 0 ||
+        parse_features(args[SHIFT], "shift", w->k, &a[1]) < 0) {
+        goto cleanup;
+    }
+    if (a[1].arr && !a[0].arr) {
+        PyErr_SetString(PyExc_ValueError, "shift: needs a factor");
+        goto cleanup;
+    }
+    if (zq_check(zq_linear_input(w, scale, (int32_t)zero, a[0].data, a[1].data), "factor", 0) == 0) {
+        result = Py_None;
+        Py_INCREF(result);
+    }
+cleanup:
+    zq_release(2, a);
+    return result;
+}
+
 /* A handle that nobody uses yet and that has no extras; NULL with an exception else. */
 static zq_linear *
 fresh_handle(PyObject *handle)
@@ -326,6 +364,10 @@ parse_rows(const zq_linear *w, PyObject *o, int64_t quant, zq_arg a[3], zq_rows 
             PyErr_SetString(PyExc_TypeError, "x: a weight with outliers takes float32 rows, not codes");
             return -1;
         }
+        if (w->in_factor) {
+            PyErr_SetString(PyExc_TypeError, "x: a layer with a factor on its input takes float32 rows, not codes");
+            return -1;
+        }
         if (parse_codes(o, a, x) < 0) {
             return -1;
         }
@@ -343,7 +385,12 @@ parse_rows(const zq_linear *w, PyObject *o, int64_t quant, zq_arg a[3], zq_rows 
         }
         if (w->kind != ZQ_W_F32 && quant == ZQ_QUANT_NONE) {
             PyErr_SetString(PyExc_ValueError,
-                            "quant_in: integer weights need 1 (symmetric), 2 (asymmetric) or 3 (int16) for float32 rows");
+                            "quant_in: integer weights need 1 (symmetric), 2 (asymmetric), 3 (int16), 4 (static), 5 or 6 (per tensor) "
+                            "for float32 rows");
+            return -1;
+        }
+        if (w->kind != ZQ_W_F32 && quant == ZQ_QUANT_STATIC && !(w->in_scale > 0)) {
+            PyErr_SetString(PyExc_ValueError, "quant_in: 4 (static) needs the scale of the input: linear_input");
             return -1;
         }
     }
@@ -438,7 +485,7 @@ py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         return NULL;
     }
     const zq_linear *w = PyCapsule_GetPointer(args[HANDLE], LINEAR);
-    if (!w || zq_int(args[QUANT_IN], "quant_in", 0, ZQ_QUANT_TOKEN_16, &quant_in) < 0 ||
+    if (!w || zq_int(args[QUANT_IN], "quant_in", 0, ZQ_QUANT_TENSOR_ASYM, &quant_in) < 0 ||
         zq_int(args[ACT], "act", 0, ZQ_ACTS - 1, &act) < 0) {
         return NULL;
     }
@@ -560,6 +607,8 @@ PyMethodDef zq_methods_linear[] = {
     {"linear_pack_f32", FAST(py_pack_f32), METH_FASTCALL, "linear_pack_f32(w, bias) -> handle"},
     {"linear_pack_s8", FAST(py_pack_s8), METH_FASTCALL, "linear_pack_s8(codes, scale, bias) -> handle"},
     {"linear_pack_group", FAST(py_pack_group), METH_FASTCALL, "linear_pack_group(codes, scales, group, bits, bias) -> handle"},
+    {"linear_input", FAST(py_input), METH_FASTCALL,
+     "linear_input(handle, scale | None, zero, factor | None, shift | None): before the handle is first used"},
     {"linear_correct", FAST(py_correct), METH_FASTCALL,
      "linear_correct(handle, u, v): add (x v^T) u^T before the activation; for a new handle"},
     {"linear_outliers", FAST(py_outliers), METH_FASTCALL,

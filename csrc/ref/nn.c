@@ -184,6 +184,14 @@ zq_softmax_rows_f32__ref(const float *x, int64_t rows, int64_t n, float *y)
 }
 
 void
+zq_shift_scale_f32__ref(const float *x, int64_t n, const float *shift, const float *factor, float *y)
+{
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = (shift ? x[i] - shift[i] : x[i]) * factor[i];
+    }
+}
+
+void
 zq_scale_f32__ref(const float *x, int64_t n, float s, float *y)
 {
     for (int64_t i = 0; i < n; i++) {

@@ -221,6 +221,21 @@ scale_f32(const float *x, int64_t n, float s, float *y)
     }
 }
 
+static void
+shift_scale_f32(const float *x, int64_t n, const float *shift, const float *factor, float *y)
+{
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const v16 v = shift ? v16_sub(v16_load(x + i), v16_load(shift + i)) : v16_load(x + i);
+        v16_store(y + i, v16_mul(v, v16_load(factor + i)));
+    }
+    if (i < n) {
+        const v16 v = v16_loadn(x + i, n - i);
+        const v16 moved = shift ? v16_sub(v, v16_loadn(shift + i, n - i)) : v;
+        v16_storen(y + i, v16_mul(moved, v16_loadn(factor + i, n - i)), n - i);
+    }
+}
+
 /* Lanes of one step, row by row; in memory, so that rows do not compete for registers. */
 typedef struct {
     float first[ZQ_ROWS][16], second[ZQ_ROWS][16];
@@ -617,5 +632,6 @@ fill(zq_kernels *t)
     t->softmax_rows_f32 = softmax_rows_f32;
     t->max_f32 = max_f32;
     t->scale_f32 = scale_f32;
+    t->shift_scale_f32 = shift_scale_f32;
     t->rotary_f32 = rotary_f32;
 }

@@ -102,15 +102,22 @@ def test_hidden_states_with_float_activations(saved, batch, tmp_path):
     assert np.abs(zq.load(copy)(*batch) - forward(theirs(copy), *batch)).max() < 2e-5
 
 
-def layer_bound(x, weight, symmetric):
+def tie(t):
+    """Within float32 error of a quotient below 256, and more, of where rounding jumps."""
+    return np.abs(t - np.floor(t) - 0.5) < 1e-4
+
+
+def layer_bound(x, layer):
     """|ours - theirs| for one layer on the same x (tokens, k) at most; and the share of codes that may differ."""
-    x = x.astype(np.float64)
-    if symmetric:
+    x, weight = x.astype(np.float64), layer.dense()
+    if layer.extras.static is not None:
+        step = np.float64(layer.extras.static.scale)
+        near = tie(x / step).astype(np.float64)
+    elif layer.activations.symmetric:
         step, near = np.abs(x).max(1, keepdims=True) / 127, np.ones_like(x)
     else:
         lo, hi = np.minimum(x.min(1, keepdims=True), 0), np.maximum(x.max(1, keepdims=True), 0)
         step = (hi - lo) / 255
-        tie = lambda t: np.abs(t - np.floor(t) - 0.5) < 1e-4  # noqa: E731  (float32 error of a quotient below 256, and more)
         near = (tie(x / step) | tie(lo / step)).astype(np.float64)
     weight = np.abs(weight.astype(np.float64))
     return (near * step) @ weight.T * 1.01 + 64 * EPS * (np.abs(x) @ weight.T + 1), near.mean()
@@ -126,7 +133,7 @@ def layer_differences(model, ours, batch):
             return
         with torch.no_grad():
             out = modules[name](torch.tensor(x)[None])[0].numpy()
-        bound, ties = layer_bound(x, layer.dense(), layer.activations.symmetric)
+        bound, ties = layer_bound(x, layer)
         records.append((name, out - y, bound, ties))
 
     ours(*batch, tap=tap)
@@ -145,6 +152,21 @@ def test_each_layer_on_the_same_input(name, minilm, batch, tmp_path):
         assert ties < 0.02 or name.endswith("-sym"), (layer, ties)
         # The comparator sees an error of a hundredth.
         assert (np.abs(difference + 0.01) > bound).any() or name.endswith("-sym")
+
+
+@pytest.mark.parametrize("name", ["w8a8-static", "w8a8-static-sym"])
+def test_static_ranges(name, minilm, batch, tmp_path):
+    """Theirs saturates as ours does, at -128 too: the calibration has seen one sequence only."""
+    zq.quantize(minilm, name, calib=[batch[0][2, :12]], mode="parallel").save(tmp_path / "m")
+    model, ours = theirs(tmp_path / "m"), zq.load(tmp_path / "m")
+    forward(model, *batch)
+    modules = dict(model.named_modules())
+    for layer_name, layer in ours.named_linears():
+        if layer.spec is not None:
+            assert modules[layer_name].input_scale.item() == layer.extras.static.scale
+    for layer, difference, bound, ties in layer_differences(model, ours, batch):
+        assert (np.abs(difference) <= bound).all(), (layer, (np.abs(difference) / bound).max())
+        assert ties < 0.02 and (np.abs(difference + 0.01) > bound).any(), layer
 
 
 @pytest.mark.parametrize("name, share", [("w8a8", 1.0), ("w8a8-sym", 1.2), ("w4/8a8", 0.3)])
@@ -176,6 +198,9 @@ def make_foreign(directory, dtype, weights, activations, fmt):
             module.weight_scale.data[:] = scale
             if getattr(module, "weight_zero_point", None) is not None:
                 module.weight_zero_point.data[:] = zero
+            if getattr(module, "input_scale", None) is not None:
+                module.input_scale.data[:] = 0.04
+                module.input_zero_point.data[:] = 0 if activations["symmetric"] else -3
     compressor = ModelCompressor(quantization_config=qconfig)
     compressor.compress_model(model)
     model.save_pretrained(directory)
@@ -207,6 +232,18 @@ def test_models_of_other_tools(dtype, bits, group, symmetric, fmt, tmp_path):
     ids = np.arange(10)[None]
     out, other = ours(ids), forward(reference, ids, np.ones_like(ids))
     assert distance(out, other) < {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_ranges_of_other_tools(symmetric, tmp_path):
+    activations = {"num_bits": 8, "symmetric": symmetric, "strategy": "tensor", "dynamic": False}
+    reference = make_foreign(tmp_path, torch.float32, {"num_bits": 8, "symmetric": True, "strategy": "channel"}, activations,
+                             "int-quantized")
+    ours, ids = zq.load(tmp_path), np.arange(10)[None]
+    for name, layer in ours.named_linears():
+        if layer.spec is not None:
+            assert layer.extras.static == zq.extras.StaticRange(0.04, 128 if symmetric else 125)
+    assert distance(ours(ids), forward(reference, ids, np.ones_like(ids))) < 2e-3
 
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w4/8a16-g16"])

@@ -8,8 +8,9 @@ A quantized layer ``m`` is stored as
 
 with g = 1 per channel or ceil(k / group_size). Packed values are code + 2^(bits-1), in a dense little-endian bit stream per
 row (per column for zero points). Asymmetric codes are signed here: code and zero point are each 2^(bits-1) less than in a
-QTensor. ``quantization_config`` in config.json says which layers are stored how. Its objects refuse unknown keys, so what
-the layout cannot say (row blocks, the scheme's name) travels in the metadata of the safetensors file.
+QTensor. What a layer carries beside its weight is in :mod:`zquant.formats.layer_extras`. ``quantization_config`` in
+config.json says which layers are stored how. Its objects refuse unknown keys, so what the layout cannot say (row blocks, the
+scheme's name) travels in the metadata of the safetensors file.
 """
 from __future__ import annotations
 
@@ -18,20 +19,23 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..errors import FormatError, VersionError
+from ..extras import Extras
 from ..linear import HALVES, Linear
 from ..ops.quantize import pack, unpack
 from ..qtensor import QTensor
 from ..spec import QuantSpec, Scheme
+from .layer_extras import PREFIX, read_extras
 from .safetensors import Checkpoint, Stored
 
 __all__ = ["FORMAT_VERSION", "ModelTensors", "pack_layer", "quantization_config", "zquant_metadata"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: layers with extras, activations per tensor
 PARAMETERS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale",
               "input_zero_point", "weight_global_scale", "input_global_scale", "output_scale", "output_zero_point")
 
@@ -112,14 +116,16 @@ def quantization_config(linears: Mapping[str, Linear], tables: Mapping[str, QTen
 
 
 def _group(spec: QuantSpec, activations: QuantSpec | None, storage: str) -> str:
-    return json.dumps({"targets": [], "weights": _arguments(spec), "input_activations": activations and _arguments(activations),
-                       "output_activations": None, "format": storage})
+    weights, inputs = _arguments(spec), None if activations is None else _arguments(activations)
+    if spec.granularity in ("row_block", "tensor"):  # one scale per row in the file
+        weights["strategy"] = "channel"
+    return json.dumps({"targets": [], "weights": weights, "input_activations": inputs, "output_activations": None,
+                       "format": storage})
 
 
 def _arguments(spec: QuantSpec) -> dict[str, Any]:
-    """QuantizationArgs of compressed-tensors. Row blocks and one scale per tensor are stored as one scale per row."""
-    strategy = {"row_block": "channel", "tensor": "channel"}.get(spec.granularity, spec.granularity)
-    return {"num_bits": spec.bits, "type": "int", "symmetric": spec.symmetric, "strategy": strategy,
+    """QuantizationArgs of compressed-tensors."""
+    return {"num_bits": spec.bits, "type": "int", "symmetric": spec.symmetric, "strategy": spec.granularity,
             "group_size": spec.group_size, "dynamic": spec.dynamic}
 
 
@@ -205,8 +211,8 @@ def _parse_group(where: str, data: Any) -> _Group:
     if data.get("output_activations"):
         raise FormatError(f"{where}: output_activations are not supported")
     activations = None if inputs is None else _parse_arguments(f"{where}.input_activations", inputs)
-    if activations is not None and (activations.granularity != "token" or activations.bits != 8):
-        raise FormatError(f"{where}.input_activations: dynamic 8 bits per token are supported, not {activations}")
+    if activations is not None and (activations.granularity not in ("token", "tensor") or activations.bits != 8):
+        raise FormatError(f"{where}.input_activations: 8 bits per token or per tensor are supported, not {activations}")
     return _Group(targets, _parse_arguments(f"{where}.weights", weights), activations)
 
 
@@ -256,7 +262,7 @@ class ModelTensors(Mapping[str, np.ndarray]):
             raise FormatError(f"{checkpoint.path}: tensor {min(self._quantized)}.weight is quantized but config.json has no "
                               "quantization_config")
         hidden = {f"{module}.{parameter}" for module in self._quantized for parameter in PARAMETERS}
-        listed = [name for name in checkpoint if name not in hidden]
+        listed = [name for name in checkpoint if name not in hidden and not name.rpartition(".")[2].startswith(PREFIX)]
         self._names = dict.fromkeys(listed + [f"{module}.weight" for module in sorted(self._quantized)])
 
     def _read_metadata(self, metadata: Mapping[str, str]) -> None:
@@ -313,9 +319,26 @@ class ModelTensors(Mapping[str, np.ndarray]):
         if module not in self._quantized:
             stored = self.checkpoint.stored(f"{module}.weight")
             stored = Stored(stored.array.T, stored.dtype) if transposed else stored
-            return Linear(module, stored if stored.dtype in HALVES else stored.array, bias)
+            extras = self._extras(module, None)
+            return self._checked(module, stored if stored.dtype in HALVES else stored.array, bias, None, extras)
         weight, activations = self._qtensor(module, "Linear")
-        return Linear(module, weight, bias, activations)
+        return self._checked(module, weight, bias, activations, self._extras(module, activations))
+
+    def _extras(self, module: str, activations: QuantSpec | None) -> Extras:
+        try:
+            return read_extras(module, activations, self.checkpoint, partial(self._parameter, module))
+        except FormatError:
+            raise
+        except ValueError as error:
+            raise self._error(module, str(error)) from None
+
+    def _checked(self, module: str, weight: np.ndarray | Stored | QTensor, bias: np.ndarray | None,
+                 activations: QuantSpec | None, extras: Extras) -> Linear:
+        """The layer; where it has extras, what does not fit is the file's fault."""
+        try:
+            return Linear(module, weight, bias, activations, extras=extras)
+        except ValueError as error:
+            raise (self._error(module, str(error)) if extras else error) from None
 
     def table(self, name: str) -> np.ndarray | Stored | QTensor:
         """The embedding table of that (float) name as it is stored: float32 or float16 mapped, bfloat16 as
@@ -349,9 +372,11 @@ class ModelTensors(Mapping[str, np.ndarray]):
         full = f"{module}.{name}"
         if full not in self.checkpoint:
             raise self._error(module, f"tensor {full!r} is missing")
-        if self.checkpoint.dtype(full) not in dtypes or self.checkpoint.shape(full) != shape:
+        got = self.checkpoint.shape(full)
+        if self.checkpoint.dtype(full) not in dtypes or len(got) != len(shape) or any(
+                want not in (-1, n) for want, n in zip(shape, got)):
             raise self._error(module, f"tensor {full!r} is {self.checkpoint.dtype(full)} of shape "
-                              f"{self.checkpoint.shape(full)}; expected {' or '.join(dtypes)} of shape {shape}")
+                              f"{got}; expected {' or '.join(dtypes)} of shape {shape}")
         return self.checkpoint[full]
 
     def _packed_shape(self, module: str) -> tuple[int, int]:
@@ -364,8 +389,8 @@ class ModelTensors(Mapping[str, np.ndarray]):
         """A quantized weight and the format of its inputs; every shape is checked against the others."""
         group = self._group(module, kind)
         spec = group.weights
-        if f"{module}.weight_g_idx" in self.checkpoint or f"{module}.input_scale" in self.checkpoint:
-            raise self._error(module, "activation order (weight_g_idx) and static input scales are not supported")
+        if f"{module}.weight_g_idx" in self.checkpoint:
+            raise self._error(module, "activation order (weight_g_idx) is not supported")
         packed = f"{module}.weight_packed" in self.checkpoint
         shape = self._packed_shape(module) if packed else self.checkpoint.shape(f"{module}.weight")
         if len(shape) != 2:

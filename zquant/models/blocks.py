@@ -299,12 +299,12 @@ _ACTIVATION_NAMES, _QUANT_NAMES = list(ACTIVATIONS), list(QUANT)
 
 
 def _bind(linear: Linear) -> tuple[Callable, int, tuple[Any, int] | None]:
-    """The layer as f(x, activation, residual, quantize), numbers for names; how it wants x quantized; and the packed weights
+    """The layer as f(x, activation, residual, quantize), numbers for names; which codes it takes for x; and the packed weights
     and mode of ``_core.linear_forward``, where f is only that. f holds no more than these, so that the concatenated copy of
     a fused layer can go."""
     handle, mode, forward = linear._packed(), QUANT[linear.quant], _core.linear_forward
     quant_in = linear._quant_in
-    if linear.extras.take_codes and (linear.activations is None or linear.quant and linear._integer):
+    if linear.activations is None or linear._integer:
         return (lambda x, act=0, residual=None, quant=0: forward(handle, x, quant_in, act, residual, quant), mode,
                 (handle, quant_in))
     return (lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant]), mode,
