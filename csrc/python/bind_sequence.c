@@ -10,11 +10,12 @@
 enum { MAX_REGISTERS = 32, MAX_ARGS = 24 };
 
 /* register[out] = function(args), or that result's element `item`; argument i is register[from[i]] unless that is negative.
- * `dead` are the registers that nobody reads afterwards: what they hold is let go, and its memory serves the next call. */
+ * `dead` are the registers whose values nobody reads afterwards: they are let go, and their memory serves the next call. */
 typedef PyObject *(*fast_function)(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 
 typedef struct {
     PyObject *function, *args;
+    PyObject *part;     /* of what is computed, for errors; or None */
     fast_function fast; /* what function is in C, where it is a kernel's wrapper; else NULL */
     uint32_t dead;
     int count, out, item;
@@ -33,17 +34,18 @@ free_sequence(PyObject *capsule)
     for (int i = 0; s && i < s->calls; i++) {
         Py_XDECREF(s->call[i].function);
         Py_XDECREF(s->call[i].args);
+        Py_XDECREF(s->call[i].part);
     }
     zq_free(s);
 }
 
-/* (function, args, from, out, item) into *c, checked: `known` registers hold something by then. */
+/* (function, args, from, out, item, part) into *c, checked: `known` registers hold something by then. */
 static int
 parse_call(PyObject *entry, int known, call *c)
 {
-    PyObject *function, *args, *from;
-    if (!PyArg_ParseTuple(entry, "OO!O!ii;a call is (function, args, from, out, item)", &function, &PyTuple_Type, &args,
-                          &PyTuple_Type, &from, &c->out, &c->item)) {
+    PyObject *function, *args, *from, *part;
+    if (!PyArg_ParseTuple(entry, "OO!O!iiO;a call is (function, args, from, out, item, part)", &function, &PyTuple_Type, &args,
+                          &PyTuple_Type, &from, &c->out, &c->item, &part)) {
         return -1;
     }
     c->count = (int)PyTuple_Size(args);
@@ -62,8 +64,10 @@ parse_call(PyObject *entry, int known, call *c)
     }
     Py_INCREF(function);
     Py_INCREF(args);
+    Py_INCREF(part);
     c->function = function;
     c->args = args;
+    c->part = part;
     c->fast = NULL;
     if (PyObject_TypeCheck(function, &PyCFunction_Type) && PyCFunction_GetFlags(function) == METH_FASTCALL) {
         c->fast = (fast_function)(void (*)(void))PyCFunction_GetFunction(function);
@@ -71,6 +75,7 @@ parse_call(PyObject *entry, int known, call *c)
     return 0;
 }
 
+/* Backwards: what a register holds before a call that writes it, only that call can still read. */
 static void
 find_dead(sequence *s)
 {
@@ -82,7 +87,7 @@ find_dead(sequence *s)
             read |= c->from[a] < 0 ? 0 : 1u << c->from[a];
         }
         c->dead = read & ~read_later;
-        read_later |= read;
+        read_later = (read_later & ~(1u << c->out)) | read;
     }
 }
 
@@ -155,6 +160,21 @@ run_call(const call *c, PyObject *const *registers)
     return item;
 }
 
+/* A ValueError once more, as "part: what it said". */
+static void
+name_part(PyObject *part)
+{
+    PyObject *type, *error, *traceback;
+    if (part == Py_None || !PyErr_ExceptionMatches(PyExc_ValueError)) {
+        return;
+    }
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_Format(PyExc_ValueError, "%S: %S", part, error ? error : type);
+    Py_XDECREF(type);
+    Py_XDECREF(error);
+    Py_XDECREF(traceback);
+}
+
 static PyObject *
 py_run_sequence(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -170,7 +190,7 @@ py_run_sequence(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     }
     for (int i = 0; i < s->calls; i++) {
         const call *c = &s->call[i];
-        last = run_call(c, registers);
+        last = PyErr_CheckSignals() < 0 ? NULL : run_call(c, registers);
         for (int r = 0; r < MAX_REGISTERS; r++) {
             if (c->dead >> r & 1u) {
                 Py_CLEAR(registers[r]);
@@ -179,6 +199,7 @@ py_run_sequence(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         Py_XDECREF(registers[c->out]);
         registers[c->out] = last;
         if (!last) {
+            name_part(c->part);
             break;
         }
     }
@@ -191,7 +212,8 @@ py_run_sequence(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 
 PyMethodDef zq_methods_sequence[] = {
     {"sequence", py_sequence, METH_VARARGS,
-     "sequence(inputs, [(function, args, from, out, item), ...]) -> a capsule for run_sequence; zquant.models.sequence builds it"},
+     "sequence(inputs, [(function, args, from, out, item, part), ...]) -> a capsule for run_sequence; "
+     "zquant.models.sequence builds it"},
     {"run_sequence", FAST(py_run_sequence), METH_FASTCALL, "run_sequence(sequence, *inputs) -> what the last call gives"},
     {NULL, NULL, 0, NULL},
 };

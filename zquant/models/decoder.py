@@ -13,6 +13,7 @@ from .blocks import Packed, Table, Tap, pack, rows
 from .decoder_blocks import DecoderBlock, Head, Norm, Projection
 from .decoder_family import Architecture, DecoderFamily
 from .family import column_positions
+from .sequence import Calls
 
 __all__ = ["CHUNK", "CausalLM", "KVCache"]
 
@@ -218,32 +219,21 @@ class CausalLM(Network):
         if longest > self.max_positions or (rope is not None and rope.depends_on_length(longest)):
             return None
         try:
-            return self._logits(self._run(np.array(ids), before, np.arange(len(ids) + 1), cache, longest, None), None)
+            return self._run(np.array(ids), before, np.arange(len(ids) + 1), cache, longest, None)
         except (Exception, KeyboardInterrupt):
             for sequence, old in enumerate(before):
                 cache.truncate(sequence, int(old))
             raise
 
     def _last(self, packed: Packed, cache: KVCache | None, tap: Tap | None, chunk: int) -> np.ndarray:
-        """(B, V) logits after the last token of each sequence; the head sees no other tokens."""
-        wanted = packed.offsets[1:] - 1
-
-        def ends(start: int, stop: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-            here = np.flatnonzero((wanted >= start) & (wanted < stop))
-            return (here, self._logits(x[wanted[here] - start], tap)) if len(here) else None
-
-        found = [part for _, _, part in self._forward(packed, cache, tap, chunk, ends) if part is not None]
-        if len(found) == 1:
-            return found[0][1]
-        out = np.empty((packed.shape[0], self.dims.vocabulary), np.float32)
-        for here, part in found:
-            out[here] = part
-        return out
+        """(B, V) logits after the last token of each sequence; the last block and the head compute no others."""
+        parts = [part for _, _, part in self._forward(packed, cache, tap, chunk, packed.offsets[1:] - 1)]
+        return np.concatenate(parts) if parts else np.empty((0, self.dims.vocabulary), np.float32)
 
     def stream(self, packed: Packed, cache: KVCache | None = None, tap: Tap | None = None,
                chunk: int = CHUNK) -> Iterator[tuple[int, int, np.ndarray]]:
         """Chunk by chunk: (first token, last + 1, logits (tokens, V)), counted over the packed batch; never all at once."""
-        return self._forward(packed, cache, tap, chunk, lambda start, stop, x: self._logits(x, tap))
+        return self._forward(packed, cache, tap, chunk)
 
     def generate(self, prompt: Any, **options: Any) -> Any:
         """Continue a prompt; see :func:`zquant.generate.generate`."""
@@ -273,8 +263,9 @@ class CausalLM(Network):
         return packed
 
     def _forward(self, packed: Packed, cache: KVCache | None, tap: Tap | None, chunk: int,
-                 finish: Callable[[int, int, np.ndarray], Any]) -> Iterator[tuple[int, int, Any]]:
-        """Chunk by chunk (start, stop, finish(start, stop, hidden states)). If anything fails, the cache is as it was."""
+                 wanted: np.ndarray | None = None) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Chunk by chunk (start, stop, logits of all its tokens, or of those that are ``wanted``: indices of the packed batch
+        that rise). If anything fails, the cache is as it was."""
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk: expected a positive number of tokens, got {chunk!r}")
         cache = self.new_cache(packed.shape[0]) if cache is None else self._fitting(cache, packed.shape[0])
@@ -291,8 +282,8 @@ class CausalLM(Network):
                 offsets = packed.offsets
                 if stop - start < len(ids):
                     offsets = np.clip(offsets, start, stop) - start
-                x = self._run(ids[start:stop], positions[start:stop], offsets, cache, length, tap)
-                yield start, stop, finish(start, stop, x)
+                here = None if wanted is None else wanted[(wanted >= start) & (wanted < stop)] - start
+                yield start, stop, self._run(ids[start:stop], positions[start:stop], offsets, cache, length, tap, here)
         except (Exception, KeyboardInterrupt):
             for sequence, old in enumerate(before):
                 cache.truncate(sequence, int(old))
@@ -317,17 +308,20 @@ class CausalLM(Network):
                 yield start, min(start + chunk, int(last)), int(length)
 
     def _run(self, ids: np.ndarray, positions: np.ndarray, offsets: np.ndarray, cache: KVCache, length: int,
-             tap: Tap | None) -> np.ndarray:
+             tap: Tap | None, wanted: np.ndarray | None = None) -> np.ndarray:
+        """Logits of all tokens, or of the wanted rows. With a tap every layer sees all of them."""
         x = self._embed(ids, positions, tap)
         rope = self.dims.rope
         rotation = (None, None) if rope is None else rope.tables(int(positions.max()) + 1, length)
+        if tap is None:
+            plain = self._part(("plain", wanted is not None), self._make_plain, wanted is not None)
+            return plain(x, cache.handle, offsets, *rotation, *(() if wanted is None else (wanted,)))
         for block in self._part("blocks", self._make_blocks):
             try:
-                x = block.plain(x, cache.handle, offsets, *rotation) if tap is None else block(x, cache.handle, offsets,
-                                                                                               rotation, tap)
+                x = block(x, cache.handle, offsets, rotation, tap)
             except ValueError as error:
                 raise ValueError(f"{block.name}: {error}") from None
-        return x
+        return self._logits(x if wanted is None else x[wanted], tap)
 
     def _embed(self, ids: np.ndarray, positions: np.ndarray, tap: Tap | None) -> np.ndarray:
         a, names = self.dims, self.family.embeddings
@@ -344,21 +338,18 @@ class CausalLM(Network):
             x = x + rows(self.tensors[self.prefix + names["position"]], index)
         return x
 
-    def _logits(self, x: np.ndarray, tap: Tap | None) -> np.ndarray:
+    def _logits(self, x: np.ndarray, tap: Tap) -> np.ndarray:
         a = self.dims
         head: Head = self._part("head", self._make_head)
-        inner: Any = (x, None)
-        widened = a.embedding != a.hidden
         if a.final_norm:
-            name = self.family.outer["final_norm"]
-            norm = self._part("final_norm", self._norm, self.prefix + name)
+            name = self.prefix + self.family.outer["final_norm"]
             try:
-                inner = norm(x, 0 if tap is not None or widened else head.mode)
+                x = self._norm(name)(x, 0)[0]
             except ValueError as error:
-                raise ValueError(f"{self.prefix}{name}: {error}") from None
-        if widened:
-            inner = (self._part("project_out", self._make_projection, "project_out")(inner, tap), None)
-        return head(inner, tap if not a.tied else None)
+                raise ValueError(f"{name}: {error}") from None
+        if a.embedding != a.hidden:
+            x = self._part("project_out", self._make_projection, "project_out")((x, None), tap)
+        return head((x, None), tap if not a.tied else None)
 
     # -- parts that are made when first used
 
@@ -380,6 +371,24 @@ class CausalLM(Network):
         roles = ("attention_norm", "mlp_norm") + (("q_norm", "k_norm") if a.qk_norm else ())
         norms = {role: self._norm(prefix + names[role]) for role in roles}
         return DecoderBlock(prefix.rstrip("."), a, index, linears, norms)
+
+    def _make_plain(self, only_wanted: bool) -> Callable[..., np.ndarray]:
+        """What _run does without a tap once the embeddings are there, as one sequence of kernels. When one token is decoded
+        a kernel takes tens of microseconds, and every Python call around it shows."""
+        calls = Calls()
+        x, cache, offsets, cos, sin = (calls.input() for _ in range(5))
+        wanted = calls.input() if only_wanted else None
+        blocks = self._part("blocks", self._make_blocks)
+        for block in blocks:
+            x = block.add(calls, x, cache, offsets, (cos, sin), wanted if block is blocks[-1] else None)
+        head, widened = self._part("head", self._make_head), self.dims.embedding != self.dims.hidden
+        if self.dims.final_norm:
+            calls.part = self.prefix + self.family.outer["final_norm"]
+            x = self._norm(calls.part).add(calls, x, 0 if widened else head.mode)
+        if widened:
+            x = self._part("project_out", self._make_projection, "project_out").add(calls, x)
+        head.add(calls, x)
+        return calls.bind()
 
     def _make_projection(self, role: str) -> Projection:
         return Projection([self.linears[self.prefix + self.family.outer[role]]])

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -124,56 +125,48 @@ class DecoderBlock:
         same = self.gate is None or self.gate.mode == self.up.mode
         self.mlp_mode = self.up.mode if same else 0
         self.act = ACTIVATIONS[a.activation]
-        self.plain = self._bind_plain() if a.order != "post" else self._call_plain
 
-    def _bind_plain(self) -> Callable[..., np.ndarray]:
-        """What __call__ does without a tap, as one sequence of kernels: the same calls with the same arguments. When one
-        token is decoded a kernel takes tens of microseconds, and every Python call around it shows."""
-        a, index = self.a, self.index
-        calls = Calls()
-        x, cache, offsets, cos, sin = (calls.input() for _ in range(5))
-        qkv = self.qkv.add(calls, self.attention_norm.add(calls, x, self.qkv.mode))
-        attended = calls.add(_core.kv_attend, cache, index, qkv, offsets, a.heads, cos, sin, False, self.q_norm, self.k_norm,
-                             a.eps, a.scales[index], a.windows[index], self.attention.mode)
-        y = self.attention.add(calls, attended, 0, x)
-        inner = self.mlp_norm.add(calls, y if a.order == "pre" else x, self.mlp_mode)
+    def add(self, calls: Calls, x: Register, cache: Register, offsets: Register, rotation: tuple[Register, Register],
+            wanted: Register | None = None) -> Register:
+        """Calls that give what __call__ gives: of all tokens, or of the wanted rows alone. The other rows then get keys and
+        values, which later tokens see, and nothing else."""
+        a, i, post = self.a, self.index, self.a.order == "post"
+        calls.part = self.name
+        qkv = self.qkv.add(calls, x if post else self.attention_norm.add(calls, x, self.qkv.mode))
+        context = calls.add(_core.kv_attend, cache, i, qkv, offsets, wanted, a.heads, *rotation, False, self.q_norm,
+                            self.k_norm, a.eps, a.scales[i], a.windows[i], self.attention.mode)
+        x = x if wanted is None else calls.add(getitem, x, wanted)
+        y = self.attention.add(calls, context, 0, x)
+        if post:
+            y = inner = self.attention_norm.add(calls, y, 0)
+        else:
+            inner = self.mlp_norm.add(calls, y if a.order == "pre" else x, self.mlp_mode)
         if self.gate is None:
             wide = self.up.add(calls, inner, self.act, None, self.down.mode)
         else:
             wide = calls.add(_core.gated, self.gate.add(calls, inner), self.up.add(calls, inner), self.act, self.down.mode)
-        self.down.add(calls, wide, 0, y)
-        return calls.bind()
+        out = self.down.add(calls, wide, 0, y)
+        return self.mlp_norm.add(calls, out, 0) if post else out
 
-    def _call_plain(self, x: np.ndarray, cache: Any, offsets: np.ndarray, cos: Any, sin: Any) -> np.ndarray:
-        return self(x, cache, offsets, (cos, sin))
-
-    def __call__(self, x: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any],
-                 tap: Tap | None = None) -> np.ndarray:
-        """x (tokens, hidden) to the block's output; keys and values are appended to the cache."""
-        order, codes = self.a.order, tap is None  # taps want float32: the layers quantize for themselves, to the same codes
-        inner = (x, None) if order == "post" else self.attention_norm(x, codes * self.qkv.mode)
-        y = self._attend(inner, x, cache, offsets, rotation, tap)
+    def __call__(self, x: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any], tap: Tap) -> np.ndarray:
+        """x (tokens, hidden) to the block's output; keys and values are appended to the cache. Taps want float32: the layers
+        quantize for themselves, to the same codes."""
+        a, i, order = self.a, self.index, self.a.order
+        inner = x if order == "post" else self.attention_norm(x, 0)[0]
+        context = _core.kv_attend(cache, i, self.qkv((inner, None), tap), offsets, None, a.heads, *rotation, False,
+                                  self.q_norm, self.k_norm, a.eps, a.scales[i], a.windows[i], 0)
+        y = self.attention((context, None), tap, 0, x)
         if order == "post":
-            inner = self.attention_norm(y, codes * self.mlp_mode)
-            return self.mlp_norm(self._feed_forward(inner, inner[0], tap), 0)[0]
-        inner = self.mlp_norm(y if order == "pre" else x, codes * self.mlp_mode)
-        return self._feed_forward(inner, y, tap)
-
-    def _attend(self, inner: Rows, residual: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any],
-                tap: Tap | None) -> np.ndarray:
-        a, i = self.a, self.index
-        quant = (tap is None) * self.attention.mode
-        context = _core.kv_attend(cache, i, self.qkv(inner, tap), offsets, a.heads, *rotation, False, self.q_norm,
-                                  self.k_norm, a.eps, a.scales[i], a.windows[i], quant)
-        return self.attention((context, None), tap, 0, residual)
-
-    def _feed_forward(self, inner: Rows, residual: np.ndarray, tap: Tap | None) -> np.ndarray:
-        quant = (tap is None) * self.down.mode
-        if self.gate is None:
-            wide = self.up(inner, tap, self.act, None, quant)
+            y = inner = self.attention_norm(y, 0)[0]
         else:
-            wide = _core.gated(self.gate(inner, tap), self.up(inner, tap), self.act, quant)
-        return self.down((wide, None), tap, 0, residual)
+            inner = self.mlp_norm(y if order == "pre" else x, 0)[0]
+        rows: Rows = (inner, None)
+        if self.gate is None:
+            wide = self.up(rows, tap, self.act)
+        else:
+            wide = _core.gated(self.gate(rows, tap), self.up(rows, tap), self.act, 0)
+        out = self.down((wide, None), tap, 0, y)
+        return self.mlp_norm(out, 0)[0] if order == "post" else out
 
     def steps(self, x: np.ndarray, cache: Any, offsets: np.ndarray,
               rotation: tuple[Any, Any]) -> Generator[np.ndarray, None, np.ndarray]:
@@ -185,7 +178,7 @@ class DecoderBlock:
         a, i, order = self.a, self.index, self.a.order
         inner = x if order == "post" else self.attention_norm(x, 0)[0]
         yield inner
-        context = _core.kv_attend(cache, 0, self.qkv((inner, None)), offsets, a.heads, *rotation, False, self.q_norm,
+        context = _core.kv_attend(cache, 0, self.qkv((inner, None)), offsets, None, a.heads, *rotation, False, self.q_norm,
                                   self.k_norm, a.eps, a.scales[i], a.windows[i], 0)
         yield context
         y = self.attention((context, None), None, 0, x)
@@ -229,6 +222,12 @@ class Head:
         except ValueError as error:
             raise ValueError(f"{self.layer.name}: {error}") from None
         return logits
+
+    def add(self, calls: Calls, x: Register) -> Register:
+        """Calls that do what __call__ does without a tap; x is what a norm gives for ``mode``."""
+        calls.part = self.layer.name
+        logits = calls.add(self._streamed, x) if self.product is None else self.product.add(calls, x)
+        return calls.add(_core.check_finite, logits, "logits")
 
     def _streamed(self, x: np.ndarray) -> np.ndarray:
         stored: Any = self.layer._weight
