@@ -464,8 +464,8 @@ def attend(**changes):
     """kv_attend with good arguments but for the changes."""
     cos, sin = tables(10, 4)
     good = dict(cache=_core.kv_new(2, 2, 2, 8, False), layer=0, qkv=np.zeros((3, 64), np.float32), offsets=np.int64([0, 1, 3]),
-                wanted=None, heads=4, cos=cos, sin=sin, interleaved=False, q_norm=None, k_norm=np.ones(8, np.float32), eps=1e-6, scale=1.0,
-                window=0, quant=0)
+                wanted=None, heads=4, cos=cos, sin=sin, interleaved=False, q_norm=None, k_norm=np.ones(8, np.float32),
+                eps=1e-6, scale=1.0, window=0, quant=0)
     assert set(changes) <= set(good)
     return _core.kv_attend(*{**good, **changes}.values())
 
