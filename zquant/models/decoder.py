@@ -10,10 +10,10 @@ from .. import _core
 from ..spec import QuantSpec
 from .base import Network
 from .blocks import Packed, Table, Tap, pack, rows
-from .decoder_blocks import DecoderBlock, Head, Norm, Projection
+from .decoder_blocks import DecoderBlock, Head, Norm, Projection, add_rows
 from .decoder_family import Architecture, DecoderFamily
 from .family import column_positions
-from .sequence import Calls
+from .sequence import Calls, Register
 
 __all__ = ["CHUNK", "CausalLM", "KVCache"]
 
@@ -43,6 +43,7 @@ class KVCache:
     ----------
     handle : what the kernels take
     batch : number of sequences
+    one_each : (batch + 1,) int64 offsets of one token of each sequence
     dtype : "float32", or "int8" with one scale per token and head
     """
 
@@ -52,6 +53,7 @@ class KVCache:
         if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 0:
             raise ValueError(f"cache: batch must be a number of sequences, got {batch!r}")
         self.architecture, self.batch, self.dtype = a, int(batch), dtype
+        self.one_each = np.arange(self.batch + 1)
         self.handle = _core.kv_new(a.layers, self.batch, a.kv_heads, a.head_dim, dtype == "int8") if handle is None else handle
 
     @property
@@ -219,7 +221,7 @@ class CausalLM(Network):
         if longest > self.max_positions or (rope is not None and rope.depends_on_length(longest)):
             return None
         try:
-            return self._run(np.array(ids), before, np.arange(len(ids) + 1), cache, longest, None)
+            return self._run(np.array(ids), before, cache.one_each, cache, longest, None)
         except (Exception, KeyboardInterrupt):
             for sequence, old in enumerate(before):
                 cache.truncate(sequence, int(old))
@@ -310,12 +312,16 @@ class CausalLM(Network):
     def _run(self, ids: np.ndarray, positions: np.ndarray, offsets: np.ndarray, cache: KVCache, length: int,
              tap: Tap | None, wanted: np.ndarray | None = None) -> np.ndarray:
         """Logits of all tokens, or of the wanted rows. With a tap every layer sees all of them."""
-        x = self._embed(ids, positions, tap)
         rope = self.dims.rope
-        rotation = (None, None) if rope is None else rope.tables(int(positions.max()) + 1, length)
+        rotation = (None, None) if rope is None else rope.tables(length, length)
         if tap is None:
             plain = self._part(("plain", wanted is not None), self._make_plain, wanted is not None)
-            return plain(x, cache.handle, offsets, *rotation, *(() if wanted is None else (wanted,)))
+            try:
+                return plain(ids, positions, cache.handle, offsets, *rotation, *(() if wanted is None else (wanted,)))
+            except ValueError:
+                self._embed(ids, positions, None)  # names the row, if one of the table is to blame
+                raise
+        x = self._embed(ids, positions, tap)
         for block in self._part("blocks", self._make_blocks):
             try:
                 x = block(x, cache.handle, offsets, rotation, tap)
@@ -373,11 +379,12 @@ class CausalLM(Network):
         return DecoderBlock(prefix.rstrip("."), a, index, linears, norms)
 
     def _make_plain(self, only_wanted: bool) -> Callable[..., np.ndarray]:
-        """What _run does without a tap once the embeddings are there, as one sequence of kernels. When one token is decoded
-        a kernel takes tens of microseconds, and every Python call around it shows."""
+        """What _run does without a tap, as one sequence of kernels. When one token is decoded a kernel takes tens of
+        microseconds, and every Python call around it shows."""
         calls = Calls()
-        x, cache, offsets, cos, sin = (calls.input() for _ in range(5))
+        ids, positions, cache, offsets, cos, sin = (calls.input() for _ in range(6))
         wanted = calls.input() if only_wanted else None
+        x = self._add_embedding(calls, ids, positions)
         blocks = self._part("blocks", self._make_blocks)
         for block in blocks:
             x = block.add(calls, x, cache, offsets, (cos, sin), wanted if block is blocks[-1] else None)
@@ -389,6 +396,18 @@ class CausalLM(Network):
             x = self._part("project_out", self._make_projection, "project_out").add(calls, x)
         head.add(calls, x)
         return calls.bind()
+
+    def _add_embedding(self, calls: Calls, ids: Register, positions: Register) -> Register:
+        """Calls that do what _embed does without a tap."""
+        a, names = self.dims, self.family.embeddings
+        calls.part = self.prefix + names["word"]
+        x = calls.add(_core.check_finite, add_rows(calls, self.tensors[calls.part], ids), "x")
+        if a.embedding != a.hidden:
+            x = self._part("project_in", self._make_projection, "project_in").add(calls, x)
+        if a.position_rows:
+            index = calls.add(np.add, positions, a.position_offset) if a.position_offset else positions
+            x = calls.add(np.add, x, add_rows(calls, self.tensors[self.prefix + names["position"]], index))
+        return x
 
     def _make_projection(self, role: str) -> Projection:
         return Projection([self.linears[self.prefix + self.family.outer[role]]])

@@ -12,11 +12,11 @@ from ..formats.safetensors import Stored
 from ..linear import ACTIVATIONS, Codes, Linear
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .blocks import Table, Tap, _bind
+from .blocks import Table, Tap, _bind, rows
 from .decoder_family import Architecture
 from .sequence import Calls, Register
 
-__all__ = ["DecoderBlock", "Head", "Norm", "Projection", "per_head_rows"]
+__all__ = ["DecoderBlock", "Head", "Norm", "Projection", "add_rows", "per_head_rows"]
 
 # What a layer reads: (m, k) float32 and, where it is integer, the codes of the same rows.
 Rows = tuple[np.ndarray, "Codes | None"]
@@ -94,6 +94,16 @@ class Norm:
         return calls.add(_core.layer_norm, x, None, self.weight, self.bias, self.eps, quant, item=which)
 
 
+def add_rows(calls: Calls, table: Table, index: Register) -> Register:
+    """Calls that do what :func:`rows` does, where that is possible without the interpreter."""
+    if isinstance(table, Stored):
+        return calls.add(rows, table, index)
+    if isinstance(table, np.ndarray):
+        return calls.add(np.asarray, calls.add(table.take, index, 0), np.float32)
+    codes, scales = table.row_parts()
+    return calls.add(_core.dequantize_rows, calls.add(codes.take, index, 0), calls.add(scales.take, index), None)
+
+
 def per_head_rows(a: Architecture) -> np.ndarray:
     """Rows of a matrix that holds q, k, v of head 0, then of head 1..., in the order all q, all k, all v.
 
@@ -160,11 +170,11 @@ class DecoderBlock:
             y = inner = self.attention_norm(y, 0)[0]
         else:
             inner = self.mlp_norm(y if order == "pre" else x, 0)[0]
-        rows: Rows = (inner, None)
+        read: Rows = (inner, None)
         if self.gate is None:
-            wide = self.up(rows, tap, self.act)
+            wide = self.up(read, tap, self.act)
         else:
-            wide = _core.gated(self.gate(rows, tap), self.up(rows, tap), self.act, 0)
+            wide = _core.gated(self.gate(read, tap), self.up(read, tap), self.act, 0)
         out = self.down((wide, None), tap, 0, y)
         return self.mlp_norm(out, 0)[0] if order == "post" else out
 
@@ -187,8 +197,8 @@ class DecoderBlock:
         else:
             inner = self.mlp_norm(y if order == "pre" else x, 0)[0]
         yield inner
-        rows: Rows = (inner, None)
-        wide = self.up(rows, None, self.act) if self.gate is None else _core.gated(self.gate(rows), self.up(rows), self.act, 0)
+        read: Rows = (inner, None)
+        wide = self.up(read, None, self.act) if self.gate is None else _core.gated(self.gate(read), self.up(read), self.act, 0)
         yield wide
         out = self.down((wide, None), None, 0, y)
         return self.mlp_norm(out, 0)[0] if order == "post" else out
