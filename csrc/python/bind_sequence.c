@@ -19,7 +19,8 @@ typedef struct {
     fast_function fast; /* what function is in C, where it is a kernel's wrapper; else NULL */
     uint32_t dead;
     int count, out, item;
-    int from[MAX_ARGS];
+    int8_t from[MAX_ARGS];
+    PyObject *constant[MAX_ARGS]; /* items of args */
 } call;
 
 typedef struct {
@@ -60,7 +61,8 @@ parse_call(PyObject *entry, int known, call *c)
         if (zq_int(PyTuple_GetItem(from, i), "calls: register", -1, known - 1, &r) < 0) {
             return -1;
         }
-        c->from[i] = (int)r;
+        c->from[i] = (int8_t)r;
+        c->constant[i] = PyTuple_GetItem(args, i);
     }
     Py_INCREF(function);
     Py_INCREF(args);
@@ -147,7 +149,7 @@ run_call(const call *c, PyObject *const *registers)
 {
     PyObject *argv[MAX_ARGS];
     for (int i = 0; i < c->count; i++) {
-        argv[i] = c->from[i] < 0 ? PyTuple_GetItem(c->args, i) : registers[c->from[i]];
+        argv[i] = c->from[i] < 0 ? c->constant[i] : registers[c->from[i]];
     }
     PyObject *result = c->fast ? c->fast(PyCFunction_GetSelf(c->function), argv, c->count)
                                : call_slowly(c->function, argv, c->count);
@@ -191,10 +193,8 @@ py_run_sequence(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     for (int i = 0; i < s->calls; i++) {
         const call *c = &s->call[i];
         last = PyErr_CheckSignals() < 0 ? NULL : run_call(c, registers);
-        for (int r = 0; r < MAX_REGISTERS; r++) {
-            if (c->dead >> r & 1u) {
-                Py_CLEAR(registers[r]);
-            }
+        for (uint32_t dead = c->dead; dead; dead &= dead - 1) {
+            Py_CLEAR(registers[__builtin_ctz(dead)]);
         }
         Py_XDECREF(registers[c->out]);
         registers[c->out] = last;
