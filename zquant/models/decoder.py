@@ -327,7 +327,8 @@ class CausalLM(Network):
                 x = block(x, cache.handle, offsets, rotation, tap)
             except ValueError as error:
                 raise ValueError(f"{block.name}: {error}") from None
-        return self._logits(x if wanted is None else x[wanted], tap)
+        x = x if wanted is None else x[wanted]
+        return self._logits(x, tap) if len(x) else np.empty((0, self.dims.vocabulary), np.float32)
 
     def _embed(self, ids: np.ndarray, positions: np.ndarray, tap: Tap | None) -> np.ndarray:
         a, names = self.dims, self.family.embeddings
