@@ -89,22 +89,23 @@ def test_too_many_values_at_a_time():
 
 
 def test_results_that_are_not_needed_are_let_go():
-    """When the last call runs, of the earlier results only its arguments are left."""
+    """Every call finds alive what it or a later one reads, and nothing else."""
     class Result:
         pass
 
-    calls, seen = Calls(), []
+    calls, seen, alive = Calls(), [], []
 
-    def make(_):
+    def make(*_):
+        alive.append(sum(ref() is not None for ref in seen))
         result = Result()
         seen.append(weakref.ref(result))
         return result
 
-    x = calls.input()
+    x = calls.add(make, calls.input())
     for _ in range(5):
-        x = calls.add(make, x)
-    calls.add(lambda _: [ref() is not None for ref in seen], x)
-    assert calls.bind()(None) == [False] * 4 + [True]
+        x = calls.add(make, calls.add(make, x), calls.add(make, x))
+    calls.bind()(None)
+    assert alive == [0] + 5 * [1, 2, 2]
 
 
 @pytest.mark.parametrize("error, text", [(ValueError("no"), "^there: no$"), (UnicodeError("no"), "^there: no$"),
