@@ -339,7 +339,7 @@ class CausalLM(Network):
             row = ids[~np.isfinite(x).all(1)][0]
             raise ValueError(f"{self.prefix}{names['word']}, row {row}: NaN or Inf") from None
         if a.embedding != a.hidden:
-            x = self._part("project_in", self._make_projection, "project_in")((x, None), tap)
+            x = self._part("project_in", self._make_projection, "project_in")(x, tap)
         if a.position_rows:
             index = positions + a.position_offset if a.position_offset else positions
             x = x + rows(self.tensors[self.prefix + names["position"]], index)
@@ -351,12 +351,12 @@ class CausalLM(Network):
         if a.final_norm:
             name = self.prefix + self.family.outer["final_norm"]
             try:
-                x = self._norm(name)(x, 0)[0]
+                x = self._norm(name)(x)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         if a.embedding != a.hidden:
-            x = self._part("project_out", self._make_projection, "project_out")((x, None), tap)
-        return head((x, None), tap if not a.tied else None)
+            x = self._part("project_out", self._make_projection, "project_out")(x, tap)
+        return head(x, tap if not a.tied else None)
 
     # -- parts that are made when first used
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import _core
 from ..formats.safetensors import Stored
-from ..linear import ACTIVATIONS, Codes, Linear
+from ..linear import ACTIVATIONS, Linear
 from ..qtensor import QTensor
 from ..spec import QuantSpec
 from .blocks import Table, Tap, _bind, rows
@@ -17,9 +17,6 @@ from .decoder_family import Architecture
 from .sequence import Calls, Register
 
 __all__ = ["DecoderBlock", "Head", "Norm", "Projection", "add_rows", "per_head_rows"]
-
-# What a layer reads: (m, k) float32 and, where it is integer, the codes of the same rows.
-Rows = tuple[np.ndarray, "Codes | None"]
 
 HEAD_BYTES = 256 << 20  # a float head up to this size is held packed in float32; a larger one is unpacked block by block
 HEAD_ROWS = 4096
@@ -53,16 +50,14 @@ class Projection:
         for layer in layers:
             layer.release()
 
-    def __call__(self, x: Rows, tap: Tap | None = None, act: int = 0, residual: np.ndarray | None = None,
-                 quant: int = 0) -> Any:
-        """act(x W^T + b) + residual as float32, or as codes; the tap sees what comes before the activation."""
-        given = x[0] if x[1] is None else x[1]
+    def __call__(self, x: np.ndarray, tap: Tap | None = None, act: int = 0, residual: np.ndarray | None = None) -> np.ndarray:
+        """act(x W^T + b) + residual; the tap sees what comes before the activation."""
         if tap is not None:
-            self._show(tap, x[0], self.run(given))
-        return self.run(given, act, residual, quant)
+            self._show(tap, x, self.run(x))
+        return self.run(x, act, residual)
 
     def add(self, calls: Calls, x: Register, act: int = 0, residual: Register | None = None, quant: int = 0) -> Register:
-        """A call that does what __call__ does without a tap."""
+        """A call that does what __call__ does without a tap; x may also be codes, and with ``quant`` the result is."""
         if self.direct is None:
             return calls.add(self.run, x, act, residual, quant)
         handle, quant_in = self.direct
@@ -80,11 +75,11 @@ class Norm:
     def __init__(self, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> None:
         self.weight, self.bias, self.eps = weight, bias, eps
 
-    def __call__(self, x: np.ndarray, quant: int) -> Rows:
-        """The normalised rows, and their codes if ``quant`` asks for them."""
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """The normalised rows."""
         if self.bias is None:
-            return _core.rms_norm(x, None, self.weight, self.eps, quant)
-        return _core.layer_norm(x, None, self.weight, self.bias, self.eps, quant)
+            return _core.rms_norm(x, None, self.weight, self.eps, 0)[0]
+        return _core.layer_norm(x, None, self.weight, self.bias, self.eps, 0)[0]
 
     def add(self, calls: Calls, x: Register, quant: int) -> Register:
         """A call that gives what a projection reads: the codes if ``quant`` asks for them, else the float32 rows."""
@@ -162,21 +157,20 @@ class DecoderBlock:
         """x (tokens, hidden) to the block's output; keys and values are appended to the cache. Taps want float32: the layers
         quantize for themselves, to the same codes."""
         a, i, order = self.a, self.index, self.a.order
-        inner = x if order == "post" else self.attention_norm(x, 0)[0]
-        context = _core.kv_attend(cache, i, self.qkv((inner, None), tap), offsets, None, a.heads, *rotation, False,
+        inner = x if order == "post" else self.attention_norm(x)
+        context = _core.kv_attend(cache, i, self.qkv(inner, tap), offsets, None, a.heads, *rotation, False,
                                   self.q_norm, self.k_norm, a.eps, a.scales[i], a.windows[i], 0)
-        y = self.attention((context, None), tap, 0, x)
+        y = self.attention(context, tap, 0, x)
         if order == "post":
-            y = inner = self.attention_norm(y, 0)[0]
+            y = inner = self.attention_norm(y)
         else:
-            inner = self.mlp_norm(y if order == "pre" else x, 0)[0]
-        read: Rows = (inner, None)
+            inner = self.mlp_norm(y if order == "pre" else x)
         if self.gate is None:
-            wide = self.up(read, tap, self.act)
+            wide = self.up(inner, tap, self.act)
         else:
-            wide = _core.gated(self.gate(read, tap), self.up(read, tap), self.act, 0)
-        out = self.down((wide, None), tap, 0, y)
-        return self.mlp_norm(out, 0)[0] if order == "post" else out
+            wide = _core.gated(self.gate(inner, tap), self.up(inner, tap), self.act, 0)
+        out = self.down(wide, tap, 0, y)
+        return self.mlp_norm(out) if order == "post" else out
 
     def steps(self, x: np.ndarray, cache: Any, offsets: np.ndarray,
               rotation: tuple[Any, Any]) -> Generator[np.ndarray, None, np.ndarray]:
@@ -186,22 +180,24 @@ class DecoderBlock:
         ``cache`` is one of a single layer, this one.
         """
         a, i, order = self.a, self.index, self.a.order
-        inner = x if order == "post" else self.attention_norm(x, 0)[0]
+        inner = x if order == "post" else self.attention_norm(x)
         yield inner
-        context = _core.kv_attend(cache, 0, self.qkv((inner, None)), offsets, None, a.heads, *rotation, False, self.q_norm,
+        context = _core.kv_attend(cache, 0, self.qkv(inner), offsets, None, a.heads, *rotation, False, self.q_norm,
                                   self.k_norm, a.eps, a.scales[i], a.windows[i], 0)
         yield context
-        y = self.attention((context, None), None, 0, x)
+        y = self.attention(context, None, 0, x)
         if order == "post":
-            y = inner = self.attention_norm(y, 0)[0]
+            y = inner = self.attention_norm(y)
         else:
-            inner = self.mlp_norm(y if order == "pre" else x, 0)[0]
+            inner = self.mlp_norm(y if order == "pre" else x)
         yield inner
-        read: Rows = (inner, None)
-        wide = self.up(read, None, self.act) if self.gate is None else _core.gated(self.gate(read), self.up(read), self.act, 0)
+        if self.gate is None:
+            wide = self.up(inner, None, self.act)
+        else:
+            wide = _core.gated(self.gate(inner), self.up(inner), self.act, 0)
         yield wide
-        out = self.down((wide, None), None, 0, y)
-        return self.mlp_norm(out, 0)[0] if order == "post" else out
+        out = self.down(wide, None, 0, y)
+        return self.mlp_norm(out) if order == "post" else out
 
 
 class Head:
@@ -221,12 +217,12 @@ class Head:
             self.product = Projection([layer])
             self.mode = self.product.mode
 
-    def __call__(self, x: Rows, tap: Tap | None = None) -> np.ndarray:
+    def __call__(self, x: np.ndarray, tap: Tap | None = None) -> np.ndarray:
         """(m, k) rows to (m, vocabulary) float32; ValueError if a logit is not finite."""
         if self.product is not None:
             logits = self.product(x, tap)
         else:
-            logits = self._streamed(x[0])
+            logits = self._streamed(x)
         try:
             _core.check_finite(logits, "logits")
         except ValueError as error:
