@@ -168,6 +168,7 @@ typedef struct {
     const kv_pass *t;
     int64_t sequence, head;     /* of k and v */
     int64_t row, queries;       /* in qkv */
+    float *out;                 /* of the first query */
     int64_t position;           /* of the first query */
     int64_t tile;               /* position of the current tile of keys */
     kv_view page[TILE_PAGES];
@@ -346,7 +347,7 @@ end_block(const block *w, zq_trouble *trouble)
     const kv_pass *t = w->t;
     const int64_t d = t->c->head_dim;
     for (int64_t i = 0; i < w->queries; i++) {
-        float *out = t->a->out + (w->row + i) * t->a->ld_out + w->head * t->group * d;
+        float *out = w->out + i * t->a->ld_out + w->head * t->group * d;
         t->K->divide_rows_f32(w->o + i * t->group * t->dp, t->group, d, t->dp, w->sum + i * t->group, out, d);
     }
     look_at_rows(t, w->o, w->queries, t->group * t->dp, w->row, trouble);
@@ -375,16 +376,34 @@ carve(block *w)
     return 1;
 }
 
+/* Block b of one kv head: some queries of one sequence, or one wanted row. */
+static block
+find_block(const kv_pass *t, int64_t b, int64_t head)
+{
+    const zq_kv_attention *a = t->a;
+    block w = {.t = t, .head = head, .queries = 1};
+    if (a->wanted) {
+        w.row = a->wanted[b];
+        w.sequence = zq_find_sequence(a->offsets, t->c->sequences, w.row);
+        w.out = a->out + b * a->ld_out;
+    }
+    else {
+        const int64_t s = w.sequence = zq_find_sequence(t->first_job, t->c->sequences, b);
+        /* the last block sees the most keys: it goes first */
+        const int64_t first = (t->first_job[s + 1] - 1 - b) * t->block_queries;
+        w.row = a->offsets[s] + first;
+        w.queries = zq_min(t->block_queries, new_tokens(t, s) - first);
+        w.out = a->out + w.row * a->ld_out;
+    }
+    w.position = t->c->length[w.sequence] + w.row - a->offsets[w.sequence];
+    return w;
+}
+
 static void
 attend_job(void *ctx, int64_t job)
 {
     kv_pass *t = ctx;
-    const int64_t *offsets = t->a->offsets;
-    const int64_t b = job / t->c->kv_heads, s = zq_find_sequence(t->first_job, t->c->sequences, b);
-    /* the last block sees the most keys: it goes first */
-    const int64_t first = (t->first_job[s + 1] - 1 - b) * t->block_queries;
-    block w = {.t = t, .sequence = s, .head = job % t->c->kv_heads, .row = offsets[s] + first,
-               .queries = zq_min(t->block_queries, new_tokens(t, s) - first), .position = t->c->length[s] + first};
+    block w = find_block(t, job / t->c->kv_heads, job % t->c->kv_heads);
     if (!carve(&w)) {
         atomic_store(&t->trouble.no_memory, 1);
         return;
@@ -402,6 +421,10 @@ static int64_t
 count_attend_jobs(kv_pass *t)
 {
     const int64_t sequences = t->c->sequences;
+    if (t->a->wanted) {
+        t->block_queries = 1;
+        return t->a->wanted_count;
+    }
     t->block_queries = zq_max(1, ZQ_ITEM_ROWS / t->group);
     for (;; t->block_queries = zq_ceil_div(t->block_queries, 2)) {
         int64_t jobs = 0;

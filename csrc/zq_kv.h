@@ -49,7 +49,7 @@ zq_status zq_kv_select(const zq_kv *c, const int64_t *rows, int64_t n, zq_kv *ou
  * h / (heads / kv_heads). The rows offsets[s] .. offsets[s + 1] - 1 are the next tokens of sequence s. In this order:
  * RMSNorm of every head of q and k where a weight is given, rotary embedding at the token's position in its sequence,
  * append k and v to the cache, and out = softmax(scale q k^T) v over the keys at positions <= the query's, with
- * window > 0 only the last `window` of them.
+ * window > 0 only the last `window` of them. Of rows that are not wanted, only k and v are looked at.
  *
  * A pass calls layers 0, 1, ... in order with the same offsets; layer 0 begins a new pass at any time. After the last
  * layer c->length advances. A row's result depends on its own query and on what its sequence has cached, bit for bit: not on
@@ -61,12 +61,14 @@ typedef struct {
     const float *qkv;
     int64_t ld_qkv;
     const int64_t *offsets; /* (sequences + 1) */
+    const int64_t *wanted;  /* (wanted_count) rows whose results are asked for, or NULL: all */
+    int64_t wanted_count;
     int64_t heads;
     zq_rope rope;                 /* positions > every position reached */
     const float *q_norm, *k_norm; /* (head_dim) or NULL */
     float eps, scale;             /* scale > 0 */
     int64_t window;               /* 0: none */
-    float *out;                   /* (rows, heads * head_dim) */
+    float *out;                   /* (rows or wanted_count, heads * head_dim) */
     int64_t ld_out;
 } zq_kv_attention;
 zq_status zq_kv_attend(zq_kv *c, int64_t layer, const zq_kv_attention *a, int64_t *bad_row);

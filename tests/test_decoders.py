@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,25 @@ def test_one_projection_may_differ(kind, tiny):
 
 # -- batches, chunks, threads, the cache
 
+@pytest.mark.parametrize("scheme", [None, "w8a8", "w4a8-g16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_last_logits_are_the_last_of_all(variant, scheme, tiny):
+    """The last block computes them alone. Chunks may hold several sequences' last tokens, or none."""
+    model, ids = tiny(variant, scheme), prompts()
+    after = prompts((4, 3, 1, 5), seed=2)
+    for dtype in ("float32", "int8"):
+        cache, more = model.new_cache(4, dtype), model.new_cache(4, dtype)
+        want = [w[len(row) - 1] for w, row in zip(model(ids, cache=cache), ids)]
+        for chunk in (512, 30, 3):
+            mine = model.new_cache(4, dtype)
+            assert np.array_equal(model(ids, logits="last", cache=mine, chunk=chunk), want)
+        seen = []
+        got = model(ids, logits="last", cache=more, chunk=7, tap=lambda name, x, y: seen.append(len(x)))
+        assert np.array_equal(got, want) and min(seen) > 0
+        want = [w[len(row) - 1] for w, row in zip(model(after, cache=cache), after)]  # from the keys and values of before
+        assert np.array_equal(model(after, logits="last", cache=mine), want)
+
+
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "gpt_neox", "opt, norm after, projections", "qwen3, layer types",
                                      "llama, dynamic"])
@@ -217,16 +237,35 @@ def test_one_more_token_of_each_is_the_long_way(variant, scheme, tiny):
     assert cache.lengths.tolist() == [3, 17, 9]
 
 
-def test_a_failing_step_leaves_the_cache(tiny, monkeypatch):
+@pytest.mark.parametrize("prompt", [[4], [4, 5]])
+@pytest.mark.parametrize("name, part", [("model.layers.1.self_attn.o_proj", "model.layers.1: "), ("lm_head", "lm_head: ")])
+def test_a_failing_step_leaves_the_cache(name, part, prompt, tiny):
+    def edit(tensors):
+        return tensors | {name + ".weight": tensors[name + ".weight"] * np.float32(3e38)}
+
+    good, bad = tiny("llama"), tiny("llama", edit=edit)
+    cache = good.new_cache(1)
+    good([[1, 2, 3]], cache=cache)
+    with pytest.raises(ValueError, match=f"^{part}"):
+        bad([prompt], cache=cache, logits="last")
+    assert cache.lengths.tolist() == [3]
+    good([prompt], cache=cache, logits="last")
+
+
+def test_ctrl_c_between_two_kernels(tiny):
+    """The signal comes while a block computes: the pass ends there, and the cache is as it was."""
     model = tiny("llama")
     cache = model.new_cache(1)
     model([[1, 2, 3]], cache=cache)
+    block = model._parts["blocks"][1]
+    add = block.add
 
-    def fail(*_):
-        raise ValueError("planted")
+    def interrupted(calls, x, *others):
+        return add(calls, calls.add(lambda given: (signal.raise_signal(signal.SIGINT), given)[1], x), *others)
 
-    with monkeypatch.context() as change, pytest.raises(ValueError, match="planted"):
-        change.setattr(type(model), "_logits", fail)
+    block.add = interrupted
+    del model._parts["plain", False]
+    with pytest.raises(KeyboardInterrupt):
         model([[4]], cache=cache, logits="last")
     assert cache.lengths.tolist() == [3]
 

@@ -40,10 +40,10 @@ class Setting:
     def cache(self, sequences=1, layers=1):
         return _core.kv_new(layers, sequences, self.kv_heads, self.d, self.int8)
 
-    def attend(self, cache, x, offsets=None, layer=0, quant=0):
+    def attend(self, cache, x, offsets=None, layer=0, quant=0, wanted=None):
         offsets = np.int64([0, len(x)]) if offsets is None else offsets
-        return _core.kv_attend(cache, layer, x, offsets, self.heads, self.cos, self.sin, self.interleaved, *self.norms, EPS,
-                               self.d**-0.5, self.window, quant)
+        return _core.kv_attend(cache, layer, x, offsets, wanted, self.heads, self.cos, self.sin, self.interleaved, *self.norms,
+                               EPS, self.d**-0.5, self.window, quant)
 
     def run(self, x, chunks=None):
         """One sequence, in passes of the given sizes."""
@@ -160,6 +160,37 @@ def test_other_sequences_of_the_batch_do_not_show(int8):
 
     for x, got in zip(own, everywhere(batched)):
         assert same_bits(got, s.run(x))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("quant", [0, 2])
+@pytest.mark.parametrize("window", [0, 70])
+def test_wanted_rows_alone(window, quant, int8):
+    s = Setting(6, 3, 20, rope=8, norm=True, window=window, int8=int8)
+    x, offsets = s.qkv(334), np.int64([0, 1, 1, 300, 334])
+    start, more, after = s.qkv(8, seed=1), s.qkv(4, seed=2), np.int64([0, 1, 2, 3, 4])
+
+    def run(wanted):
+        cache = s.cache(4)
+        s.attend(cache, start, 2 * after)
+        return s.attend(cache, x, offsets, quant=quant, wanted=wanted), s.attend(cache, more, after)
+
+    want, then = everywhere(run, None)
+    for wanted in ([0, 299, 333], [5, 64, 65, 310], [333, 0, 7], []):
+        got, following = everywhere(run, np.int64(wanted))
+        assert same_bits(got, tuple(a[wanted] for a in want) if quant else want[wanted])
+        assert same_bits(following, then)  # keys and values of all rows are in the cache
+
+
+def test_rows_that_are_not_wanted_need_no_queries():
+    s = Setting(2, 1, 16)
+    x = s.qkv(40)
+    want = s.attend(s.cache(), x)[-1:]
+    x[:-1, :32] = np.nan
+    assert same_bits(s.attend(s.cache(), x, wanted=np.int64([39])), want)
+    x[3, 40] = np.nan
+    with pytest.raises(ValueError, match="qkv: NaN or Inf in row"):
+        s.attend(s.cache(), x, wanted=np.int64([39]))
 
 
 def test_layers_are_separate_and_lengths_advance_with_the_last():
@@ -433,8 +464,8 @@ def attend(**changes):
     """kv_attend with good arguments but for the changes."""
     cos, sin = tables(10, 4)
     good = dict(cache=_core.kv_new(2, 2, 2, 8, False), layer=0, qkv=np.zeros((3, 64), np.float32), offsets=np.int64([0, 1, 3]),
-                heads=4, cos=cos, sin=sin, interleaved=False, q_norm=None, k_norm=np.ones(8, np.float32), eps=1e-6, scale=1.0,
-                window=0, quant=0)
+                wanted=None, heads=4, cos=cos, sin=sin, interleaved=False, q_norm=None, k_norm=np.ones(8, np.float32),
+                eps=1e-6, scale=1.0, window=0, quant=0)
     assert set(changes) <= set(good)
     return _core.kv_attend(*{**good, **changes}.values())
 
@@ -470,6 +501,9 @@ def test_the_good_arguments_are_good():
     (ValueError, "offsets: expected 0 = ", lambda: attend(offsets=np.int64([0, 1, 4]))),
     (ValueError, "offsets: expected 0 = ", lambda: attend(offsets=np.int64([0, 4, 3]))),
     (TypeError, "offsets: expected int64, got int32", lambda: attend(offsets=np.int32([0, 1, 3]))),
+    (ValueError, "wanted: expected rows 0 to 2, got 3", lambda: attend(wanted=np.int64([0, 3]))),
+    (ValueError, "wanted: expected rows 0 to 2, got -1", lambda: attend(wanted=np.int64([-1]))),
+    (TypeError, "wanted: expected int64, got int32", lambda: attend(wanted=np.int32([0]))),
     (TypeError, "qkv: expected float32, got float64", lambda: attend(qkv=np.zeros((3, 64)))),
     (ValueError, "qkv: expected 2 dimensions, got 1", lambda: attend(qkv=np.zeros(64, np.float32))),
     (ValueError, r"qkv: expected \(4 \+ 2 \* 2\) \* 8 columns, got 63", lambda: attend(qkv=np.zeros((3, 63), np.float32))),
@@ -487,7 +521,7 @@ def test_the_good_arguments_are_good():
     (ValueError, "scale: expected a finite number > 0", lambda: attend(scale=0.0)),
     (ValueError, "window: expected 0 to", lambda: attend(window=-1)),
     (ValueError, "quant: expected 0 to 2", lambda: attend(quant=3)),
-    (TypeError, "kv_attend: expected 14 arguments, got 2", lambda: _core.kv_attend(None, 0)),
+    (TypeError, "kv_attend: expected 15 arguments, got 2", lambda: _core.kv_attend(None, 0)),
     (ValueError, "sequence: expected 0 to 1, got 2", lambda: _core.kv_truncate(started(2), 2, 0)),
     (ValueError, "length: expected 0 to 2, got 3", lambda: _core.kv_truncate(started(2), 1, 3)),
     (ValueError, "length: expected 0 to 1, got -1", lambda: _core.kv_truncate(started(2), 0, -1)),

@@ -107,10 +107,15 @@ class QTensor:
         >>> q.rows(np.array([1, 1, 0])).tolist()
         [[6.0, 8.0], [6.0, 8.0], [1.0, 2.0]]
         """
+        codes, scales = self.row_parts()
+        codes, scales = codes.take(index.ravel(), axis=0), scales.take(index.ravel())
+        return _core.dequantize_rows(codes, scales, None).reshape(*index.shape, -1)
+
+    def row_parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Codes (n, k) and scales, one for each row. ValueError where rows have more than that."""
         if self.groups != 1 or self.zeros is not None:
             raise ValueError(f"QTensor.rows needs one symmetric scale per row, not {self.spec}")
-        codes, scales = self.codes.take(index.ravel(), axis=0), self.scales.take(index.ravel())
-        return _core.dequantize_rows(codes, scales, None).reshape(*index.shape, -1)
+        return self.codes, self.scales
 
     def matmul(self, x: np.ndarray, bias: np.ndarray | None = None, activation: str | None = None,
                activations: QuantSpec | None = TOKEN_ASYMMETRIC) -> np.ndarray:

@@ -147,14 +147,15 @@ cleanup:
     return result;
 }
 
+/* `what` are numbered from 0 to count - 1. */
 static int
-check_rows(const zq_arg *rows, int64_t sequences)
+check_indices(const zq_arg *a, const char *name, const char *what, int64_t count)
 {
-    const int64_t *r = rows->data;
-    for (int64_t i = 0; i < rows->size; i++) {
-        if (r[i] < 0 || r[i] >= sequences) {
-            PyErr_Format(PyExc_ValueError, "rows: expected sequences 0 to %lld, got %lld", (long long)sequences - 1,
-                         (long long)r[i]);
+    const int64_t *index = a->data;
+    for (int64_t i = 0; i < a->size; i++) {
+        if (index[i] < 0 || index[i] >= count) {
+            PyErr_Format(PyExc_ValueError, "%s: expected %s 0 to %lld, got %lld", name, what, (long long)count - 1,
+                         (long long)index[i]);
             return -1;
         }
     }
@@ -171,7 +172,7 @@ py_kv_select(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     cache *c = NULL;
     PyObject *result = NULL;
     if (zq_count("kv_select", nargs, NARGS) < 0 || zq_in(args[ROWS], "rows", ZQ_I64, 1, 1, &rows) < 0 ||
-        !(c = enter(args[CACHE])) || check_rows(&rows, c->kv.sequences) < 0) {
+        !(c = enter(args[CACHE])) || check_indices(&rows, "rows", "sequences", c->kv.sequences) < 0) {
         goto cleanup;
     }
     if (rows.size > zq_min(MAX_SEQUENCES, MAX_TABLES / c->kv.layers)) {
@@ -322,10 +323,10 @@ check_order(const zq_kv *kv, int64_t layer, const int64_t *offsets)
     return 0;
 }
 
-enum { A_CACHE, A_LAYER, A_QKV, A_OFFSETS, A_HEADS, A_COS, A_SIN, A_INTERLEAVED, A_QNORM, A_KNORM, A_EPS, A_SCALE, A_WINDOW,
-       A_QUANT, A_NARGS };
+enum { A_CACHE, A_LAYER, A_QKV, A_OFFSETS, A_WANTED, A_HEADS, A_COS, A_SIN, A_INTERLEAVED, A_QNORM, A_KNORM, A_EPS, A_SCALE,
+       A_WINDOW, A_QUANT, A_NARGS };
 /* Arrays of one call: inputs that may hold NaN first. */
-enum { QKV, COS, SIN, QNORM, KNORM, OFFSETS, OUT, N = OUT + 4 };
+enum { QKV, COS, SIN, QNORM, KNORM, OFFSETS, WANTED, OUT, N = OUT + 4 };
 
 static int
 read_norm(PyObject *o, const char *name, int64_t head_dim, zq_arg *a, const float **out)
@@ -366,6 +367,8 @@ read_attend(PyObject *const *args, const zq_kv *kv, int64_t *layer, zq_arg *a, z
     if (zq_int(args[A_LAYER], "layer", 0, kv->layers - 1, layer) < 0 || zq_in(args[A_QKV], "qkv", ZQ_F32, 2, 2, &a[QKV]) < 0 ||
         read_heads(args[A_HEADS], kv, a[QKV].dim[1], t) < 0 ||
         zq_read_offsets(args[A_OFFSETS], a[QKV].dim[0], &a[OFFSETS]) < 0 ||
+        zq_in_or_none(args[A_WANTED], "wanted", ZQ_I64, 1, 1, &a[WANTED]) < 0 ||
+        check_indices(&a[WANTED], "wanted", "rows", a[QKV].dim[0]) < 0 ||
         read_rope(args + A_COS, kv->head_dim, &a[COS], &t->rope) < 0 ||
         read_norm(args[A_QNORM], "q_norm", kv->head_dim, &a[QNORM], &t->q_norm) < 0 ||
         read_norm(args[A_KNORM], "k_norm", kv->head_dim, &a[KNORM], &t->k_norm) < 0 || zq_read_eps(args[A_EPS], &t->eps) < 0 ||
@@ -380,6 +383,8 @@ read_attend(PyObject *const *args, const zq_kv *kv, int64_t *layer, zq_arg *a, z
     t->qkv = a[QKV].data;
     t->ld_qkv = a[QKV].dim[1];
     t->offsets = a[OFFSETS].data;
+    t->wanted = a[WANTED].data;
+    t->wanted_count = a[WANTED].size;
     return check_order(kv, *layer, t->offsets) < 0 ? -1 : check_reach(kv, t);
 }
 
@@ -398,7 +403,7 @@ py_kv_attend(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         read_attend(args, &c->kv, &layer, a, &t) < 0) {
         goto cleanup;
     }
-    const int64_t m = a[QKV].dim[0], width = t.heads * c->kv.head_dim;
+    const int64_t m = a[WANTED].arr ? t.wanted_count : a[QKV].dim[0], width = t.heads * c->kv.head_dim;
     if (zq_new_rows(m, width, 1, quant, &a[OUT], &out) < 0) {
         goto cleanup;
     }
@@ -429,8 +434,8 @@ PyMethodDef zq_methods_kv[] = {
     {"kv_truncate", FAST(py_kv_truncate), METH_FASTCALL, "kv_truncate(cache, sequence, length): forget what is behind"},
     {"kv_select", FAST(py_kv_select), METH_FASTCALL, "kv_select(cache, rows) -> new cache with copies of these sequences"},
     {"kv_attend", FAST(py_kv_attend), METH_FASTCALL,
-     "kv_attend(cache, layer, qkv, offsets, heads, cos | None, sin | None, interleaved, q_norm | None, k_norm | None, eps, "
-     "scale, window, quant) -> out or codes"},
+     "kv_attend(cache, layer, qkv, offsets, wanted | None, heads, cos | None, sin | None, interleaved, q_norm | None, "
+     "k_norm | None, eps, scale, window, quant) -> out or codes, of the wanted rows"},
     {"rotary", FAST(py_rotary), METH_FASTCALL, "rotary(x, positions, cos, sin, heads, interleaved) -> y"},
     {NULL, NULL, 0, NULL},
 };

@@ -595,10 +595,7 @@ py_check_finite(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     const int bad = zq_finite(&x, PyBytes_AsString(name));
     zq_release(1, &x);
     Py_DECREF(name);
-    if (bad) {
-        return NULL;
-    }
-    Py_RETURN_NONE;
+    return bad ? NULL : Py_NewRef(args[0]);
 }
 
 #define FAST(f) ((PyCFunction)(void (*)(void))(f))
@@ -619,6 +616,7 @@ PyMethodDef zq_methods_linear[] = {
      "or q when quant_out is (scale, zero)"},
     {"linear_bytes", py_bytes, METH_O, "linear_bytes(handle) -> bytes of packed weights"},
     {"gemm_s32", FAST(py_gemm_s32), METH_FASTCALL, "gemm_s32(a, handle, zero) -> int32 (m, n)"},
-    {"check_finite", FAST(py_check_finite), METH_FASTCALL, "check_finite(x, name): ValueError that names the first bad row"},
+    {"check_finite", FAST(py_check_finite), METH_FASTCALL,
+     "check_finite(x, name) -> x; ValueError that names the first bad row"},
     {NULL, NULL, 0, NULL},
 };

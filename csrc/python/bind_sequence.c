@@ -10,15 +10,17 @@
 enum { MAX_REGISTERS = 32, MAX_ARGS = 24 };
 
 /* register[out] = function(args), or that result's element `item`; argument i is register[from[i]] unless that is negative.
- * `dead` are the registers that nobody reads afterwards: what they hold is let go, and its memory serves the next call. */
+ * `dead` are the registers whose values nobody reads afterwards: they are let go, and their memory serves the next call. */
 typedef PyObject *(*fast_function)(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 
 typedef struct {
     PyObject *function, *args;
+    PyObject *part;     /* of what is computed, for errors; or None */
     fast_function fast; /* what function is in C, where it is a kernel's wrapper; else NULL */
     uint32_t dead;
     int count, out, item;
-    int from[MAX_ARGS];
+    int8_t from[MAX_ARGS];
+    PyObject *constant[MAX_ARGS]; /* items of args */
 } call;
 
 typedef struct {
@@ -33,17 +35,18 @@ free_sequence(PyObject *capsule)
     for (int i = 0; s && i < s->calls; i++) {
         Py_XDECREF(s->call[i].function);
         Py_XDECREF(s->call[i].args);
+        Py_XDECREF(s->call[i].part);
     }
     zq_free(s);
 }
 
-/* (function, args, from, out, item) into *c, checked: `known` registers hold something by then. */
+/* (function, args, from, out, item, part) into *c, checked: `known` registers hold something by then. */
 static int
 parse_call(PyObject *entry, int known, call *c)
 {
-    PyObject *function, *args, *from;
-    if (!PyArg_ParseTuple(entry, "OO!O!ii;a call is (function, args, from, out, item)", &function, &PyTuple_Type, &args,
-                          &PyTuple_Type, &from, &c->out, &c->item)) {
+    PyObject *function, *args, *from, *part;
+    if (!PyArg_ParseTuple(entry, "OO!O!iiO;a call is (function, args, from, out, item, part)", &function, &PyTuple_Type, &args,
+                          &PyTuple_Type, &from, &c->out, &c->item, &part)) {
         return -1;
     }
     c->count = (int)PyTuple_Size(args);
@@ -58,12 +61,15 @@ parse_call(PyObject *entry, int known, call *c)
         if (zq_int(PyTuple_GetItem(from, i), "calls: register", -1, known - 1, &r) < 0) {
             return -1;
         }
-        c->from[i] = (int)r;
+        c->from[i] = (int8_t)r;
+        c->constant[i] = PyTuple_GetItem(args, i);
     }
     Py_INCREF(function);
     Py_INCREF(args);
+    Py_INCREF(part);
     c->function = function;
     c->args = args;
+    c->part = part;
     c->fast = NULL;
     if (PyObject_TypeCheck(function, &PyCFunction_Type) && PyCFunction_GetFlags(function) == METH_FASTCALL) {
         c->fast = (fast_function)(void (*)(void))PyCFunction_GetFunction(function);
@@ -71,6 +77,7 @@ parse_call(PyObject *entry, int known, call *c)
     return 0;
 }
 
+/* Backwards: what a register holds before a call that writes it, only that call can still read. */
 static void
 find_dead(sequence *s)
 {
@@ -82,7 +89,7 @@ find_dead(sequence *s)
             read |= c->from[a] < 0 ? 0 : 1u << c->from[a];
         }
         c->dead = read & ~read_later;
-        read_later |= read;
+        read_later = (read_later & ~(1u << c->out)) | read;
     }
 }
 
@@ -142,7 +149,7 @@ run_call(const call *c, PyObject *const *registers)
 {
     PyObject *argv[MAX_ARGS];
     for (int i = 0; i < c->count; i++) {
-        argv[i] = c->from[i] < 0 ? PyTuple_GetItem(c->args, i) : registers[c->from[i]];
+        argv[i] = c->from[i] < 0 ? c->constant[i] : registers[c->from[i]];
     }
     PyObject *result = c->fast ? c->fast(PyCFunction_GetSelf(c->function), argv, c->count)
                                : call_slowly(c->function, argv, c->count);
@@ -153,6 +160,21 @@ run_call(const call *c, PyObject *const *registers)
     Py_XINCREF(item);
     Py_DECREF(result);
     return item;
+}
+
+/* A ValueError once more, as "part: what it said". */
+static void
+name_part(PyObject *part)
+{
+    PyObject *type, *error, *traceback;
+    if (part == Py_None || !PyErr_ExceptionMatches(PyExc_ValueError)) {
+        return;
+    }
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_Format(PyExc_ValueError, "%S: %S", part, error ? error : type);
+    Py_XDECREF(type);
+    Py_XDECREF(error);
+    Py_XDECREF(traceback);
 }
 
 static PyObject *
@@ -170,15 +192,14 @@ py_run_sequence(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     }
     for (int i = 0; i < s->calls; i++) {
         const call *c = &s->call[i];
-        last = run_call(c, registers);
-        for (int r = 0; r < MAX_REGISTERS; r++) {
-            if (c->dead >> r & 1u) {
-                Py_CLEAR(registers[r]);
-            }
+        last = PyErr_CheckSignals() < 0 ? NULL : run_call(c, registers);
+        for (uint32_t dead = c->dead; dead; dead &= dead - 1) {
+            Py_CLEAR(registers[__builtin_ctz(dead)]);
         }
         Py_XDECREF(registers[c->out]);
         registers[c->out] = last;
         if (!last) {
+            name_part(c->part);
             break;
         }
     }
@@ -191,7 +212,8 @@ py_run_sequence(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 
 PyMethodDef zq_methods_sequence[] = {
     {"sequence", py_sequence, METH_VARARGS,
-     "sequence(inputs, [(function, args, from, out, item), ...]) -> a capsule for run_sequence; zquant.models.sequence builds it"},
+     "sequence(inputs, [(function, args, from, out, item, part), ...]) -> a capsule for run_sequence; "
+     "zquant.models.sequence builds it"},
     {"run_sequence", FAST(py_run_sequence), METH_FASTCALL, "run_sequence(sequence, *inputs) -> what the last call gives"},
     {NULL, NULL, 0, NULL},
 };

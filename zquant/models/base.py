@@ -59,7 +59,7 @@ class Network:
 
     def _reset(self) -> None:
         """Forget what is made when first used: packed weights and the like."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # parts are made of parts
 
     # -- what it is made of
 

@@ -10,9 +10,10 @@ from .. import _core
 from ..spec import QuantSpec
 from .base import Network
 from .blocks import Packed, Table, Tap, pack, rows
-from .decoder_blocks import DecoderBlock, Head, Norm, Projection
+from .decoder_blocks import DecoderBlock, Head, Norm, Projection, add_rows
 from .decoder_family import Architecture, DecoderFamily
 from .family import column_positions
+from .sequence import Calls, Register
 
 __all__ = ["CHUNK", "CausalLM", "KVCache"]
 
@@ -42,6 +43,7 @@ class KVCache:
     ----------
     handle : what the kernels take
     batch : number of sequences
+    one_each : (batch + 1,) int64 offsets of one token of each sequence
     dtype : "float32", or "int8" with one scale per token and head
     """
 
@@ -51,6 +53,7 @@ class KVCache:
         if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 0:
             raise ValueError(f"cache: batch must be a number of sequences, got {batch!r}")
         self.architecture, self.batch, self.dtype = a, int(batch), dtype
+        self.one_each = np.arange(self.batch + 1)
         self.handle = _core.kv_new(a.layers, self.batch, a.kv_heads, a.head_dim, dtype == "int8") if handle is None else handle
 
     @property
@@ -218,32 +221,21 @@ class CausalLM(Network):
         if longest > self.max_positions or (rope is not None and rope.depends_on_length(longest)):
             return None
         try:
-            return self._logits(self._run(np.array(ids), before, np.arange(len(ids) + 1), cache, longest, None), None)
+            return self._run(np.array(ids), before, cache.one_each, cache, longest, None)
         except (Exception, KeyboardInterrupt):
             for sequence, old in enumerate(before):
                 cache.truncate(sequence, int(old))
             raise
 
     def _last(self, packed: Packed, cache: KVCache | None, tap: Tap | None, chunk: int) -> np.ndarray:
-        """(B, V) logits after the last token of each sequence; the head sees no other tokens."""
-        wanted = packed.offsets[1:] - 1
-
-        def ends(start: int, stop: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-            here = np.flatnonzero((wanted >= start) & (wanted < stop))
-            return (here, self._logits(x[wanted[here] - start], tap)) if len(here) else None
-
-        found = [part for _, _, part in self._forward(packed, cache, tap, chunk, ends) if part is not None]
-        if len(found) == 1:
-            return found[0][1]
-        out = np.empty((packed.shape[0], self.dims.vocabulary), np.float32)
-        for here, part in found:
-            out[here] = part
-        return out
+        """(B, V) logits after the last token of each sequence; the last block and the head compute no others."""
+        parts = [part for _, _, part in self._forward(packed, cache, tap, chunk, packed.offsets[1:] - 1)]
+        return np.concatenate(parts) if parts else np.empty((0, self.dims.vocabulary), np.float32)
 
     def stream(self, packed: Packed, cache: KVCache | None = None, tap: Tap | None = None,
                chunk: int = CHUNK) -> Iterator[tuple[int, int, np.ndarray]]:
         """Chunk by chunk: (first token, last + 1, logits (tokens, V)), counted over the packed batch; never all at once."""
-        return self._forward(packed, cache, tap, chunk, lambda start, stop, x: self._logits(x, tap))
+        return self._forward(packed, cache, tap, chunk)
 
     def generate(self, prompt: Any, **options: Any) -> Any:
         """Continue a prompt; see :func:`zquant.generate.generate`."""
@@ -273,8 +265,9 @@ class CausalLM(Network):
         return packed
 
     def _forward(self, packed: Packed, cache: KVCache | None, tap: Tap | None, chunk: int,
-                 finish: Callable[[int, int, np.ndarray], Any]) -> Iterator[tuple[int, int, Any]]:
-        """Chunk by chunk (start, stop, finish(start, stop, hidden states)). If anything fails, the cache is as it was."""
+                 wanted: np.ndarray | None = None) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Chunk by chunk (start, stop, logits of all its tokens, or of those that are ``wanted``: indices of the packed batch
+        that rise). If anything fails, the cache is as it was."""
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk: expected a positive number of tokens, got {chunk!r}")
         cache = self.new_cache(packed.shape[0]) if cache is None else self._fitting(cache, packed.shape[0])
@@ -291,8 +284,8 @@ class CausalLM(Network):
                 offsets = packed.offsets
                 if stop - start < len(ids):
                     offsets = np.clip(offsets, start, stop) - start
-                x = self._run(ids[start:stop], positions[start:stop], offsets, cache, length, tap)
-                yield start, stop, finish(start, stop, x)
+                here = None if wanted is None else wanted[(wanted >= start) & (wanted < stop)] - start
+                yield start, stop, self._run(ids[start:stop], positions[start:stop], offsets, cache, length, tap, here)
         except (Exception, KeyboardInterrupt):
             for sequence, old in enumerate(before):
                 cache.truncate(sequence, int(old))
@@ -317,17 +310,25 @@ class CausalLM(Network):
                 yield start, min(start + chunk, int(last)), int(length)
 
     def _run(self, ids: np.ndarray, positions: np.ndarray, offsets: np.ndarray, cache: KVCache, length: int,
-             tap: Tap | None) -> np.ndarray:
-        x = self._embed(ids, positions, tap)
+             tap: Tap | None, wanted: np.ndarray | None = None) -> np.ndarray:
+        """Logits of all tokens, or of the wanted rows. With a tap every layer sees all of them."""
         rope = self.dims.rope
-        rotation = (None, None) if rope is None else rope.tables(int(positions.max()) + 1, length)
+        rotation = (None, None) if rope is None else rope.tables(length, length)
+        if tap is None:
+            plain = self._part(("plain", wanted is not None), self._make_plain, wanted is not None)
+            try:
+                return plain(ids, positions, cache.handle, offsets, *rotation, *(() if wanted is None else (wanted,)))
+            except ValueError:
+                self._embed(ids, positions, None)  # names the row, if one of the table is to blame
+                raise
+        x = self._embed(ids, positions, tap)
         for block in self._part("blocks", self._make_blocks):
             try:
-                x = block.plain(x, cache.handle, offsets, *rotation) if tap is None else block(x, cache.handle, offsets,
-                                                                                               rotation, tap)
+                x = block(x, cache.handle, offsets, rotation, tap)
             except ValueError as error:
                 raise ValueError(f"{block.name}: {error}") from None
-        return x
+        x = x if wanted is None else x[wanted]
+        return self._logits(x, tap) if len(x) else np.empty((0, self.dims.vocabulary), np.float32)
 
     def _embed(self, ids: np.ndarray, positions: np.ndarray, tap: Tap | None) -> np.ndarray:
         a, names = self.dims, self.family.embeddings
@@ -338,27 +339,24 @@ class CausalLM(Network):
             row = ids[~np.isfinite(x).all(1)][0]
             raise ValueError(f"{self.prefix}{names['word']}, row {row}: NaN or Inf") from None
         if a.embedding != a.hidden:
-            x = self._part("project_in", self._make_projection, "project_in")((x, None), tap)
+            x = self._part("project_in", self._make_projection, "project_in")(x, tap)
         if a.position_rows:
             index = positions + a.position_offset if a.position_offset else positions
             x = x + rows(self.tensors[self.prefix + names["position"]], index)
         return x
 
-    def _logits(self, x: np.ndarray, tap: Tap | None) -> np.ndarray:
+    def _logits(self, x: np.ndarray, tap: Tap) -> np.ndarray:
         a = self.dims
         head: Head = self._part("head", self._make_head)
-        inner: Any = (x, None)
-        widened = a.embedding != a.hidden
         if a.final_norm:
-            name = self.family.outer["final_norm"]
-            norm = self._part("final_norm", self._norm, self.prefix + name)
+            name = self.prefix + self.family.outer["final_norm"]
             try:
-                inner = norm(x, 0 if tap is not None or widened else head.mode)
+                x = self._norm(name)(x)
             except ValueError as error:
-                raise ValueError(f"{self.prefix}{name}: {error}") from None
-        if widened:
-            inner = (self._part("project_out", self._make_projection, "project_out")(inner, tap), None)
-        return head(inner, tap if not a.tied else None)
+                raise ValueError(f"{name}: {error}") from None
+        if a.embedding != a.hidden:
+            x = self._part("project_out", self._make_projection, "project_out")(x, tap)
+        return head(x, tap if not a.tied else None)
 
     # -- parts that are made when first used
 
@@ -380,6 +378,37 @@ class CausalLM(Network):
         roles = ("attention_norm", "mlp_norm") + (("q_norm", "k_norm") if a.qk_norm else ())
         norms = {role: self._norm(prefix + names[role]) for role in roles}
         return DecoderBlock(prefix.rstrip("."), a, index, linears, norms)
+
+    def _make_plain(self, only_wanted: bool) -> Callable[..., np.ndarray]:
+        """What _run does without a tap, as one sequence of kernels. When one token is decoded a kernel takes tens of
+        microseconds, and every Python call around it shows."""
+        calls = Calls()
+        ids, positions, cache, offsets, cos, sin = (calls.input() for _ in range(6))
+        wanted = calls.input() if only_wanted else None
+        x = self._add_embedding(calls, ids, positions)
+        blocks = self._part("blocks", self._make_blocks)
+        for block in blocks:
+            x = block.add(calls, x, cache, offsets, (cos, sin), wanted if block is blocks[-1] else None)
+        head, widened = self._part("head", self._make_head), self.dims.embedding != self.dims.hidden
+        if self.dims.final_norm:
+            calls.part = self.prefix + self.family.outer["final_norm"]
+            x = self._norm(calls.part).add(calls, x, 0 if widened else head.mode)
+        if widened:
+            x = self._part("project_out", self._make_projection, "project_out").add(calls, x)
+        head.add(calls, x)
+        return calls.bind()
+
+    def _add_embedding(self, calls: Calls, ids: Register, positions: Register) -> Register:
+        """Calls that do what _embed does without a tap."""
+        a, names = self.dims, self.family.embeddings
+        calls.part = self.prefix + names["word"]
+        x = calls.add(_core.check_finite, add_rows(calls, self.tensors[calls.part], ids), "x")
+        if a.embedding != a.hidden:
+            x = self._part("project_in", self._make_projection, "project_in").add(calls, x)
+        if a.position_rows:
+            index = calls.add(np.add, positions, a.position_offset) if a.position_offset else positions
+            x = calls.add(np.add, x, add_rows(calls, self.tensors[self.prefix + names["position"]], index))
+        return x
 
     def _make_projection(self, role: str) -> Projection:
         return Projection([self.linears[self.prefix + self.family.outer[role]]])

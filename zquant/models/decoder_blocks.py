@@ -2,23 +2,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from operator import getitem
 from typing import Any
 
 import numpy as np
 
 from .. import _core
 from ..formats.safetensors import Stored
-from ..linear import ACTIVATIONS, Codes, Linear
+from ..linear import ACTIVATIONS, Linear
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .blocks import Table, Tap, _bind
+from .blocks import Table, Tap, _bind, rows
 from .decoder_family import Architecture
 from .sequence import Calls, Register
 
-__all__ = ["DecoderBlock", "Head", "Norm", "Projection", "per_head_rows"]
-
-# What a layer reads: (m, k) float32 and, where it is integer, the codes of the same rows.
-Rows = tuple[np.ndarray, "Codes | None"]
+__all__ = ["DecoderBlock", "Head", "Norm", "Projection", "add_rows", "per_head_rows"]
 
 HEAD_BYTES = 256 << 20  # a float head up to this size is held packed in float32; a larger one is unpacked block by block
 HEAD_ROWS = 4096
@@ -52,16 +50,14 @@ class Projection:
         for layer in layers:
             layer.release()
 
-    def __call__(self, x: Rows, tap: Tap | None = None, act: int = 0, residual: np.ndarray | None = None,
-                 quant: int = 0) -> Any:
-        """act(x W^T + b) + residual as float32, or as codes; the tap sees what comes before the activation."""
-        given = x[0] if x[1] is None else x[1]
+    def __call__(self, x: np.ndarray, tap: Tap | None = None, act: int = 0, residual: np.ndarray | None = None) -> np.ndarray:
+        """act(x W^T + b) + residual; the tap sees what comes before the activation."""
         if tap is not None:
-            self._show(tap, x[0], self.run(given))
-        return self.run(given, act, residual, quant)
+            self._show(tap, x, self.run(x))
+        return self.run(x, act, residual)
 
     def add(self, calls: Calls, x: Register, act: int = 0, residual: Register | None = None, quant: int = 0) -> Register:
-        """A call that does what __call__ does without a tap."""
+        """A call that does what __call__ does without a tap; x may also be codes, and with ``quant`` the result is."""
         if self.direct is None:
             return calls.add(self.run, x, act, residual, quant)
         handle, quant_in = self.direct
@@ -79,11 +75,11 @@ class Norm:
     def __init__(self, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> None:
         self.weight, self.bias, self.eps = weight, bias, eps
 
-    def __call__(self, x: np.ndarray, quant: int) -> Rows:
-        """The normalised rows, and their codes if ``quant`` asks for them."""
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """The normalised rows."""
         if self.bias is None:
-            return _core.rms_norm(x, None, self.weight, self.eps, quant)
-        return _core.layer_norm(x, None, self.weight, self.bias, self.eps, quant)
+            return _core.rms_norm(x, None, self.weight, self.eps, 0)[0]
+        return _core.layer_norm(x, None, self.weight, self.bias, self.eps, 0)[0]
 
     def add(self, calls: Calls, x: Register, quant: int) -> Register:
         """A call that gives what a projection reads: the codes if ``quant`` asks for them, else the float32 rows."""
@@ -91,6 +87,16 @@ class Norm:
         if self.bias is None:
             return calls.add(_core.rms_norm, x, None, self.weight, self.eps, quant, item=which)
         return calls.add(_core.layer_norm, x, None, self.weight, self.bias, self.eps, quant, item=which)
+
+
+def add_rows(calls: Calls, table: Table, index: Register) -> Register:
+    """Calls that do what :func:`rows` does, where that is possible without the interpreter."""
+    if isinstance(table, Stored):
+        return calls.add(rows, table, index)
+    if isinstance(table, np.ndarray):
+        return calls.add(np.asarray, calls.add(table.take, index, 0), np.float32)
+    codes, scales = table.row_parts()
+    return calls.add(_core.dequantize_rows, calls.add(codes.take, index, 0), calls.add(scales.take, index), None)
 
 
 def per_head_rows(a: Architecture) -> np.ndarray:
@@ -124,56 +130,47 @@ class DecoderBlock:
         same = self.gate is None or self.gate.mode == self.up.mode
         self.mlp_mode = self.up.mode if same else 0
         self.act = ACTIVATIONS[a.activation]
-        self.plain = self._bind_plain() if a.order != "post" else self._call_plain
 
-    def _bind_plain(self) -> Callable[..., np.ndarray]:
-        """What __call__ does without a tap, as one sequence of kernels: the same calls with the same arguments. When one
-        token is decoded a kernel takes tens of microseconds, and every Python call around it shows."""
-        a, index = self.a, self.index
-        calls = Calls()
-        x, cache, offsets, cos, sin = (calls.input() for _ in range(5))
-        qkv = self.qkv.add(calls, self.attention_norm.add(calls, x, self.qkv.mode))
-        attended = calls.add(_core.kv_attend, cache, index, qkv, offsets, a.heads, cos, sin, False, self.q_norm, self.k_norm,
-                             a.eps, a.scales[index], a.windows[index], self.attention.mode)
-        y = self.attention.add(calls, attended, 0, x)
-        inner = self.mlp_norm.add(calls, y if a.order == "pre" else x, self.mlp_mode)
+    def add(self, calls: Calls, x: Register, cache: Register, offsets: Register, rotation: tuple[Register, Register],
+            wanted: Register | None = None) -> Register:
+        """Calls that give what __call__ gives: of all tokens, or of the wanted rows alone. The other rows then get keys and
+        values, which later tokens see, and nothing else."""
+        a, i, post = self.a, self.index, self.a.order == "post"
+        calls.part = self.name
+        qkv = self.qkv.add(calls, x if post else self.attention_norm.add(calls, x, self.qkv.mode))
+        context = calls.add(_core.kv_attend, cache, i, qkv, offsets, wanted, a.heads, *rotation, False, self.q_norm,
+                            self.k_norm, a.eps, a.scales[i], a.windows[i], self.attention.mode)
+        x = x if wanted is None else calls.add(getitem, x, wanted)
+        y = self.attention.add(calls, context, 0, x)
+        if post:
+            y = inner = self.attention_norm.add(calls, y, 0)
+        else:
+            inner = self.mlp_norm.add(calls, y if a.order == "pre" else x, self.mlp_mode)
         if self.gate is None:
             wide = self.up.add(calls, inner, self.act, None, self.down.mode)
         else:
             wide = calls.add(_core.gated, self.gate.add(calls, inner), self.up.add(calls, inner), self.act, self.down.mode)
-        self.down.add(calls, wide, 0, y)
-        return calls.bind()
+        out = self.down.add(calls, wide, 0, y)
+        return self.mlp_norm.add(calls, out, 0) if post else out
 
-    def _call_plain(self, x: np.ndarray, cache: Any, offsets: np.ndarray, cos: Any, sin: Any) -> np.ndarray:
-        return self(x, cache, offsets, (cos, sin))
-
-    def __call__(self, x: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any],
-                 tap: Tap | None = None) -> np.ndarray:
-        """x (tokens, hidden) to the block's output; keys and values are appended to the cache."""
-        order, codes = self.a.order, tap is None  # taps want float32: the layers quantize for themselves, to the same codes
-        inner = (x, None) if order == "post" else self.attention_norm(x, codes * self.qkv.mode)
-        y = self._attend(inner, x, cache, offsets, rotation, tap)
+    def __call__(self, x: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any], tap: Tap) -> np.ndarray:
+        """x (tokens, hidden) to the block's output; keys and values are appended to the cache. Taps want float32: the layers
+        quantize for themselves, to the same codes."""
+        a, i, order = self.a, self.index, self.a.order
+        inner = x if order == "post" else self.attention_norm(x)
+        context = _core.kv_attend(cache, i, self.qkv(inner, tap), offsets, None, a.heads, *rotation, False,
+                                  self.q_norm, self.k_norm, a.eps, a.scales[i], a.windows[i], 0)
+        y = self.attention(context, tap, 0, x)
         if order == "post":
-            inner = self.attention_norm(y, codes * self.mlp_mode)
-            return self.mlp_norm(self._feed_forward(inner, inner[0], tap), 0)[0]
-        inner = self.mlp_norm(y if order == "pre" else x, codes * self.mlp_mode)
-        return self._feed_forward(inner, y, tap)
-
-    def _attend(self, inner: Rows, residual: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any],
-                tap: Tap | None) -> np.ndarray:
-        a, i = self.a, self.index
-        quant = (tap is None) * self.attention.mode
-        context = _core.kv_attend(cache, i, self.qkv(inner, tap), offsets, a.heads, *rotation, False, self.q_norm,
-                                  self.k_norm, a.eps, a.scales[i], a.windows[i], quant)
-        return self.attention((context, None), tap, 0, residual)
-
-    def _feed_forward(self, inner: Rows, residual: np.ndarray, tap: Tap | None) -> np.ndarray:
-        quant = (tap is None) * self.down.mode
-        if self.gate is None:
-            wide = self.up(inner, tap, self.act, None, quant)
+            y = inner = self.attention_norm(y)
         else:
-            wide = _core.gated(self.gate(inner, tap), self.up(inner, tap), self.act, quant)
-        return self.down((wide, None), tap, 0, residual)
+            inner = self.mlp_norm(y if order == "pre" else x)
+        if self.gate is None:
+            wide = self.up(inner, tap, self.act)
+        else:
+            wide = _core.gated(self.gate(inner, tap), self.up(inner, tap), self.act, 0)
+        out = self.down(wide, tap, 0, y)
+        return self.mlp_norm(out) if order == "post" else out
 
     def steps(self, x: np.ndarray, cache: Any, offsets: np.ndarray,
               rotation: tuple[Any, Any]) -> Generator[np.ndarray, None, np.ndarray]:
@@ -183,22 +180,24 @@ class DecoderBlock:
         ``cache`` is one of a single layer, this one.
         """
         a, i, order = self.a, self.index, self.a.order
-        inner = x if order == "post" else self.attention_norm(x, 0)[0]
+        inner = x if order == "post" else self.attention_norm(x)
         yield inner
-        context = _core.kv_attend(cache, 0, self.qkv((inner, None)), offsets, a.heads, *rotation, False, self.q_norm,
+        context = _core.kv_attend(cache, 0, self.qkv(inner), offsets, None, a.heads, *rotation, False, self.q_norm,
                                   self.k_norm, a.eps, a.scales[i], a.windows[i], 0)
         yield context
-        y = self.attention((context, None), None, 0, x)
+        y = self.attention(context, None, 0, x)
         if order == "post":
-            y = inner = self.attention_norm(y, 0)[0]
+            y = inner = self.attention_norm(y)
         else:
-            inner = self.mlp_norm(y if order == "pre" else x, 0)[0]
+            inner = self.mlp_norm(y if order == "pre" else x)
         yield inner
-        rows: Rows = (inner, None)
-        wide = self.up(rows, None, self.act) if self.gate is None else _core.gated(self.gate(rows), self.up(rows), self.act, 0)
+        if self.gate is None:
+            wide = self.up(inner, None, self.act)
+        else:
+            wide = _core.gated(self.gate(inner), self.up(inner), self.act, 0)
         yield wide
-        out = self.down((wide, None), None, 0, y)
-        return self.mlp_norm(out, 0)[0] if order == "post" else out
+        out = self.down(wide, None, 0, y)
+        return self.mlp_norm(out) if order == "post" else out
 
 
 class Head:
@@ -218,17 +217,23 @@ class Head:
             self.product = Projection([layer])
             self.mode = self.product.mode
 
-    def __call__(self, x: Rows, tap: Tap | None = None) -> np.ndarray:
+    def __call__(self, x: np.ndarray, tap: Tap | None = None) -> np.ndarray:
         """(m, k) rows to (m, vocabulary) float32; ValueError if a logit is not finite."""
         if self.product is not None:
             logits = self.product(x, tap)
         else:
-            logits = self._streamed(x[0])
+            logits = self._streamed(x)
         try:
             _core.check_finite(logits, "logits")
         except ValueError as error:
             raise ValueError(f"{self.layer.name}: {error}") from None
         return logits
+
+    def add(self, calls: Calls, x: Register) -> Register:
+        """Calls that do what __call__ does without a tap; x is what a norm gives for ``mode``."""
+        calls.part = self.layer.name
+        logits = calls.add(self._streamed, x) if self.product is None else self.product.add(calls, x)
+        return calls.add(_core.check_finite, logits, "logits")
 
     def _streamed(self, x: np.ndarray) -> np.ndarray:
         stored: Any = self.layer._weight

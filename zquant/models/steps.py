@@ -192,10 +192,10 @@ class DecoderSteps(Steps):
         project = model._make_projection("project_out") if a.embedding != a.hidden else None
 
         def run(batch: Batch, x: np.ndarray) -> Run:
-            inner = x if norm is None else norm(x, 0)[0]
+            inner = x if norm is None else norm(x)
             if project is not None:
                 yield inner
-                inner = project((inner, None))
+                inner = project(inner)
             if not a.tied:
                 yield inner
 

@@ -420,6 +420,6 @@ def causal_attention(q: Array, k: Array, v: Array, num_heads: int, num_kv_heads:
     for a, name in zip(rows, "qkv"):
         _core.check_finite(a, name)
     cache = _core.kv_new(1, batch, kv_heads, head_dim, False)
-    out = _core.kv_attend(cache, 0, np.concatenate(rows, 1), offsets, num_heads, None, None, False, None, None, 0.0,
+    out = _core.kv_attend(cache, 0, np.concatenate(rows, 1), offsets, None, num_heads, None, None, False, None, None, 0.0,
                           head_dim**-0.5 if scale is None else scale, window, 0)
     return _with_padding(out, keep).reshape(q.shape)
