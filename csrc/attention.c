@@ -272,6 +272,22 @@ carve(item *w)
     return 1;
 }
 
+/* A short sequence at once, with the scores in registers and L1: where nothing is hidden and all is finite. Else returns 0. */
+static int
+attend_few(const item *w)
+{
+    const zq_attention_args *a = w->t->a;
+    const int64_t d = a->head_dim, keys = w->end - w->next_key, at = w->next_key * a->ld_kv + w->head * d;
+    if (a->int8 || a->key_mask || keys > ZQ_FEW_KEYS || d > ZQ_FEW_DIM || d % 16 != 0) {
+        return 0;
+    }
+    const zq_few_keys few = {.q = a->q + w->row * a->ld_q + w->head * d, .k = a->k + at, .v = a->v + at, .rows = w->rows,
+                             .keys = keys, .head_dim = d, .ld_q = a->ld_q, .ld_kv = a->ld_kv,
+                             .factor = a->scale * ZQ_LOG2E, .out = a->out + w->row * a->ld_out + w->head * d,
+                             .ld_out = a->ld_out};
+    return w->t->K->attend_few_f32(&few);
+}
+
 static void
 attention_job(void *ctx, int64_t job)
 {
@@ -281,6 +297,9 @@ attention_job(void *ctx, int64_t job)
     const int64_t begin = a->offsets[s], end = a->offsets[s + 1], first = begin + (per_head - t->first_job[s]) * t->item_rows;
     item w = {.t = t, .head = job % a->heads, .row = first, .rows = zq_min(t->item_rows, end - first), .next_key = begin,
               .end = end};
+    if (attend_few(&w)) {
+        return;
+    }
     if (!carve(&w)) {
         atomic_store(&t->trouble.no_memory, 1);
         return;
