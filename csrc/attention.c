@@ -5,7 +5,8 @@
  * A query row goes over tiles of ZQ_KEY_TILE visible keys in order. With s the scores q k of a tile, m the running
  * maximum of s, l the running sum and o the running sum of p v:
  *     m' = max(m, max s)   c = 2^((m - m') f)   p = 2^((s - m') f)   l = l c + sum p   o = o c + p V
- * with f = scale / ln 2, and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result
+ * with f = scale / ln 2, and the result is o / l. A short sequence of which nothing is hidden goes through one kernel,
+ * attend_few_f32, to the same bits. Hidden keys are left out when a tile is gathered. Each row's result
  * depends on its own query and the visible keys of its sequence only: which rows share a job, a tile of registers or
  * a thread never shows in the bits. */
 #include "attention_tile.h"

@@ -522,8 +522,8 @@ typedef struct {
     float rows[16 * ZQ_FEW_DIM], keys[FEW_BLOCK * ZQ_FEW_DIM]; /* rows repeated to a whole block */
 } few_keys;
 
-/* Rows x of a block of `block` rows that starts at row `from` of `rows`. A block that would go beyond the end starts earlier, so
- * that some rows are computed twice; of fewer rows than a block, the last is repeated. Sets *ld to the distance of rows. */
+/* A block of `block` rows of x (rows, n), from row *from on; *ld is their distance. One that would go beyond the end starts
+ * earlier (*from says where), so that some rows are computed twice; of fewer rows than a block, the last is repeated. */
 ZQ_INLINE const float *
 whole_block(const float *x, int64_t rows, int64_t n, int64_t ldx, int64_t *from, int64_t block, float *copy, int64_t *ld)
 {
