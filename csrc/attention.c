@@ -5,7 +5,8 @@
  * A query row goes over tiles of ZQ_KEY_TILE visible keys in order. With s the scores q k of a tile, m the running
  * maximum of s, l the running sum and o the running sum of p v:
  *     m' = max(m, max s)   c = 2^((m - m') f)   p = 2^((s - m') f)   l = l c + sum p   o = o c + p V
- * with f = scale / ln 2, and the result is o / l. Hidden keys are left out when a tile is gathered. Each row's result
+ * with f = scale / ln 2, and the result is o / l. A short sequence of which nothing is hidden goes through one kernel,
+ * attend_few_f32, to the same bits. Hidden keys are left out when a tile is gathered. Each row's result
  * depends on its own query and the visible keys of its sequence only: which rows share a job, a tile of registers or
  * a thread never shows in the bits. */
 #include "attention_tile.h"
@@ -272,6 +273,22 @@ carve(item *w)
     return 1;
 }
 
+/* A short sequence at once, with the scores in registers and L1: where nothing is hidden and all is finite. Else returns 0. */
+static int
+attend_few(const item *w)
+{
+    const zq_attention_args *a = w->t->a;
+    const int64_t d = a->head_dim, keys = w->end - w->next_key, at = w->next_key * a->ld_kv + w->head * d;
+    if (a->int8 || a->key_mask || keys > ZQ_FEW_KEYS || d > ZQ_FEW_DIM || d % 16 != 0) {
+        return 0;
+    }
+    const zq_few_keys few = {.q = a->q + w->row * a->ld_q + w->head * d, .k = a->k + at, .v = a->v + at, .rows = w->rows,
+                             .keys = keys, .head_dim = d, .ld_q = a->ld_q, .ld_kv = a->ld_kv,
+                             .factor = a->scale * ZQ_LOG2E, .out = a->out + w->row * a->ld_out + w->head * d,
+                             .ld_out = a->ld_out};
+    return w->t->K->attend_few_f32(&few);
+}
+
 static void
 attention_job(void *ctx, int64_t job)
 {
@@ -281,6 +298,9 @@ attention_job(void *ctx, int64_t job)
     const int64_t begin = a->offsets[s], end = a->offsets[s + 1], first = begin + (per_head - t->first_job[s]) * t->item_rows;
     item w = {.t = t, .head = job % a->heads, .row = first, .rows = zq_min(t->item_rows, end - first), .next_key = begin,
               .end = end};
+    if (attend_few(&w)) {
+        return;
+    }
     if (!carve(&w)) {
         atomic_store(&t->trouble.no_memory, 1);
         return;

@@ -59,6 +59,15 @@ typedef struct {
     int64_t ldp;
 } zq_softmax_tile;
 
+/* Some query rows of one head against all keys of a short sequence. */
+typedef struct {
+    const float *q, *k, *v; /* (rows, head_dim), ld_q apart; (keys, head_dim), ld_kv apart */
+    int64_t rows, keys, head_dim, ld_q, ld_kv; /* keys 1 to ZQ_FEW_KEYS; head_dim a multiple of 16 up to ZQ_FEW_DIM */
+    float factor; /* > 0: p = 2^((s - m) factor) */
+    float *out;   /* (rows, head_dim), ld_out apart */
+    int64_t ld_out;
+} zq_few_keys;
+
 /* What a weight may become: code times scale. Integers: (code - zero), qmin <= code <= qmax. Else `count` ascending values,
  * code c for values[c]: as many of the count - 1 borders lie below the weight over the scale. */
 typedef struct {
@@ -88,6 +97,9 @@ typedef struct {
     uint8_t *codes;
     float *loss, *size; /* (32): sum e^2 and sum delta^2 of the columns that count */
 } zq_gptq_tile;
+
+/* Bounds of zq_few_keys: where it is faster than tiles, and what its working memory on the stack is made for. */
+enum { ZQ_FEW_KEYS = 64, ZQ_FEW_DIM = 128 };
 
 /* lo <= 0 <= hi around all of a row: what its scale and zero point are made of. */
 typedef struct {
@@ -176,6 +188,9 @@ enum { ZQ_ROWS = 8 };
     X(softmax_tile_f32, void, (const zq_softmax_tile *t)) \
     /* the same, but p = rint(255 * 2^(...)), zeros up to a multiple of 4 keys, and l sums these codes; s stays */ \
     X(softmax_tile_u8, void, (const zq_softmax_tile *t)) \
+    /* softmax(q k^T) v as matmul_f32, softmax_tile_f32 and divide_rows_f32 give it, bit for bit. Returns 1; 0 where a row is \
+     * not finite: out is then undefined, and the tiles say which */ \
+    X(attend_few_f32, int, (const zq_few_keys *t)) \
     /* t->y (mr, nr) = (float)(colsum[j] + sum a b) * scale[j] [+ y when accumulate]: a u8, b s8 in panels of 32 columns, \
      * `panel` bytes apart, each (k / 4, 32, 4). k a multiple of 4, mr <= mr_matmul, nr a multiple of 16; colsum and scale \
      * (nr) */ \

@@ -336,6 +336,31 @@ def test_hidden_keys_are_as_if_they_were_not_there():
     assert same_bits(got[seen], few)
 
 
+@pytest.mark.parametrize("d", [16, 32, 48, 128, 144])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 47, 49, 63, 64, 65])
+def test_short_sequences_have_the_bits_of_tiles(tokens, d):
+    """Sequences of up to 64 tokens have a kernel of their own, for which nothing may be hidden: a mask goes to the tiles."""
+    x = make_qkv(tokens, 2, d, scale=3)
+    seen = np.ones(tokens, np.uint8)
+    assert same_bits(everywhere(run_fused, x, [tokens], 2), everywhere(run_fused, x, [tokens], 2, mask=seen))
+
+
+@pytest.mark.parametrize("tokens", [4, 20, 64])
+@pytest.mark.parametrize("what", ["nan in v", "scores", "values"])
+def test_a_short_sequence_names_its_bad_row(isa, tokens, what):
+    x = make_qkv(2 * tokens, 2, 16)
+    if what == "nan in v":
+        x[-1, 64] = np.nan
+    elif what == "scores":  # of the last query alone, beyond float32
+        x[-1, 0] = x[tokens:, 32] = 1e25
+    else:  # sums of several values beyond float32, though each is within: every query of the second sequence
+        x[tokens:, :64] = 0
+        x[tokens:, 64] = 3e38
+    row = tokens if what == "values" else 2 * tokens - 1
+    with pytest.raises(ValueError, match=rf"row {row}\b"):
+        run_fused(x, [tokens, tokens], 2)
+
+
 def test_all_keys_hidden_gives_zeros():
     x = make_qkv(12, 2, 8)
     mask = np.repeat(np.uint8([1, 0, 1]), 4)

@@ -85,6 +85,40 @@ zq_matmul_f32__ref(const zq_tile *t, int64_t ldb, int64_t panel, int accumulate)
     }
 }
 
+/* One query row. */
+static int
+attend_row(const zq_few_keys *t, const float *q, float *out)
+{
+    float s[ZQ_FEW_KEYS], max = -INFINITY, sum = 0.0f;
+    for (int64_t j = 0; j < t->keys; j++) {
+        s[j] = 0.0f;
+        for (int64_t i = 0; i < t->head_dim; i++) {
+            s[j] = fmaf(q[i], t->k[j * t->ld_kv + i], s[j]);
+        }
+    }
+    const zq_softmax_tile softmax = {.s = s, .rows = 1, .keys = t->keys, .factor = &t->factor, .max = &max, .sum = &sum};
+    zq_softmax_tile_f32__ref(&softmax);
+    for (int64_t i = 0; i < t->head_dim; i++) {
+        out[i] = 0.0f;
+        for (int64_t j = 0; j < t->keys; j++) {
+            out[i] = fmaf(s[j], t->v[j * t->ld_kv + i], out[i]);
+        }
+    }
+    const int finite = zq_is_finite(sum) && zq_is_finite(zq_absmax_f32__ref(out, t->head_dim));
+    zq_divide_rows_f32__ref(out, 1, t->head_dim, t->ld_out, &sum, out, t->ld_out);
+    return finite;
+}
+
+int
+zq_attend_few_f32__ref(const zq_few_keys *t)
+{
+    int finite = 1;
+    for (int64_t r = 0; r < t->rows; r++) {
+        finite &= attend_row(t, t->q + r * t->ld_q, t->out + r * t->ld_out);
+    }
+    return finite;
+}
+
 void
 zq_softmax_tile_u8__ref(const zq_softmax_tile *t)
 {

@@ -20,7 +20,7 @@ v16_exp2(v16 t)
 
 /* 8 x 8 floats: pairs, then quads, then the 128-bit halves. */
 ZQ_INLINE void
-transpose_8x8(const float *x, int64_t ldx, float *y, int64_t ldy)
+transposed_8x8(const float *x, int64_t ldx, __m256 *y)
 {
     __m256 r[8], p[8];
 #pragma GCC unroll 8
@@ -41,8 +41,19 @@ transpose_8x8(const float *x, int64_t ldx, float *y, int64_t ldy)
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(y + i * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(y + (i + 4) * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+        y[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+        y[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+}
+
+ZQ_INLINE void
+transpose_8x8(const float *x, int64_t ldx, float *y, int64_t ldy)
+{
+    __m256 columns[8];
+    transposed_8x8(x, ldx, columns);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        _mm256_storeu_ps(y + i * ldy, columns[i]);
     }
 }
 
@@ -501,9 +512,201 @@ matmul_f32(const zq_tile *t, int64_t ldb, int64_t panel, int accumulate)
     }
 }
 
+/* ---- few keys ---- */
+
+/* Sixteen query rows side by side in the lanes, so that the softmax over keys has no horizontal steps. */
+typedef struct {
+    float q[ZQ_FEW_DIM * 16];  /* (head_dim, 16): Q^T */
+    float s[ZQ_FEW_KEYS * 16]; /* (keys, 16): scores, then p */
+    float inv[16];             /* 1 / l */
+    float rows[16 * ZQ_FEW_DIM], keys[FEW_BLOCK * ZQ_FEW_DIM]; /* rows repeated to a whole block */
+} few_keys;
+
+/* A block of `block` rows of x (rows, n), from row *from on; *ld is their distance. One that would go beyond the end starts
+ * earlier (*from says where), so that some rows are computed twice; of fewer rows than a block, the last is repeated. */
+ZQ_INLINE const float *
+whole_block(const float *x, int64_t rows, int64_t n, int64_t ldx, int64_t *from, int64_t block, float *copy, int64_t *ld)
+{
+    if (rows >= block) {
+        *from = zq_min(*from, rows - block);
+        *ld = ldx;
+        return x + *from * ldx;
+    }
+    for (int64_t r = 0; r < block; r++) {
+        copy_rows_f32(x + zq_min(r, rows - 1) * ldx, 1, n, ldx, copy + r * n, n);
+    }
+    *ld = n;
+    return copy;
+}
+
+/* q (n, 16) = sixteen rows of n transposed, n a multiple of 8; in whole vectors, as they are read right afterwards. */
+ZQ_INLINE void
+few_queries(const float *x, int64_t n, int64_t ldx, float *q)
+{
+    for (int64_t i = 0; i < n; i += 8) {
+        __m256 lo[8], hi[8];
+        transposed_8x8(x + i, ldx, lo);
+        transposed_8x8(x + 8 * ldx + i, ldx, hi);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+            v16_store(q + 16 * (i + j), v16_join(lo[j], hi[j]));
+        }
+    }
+}
+
+/* s (FEW_BLOCK keys, 16) = K Q^T; returns the larger of max and these scores. */
+ZQ_INLINE v16
+few_scores(const float *k, int64_t ld_k, int64_t head_dim, const float *q, float *s, v16 max)
+{
+    v16 acc[FEW_BLOCK];
+#pragma GCC unroll 16
+    for (int r = 0; r < FEW_BLOCK; r++) {
+        acc[r] = v16_zero();
+    }
+    for (int64_t i = 0; i < head_dim; i++) {
+        const v16 qi = v16_load(q + 16 * i);
+#pragma GCC unroll 16
+        for (int r = 0; r < FEW_BLOCK; r++) {
+            acc[r] = v16_fma(v16_set1(k[r * ld_k + i]), qi, acc[r]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < FEW_BLOCK; r++) {
+        v16_store(s + 16 * r, acc[r]);
+        max = v16_max(max, acc[r]);
+    }
+    return max;
+}
+
+/* Scores to p; returns l. Sums go over the keys as exp2_row and v16_hsum go over lanes. */
+ZQ_INLINE v16
+few_softmax(float *s, int64_t keys, v16 max, float factor)
+{
+    const v16 f = v16_set1(factor);
+    v16 sum[16];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < keys; j++) {
+        v16_store(s + 16 * j, v16_exp2(v16_mul(v16_sub(v16_load(s + 16 * j), max), f)));
+    }
+    for (int64_t j = keys; j % 16; j++) {
+        v16_store(s + 16 * j, v16_zero());
+    }
+#pragma GCC unroll 16
+    for (int l = 0; l < 16; l++) {
+        sum[l] = v16_load(s + 16 * l);
+    }
+    if (keys > 16) {
+        for (int l = 0; l < 16; l++) {
+            sum[l] = v16_add(sum[l], v16_load(s + 16 * (l + 16)));
+        }
+    }
+    if (keys > 32) {
+        for (int l = 0; l < 16; l++) {
+            const v16 third = v16_load(s + 16 * (l + 32));
+            sum[l] = v16_add(sum[l], keys > 48 ? v16_add(third, v16_load(s + 16 * (l + 48))) : third);
+        }
+    }
+#pragma GCC unroll 4
+    for (int half = 8; half >= 1; half /= 2) {
+#pragma GCC unroll 8
+        for (int l = 0; l < half; l++) {
+            sum[l] = v16_add(sum[l], sum[l + half]);
+        }
+    }
+    return sum[0];
+}
+
+/* Of FEW_ROWS query rows the first `rows`: out = P V / l, 16 nv columns. Returns the largest bits without sign of P V. */
+ZQ_INLINE v16i
+few_values(const float *p, int64_t keys, const float *v, int64_t ld_v, const float *inv, int64_t rows, float *out,
+           int64_t ld_out, const int nv)
+{
+    v16 acc[FEW_ROWS][MATMUL_NV];
+    v16i top = v16i_zero();
+#pragma GCC unroll 16
+    for (int r = 0; r < FEW_ROWS; r++) {
+#pragma GCC unroll 4
+        for (int c = 0; c < nv; c++) {
+            acc[r][c] = v16_zero();
+        }
+    }
+    for (int64_t j = 0; j < keys; j++) {
+        v16 vj[MATMUL_NV];
+#pragma GCC unroll 4
+        for (int c = 0; c < nv; c++) {
+            vj[c] = v16_load(v + j * ld_v + 16 * c);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < FEW_ROWS; r++) {
+            const v16 pr = v16_set1(p[16 * j + r]);
+#pragma GCC unroll 4
+            for (int c = 0; c < nv; c++) {
+                acc[r][c] = v16_fma(pr, vj[c], acc[r][c]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < FEW_ROWS; r++) {
+        if (r >= rows) {
+            break;
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < nv; c++) {
+            top = v16i_max(top, v16_abs_bits(acc[r][c]));
+            v16_store(out + r * ld_out + 16 * c, v16_add(v16_mul(acc[r][c], v16_set1(inv[r])), v16_zero()));
+        }
+    }
+    return top;
+}
+
+/* Sixteen query rows, or all there are. Returns the largest bits without sign of l and P V. */
+ZQ_INLINE v16i
+attend_sixteen(const zq_few_keys *t, int64_t from, few_keys *w)
+{
+    const int64_t d = t->head_dim;
+    int64_t ld;
+    const float *q = whole_block(t->q, t->rows, d, t->ld_q, &from, 16, w->rows, &ld);
+    few_queries(q, d, ld, w->q);
+    v16 max = v16_set1(-INFINITY);
+    for (int64_t j = 0; j < t->keys; j += FEW_BLOCK) {
+        int64_t key = j;
+        const float *k = whole_block(t->k, t->keys, d, t->ld_kv, &key, FEW_BLOCK, w->keys, &ld);
+        max = few_scores(k, ld, d, w->q, w->s + 16 * key, max);
+    }
+    const v16 sum = few_softmax(w->s, t->keys, max, t->factor);
+    v16i top = v16_abs_bits(sum);
+    v16_store(w->inv, v16_div(v16_set1(1.0f), sum));
+    const int64_t rows = zq_min(16, t->rows);
+    for (int64_t r = 0; r < rows; r += FEW_ROWS) {
+        float *out = t->out + (from + r) * t->ld_out;
+        int64_t c = 0;
+        for (; c + 16 * MATMUL_NV <= d; c += 16 * MATMUL_NV) {
+            top = v16i_max(top, few_values(w->s + r, t->keys, t->v + c, t->ld_kv, w->inv + r, rows - r, out + c, t->ld_out,
+                                           MATMUL_NV));
+        }
+        for (; c < d; c += 16) {
+            top = v16i_max(top, few_values(w->s + r, t->keys, t->v + c, t->ld_kv, w->inv + r, rows - r, out + c, t->ld_out, 1));
+        }
+    }
+    return top;
+}
+
+static int
+attend_few_f32(const zq_few_keys *t)
+{
+    few_keys w;
+    v16i top = v16i_zero();
+    assert(t->keys >= 1 && t->keys <= ZQ_FEW_KEYS && t->head_dim % 16 == 0 && t->head_dim <= ZQ_FEW_DIM);
+    for (int64_t i = 0; i < t->rows; i += 16) {
+        top = v16i_max(top, attend_sixteen(t, i, &w));
+    }
+    return v16i_hmax(top) < 0x7f800000;
+}
+
 static void
 fill_attention(zq_kernels *t)
 {
+    t->attend_few_f32 = attend_few_f32;
     t->softmax_tile_f32 = softmax_tile_f32;
     t->softmax_tile_u8 = softmax_tile_u8;
     t->matmul_u8s8 = matmul_u8s8;

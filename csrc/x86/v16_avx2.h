@@ -165,6 +165,7 @@ ZQ_INLINE v16i v16i_loadn_s8(const uint8_t *p, int64_t n) { return v16i_widen_s8
 
 ZQ_INLINE __m256 v16_lo(v16 a) { return a.lo; }
 ZQ_INLINE __m256 v16_hi(v16 a) { return a.hi; }
+ZQ_INLINE v16 v16_join(__m256 lo, __m256 hi) { return (v16){lo, hi}; }
 ZQ_INLINE __m256i v16i_lo(v16i a) { return a.lo; }
 ZQ_INLINE __m256i v16i_hi(v16i a) { return a.hi; }
 

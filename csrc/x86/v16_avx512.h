@@ -101,6 +101,7 @@ v16i_flip_and_sum(const uint8_t *q, int64_t n, uint8_t *s)
 /* The upper eight lanes folded onto the lower eight; the rest of a reduction is in v16.inc.h. */
 ZQ_INLINE __m256 v16_lo(v16 a) { return _mm512_castps512_ps256(a); }
 ZQ_INLINE __m256 v16_hi(v16 a) { return _mm512_extractf32x8_ps(a, 1); }
+ZQ_INLINE v16 v16_join(__m256 lo, __m256 hi) { return _mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1); }
 ZQ_INLINE __m256i v16i_lo(v16i a) { return _mm512_castsi512_si256(a); }
 ZQ_INLINE __m256i v16i_hi(v16i a) { return _mm512_extracti64x4_epi64(a, 1); }
 

@@ -15,7 +15,7 @@ from ..qtensor import QTensor
 __all__ = ["CHUNK", "Block", "Embeddings", "Packed", "Table", "pack", "rows"]
 
 # Tokens per micro-batch and thread: most activations of one block then stay in the second-level caches. Whole sequences only.
-CHUNK = 512
+CHUNK = 256
 
 Tap = Callable[[str, np.ndarray, np.ndarray], None]
 # An embedding table: float32 or float16, possibly mapped; bfloat16 as stored; or quantized rows.
