@@ -165,8 +165,9 @@ prepared_operand(const gemm_job *g, const prepared *p)
     return (operand){p->q, g->w->kind == ZQ_W_F32 ? g->lda / (int64_t)sizeof(float) : g->lda, p->sx, p->zx, p->start};
 }
 
-/* Row r of x into codes and scales (float32 weights: float32 behind shift and factor) at row `at` of p, and what groups need: signed codes and where the sums start. The slack
- * up to kpad is multiplied too, by codes that may not be 0: it must be. */
+/* Row r of x into codes and scales (float32 weights: float32 behind shift and factor) at row `at` of p, and what groups
+ * need: signed codes and where the sums start. The slack up to kpad is multiplied too, by codes that may not be 0: it must
+ * be. */
 static void
 prepare_row(gemm_job *g, int64_t r, const prepared *p, int64_t at)
 {
@@ -177,17 +178,17 @@ prepare_row(gemm_job *g, int64_t r, const prepared *p, int64_t at)
         read_row(g, r, (float *)q);
         return;
     }
+    const uint8_t *codes = x->f32 ? q : x->u8 + r * x->ld_u8;
     if (!x->f32) {
-        memcpy(q, x->u8 + r * x->ld_u8, (size_t)k);
         p->sx[at] = x->scale[r];
         p->zx[at] = x->zero[r];
     }
     else if (!quantize_row(g, r, q, p->sx + at, p->zx + at)) {
         note_bad_row(g, r);
     }
-    for (int64_t i = 0; i < g->split; i++, q += g->lda) {
+    for (int64_t i = 0; i < g->split; i++, q += g->lda, codes += g->lda) {
         if (g->groups) {
-            g->K->center_groups_b8(q, k, g->w->group, g->offset, q, p->start + (at + i) * g->groups);
+            g->K->center_groups_b8(codes, k, g->w->group, g->offset, q, p->start + (at + i) * g->groups);
         }
         memset(q + k, 0, (size_t)(g->lda - k));
     }
@@ -211,51 +212,86 @@ given_operand(const gemm_job *g, int64_t r0)
     return (operand){x->u8 + r0 * x->ld_u8, x->ld_u8, x->scale + r0, x->zero + r0, NULL};
 }
 
-/* Memory is to be busy all the time. One tile per panel: prefetch a little ahead of where it reads, which runs on into the
- * next panel. Several: all but the first read the panel from L2, so that each of them fetches its part of the next one
- * (next bytes on; 0 where none of this job follows). */
-static void
-look_ahead(zq_tile *t, int64_t tile, int64_t tiles, int64_t next)
-{
-    t->ahead = (const char *)t->b + (tiles == 1 ? AHEAD_BYTES : next + next / tiles * tile);
-    t->ahead_step = 128 / tiles;
-}
+/* Row tiles [t0, t1) that meet one panel after the other. `op` and `y` are indexed from row `base`. */
+typedef struct {
+    int64_t t0, t1, base;
+    const operand *op;
+    float *y;
+    zq_tile tile; /* what is the same for every panel; filled in once, as a panel is only a few hundred cycles */
+} strip;
 
-/* Panel p times the row tiles [t0, t1); the caller goes on to panel `end`. `op` and `y` are indexed from row `base`. */
-static void
-run_panel(const gemm_job *g, int64_t p, int64_t end, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y,
-          int64_t ldy)
+static strip
+strip_of(const gemm_job *g, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y, int64_t ldy)
 {
     const zq_linear *w = g->w;
+    const zq_tile tile = {.k = g->kpad, .group = w->group, .lda = op->lda, .pairs = g->split == 2, .act = g->out->act,
+                          .ldy = ldy, .ldr = g->out->ld_residual, .stream = g->stream_out, .ld_start = g->groups,
+                          .rank = g->out->add.rank, .ld_low = g->out->add.ld_t,
+                           .ahead_step = 128 / (t1 - t0)};
+    return (strip){t0, t1, base, op, y, tile};
+}
+
+/* Memory is to be busy all the time. One tile per panel: prefetch a little ahead of where it reads, which runs on into the
+ * next panel. Several: all but the first read the panel from L2, so that each of them fetches its part of the next one
+ * (part bytes; 0 where none of this job follows). */
+static void
+look_ahead(const strip *s, zq_tile *t, int64_t tile, int64_t next, int64_t part)
+{
+    t->ahead = (const char *)t->b + (s->t1 - s->t0 == 1 ? AHEAD_BYTES : next + part * (tile - s->t0));
+}
+
+/* What a tile of the next panel reads once, beside the codes, waits for L2 or L3 otherwise. */
+static void
+fetch_columns(const zq_linear *w, int64_t col)
+{
+    const void *columns[] = {w->bias, w->scale, w->colsum, w->zcorr};
+    for (int i = 0; i < 4; i++) {
+        if (columns[i]) {
+            __builtin_prefetch((const char *)columns[i] + col * 4);
+            __builtin_prefetch((const char *)columns[i] + col * 4 + 64);
+        }
+    }
+}
+
+/* Panel p times the strip's rows; the caller goes on to panel `end`. */
+static void
+run_panel(const gemm_job *g, int64_t p, int64_t end, strip *s)
+{
+    const zq_linear *w = g->w;
+    const operand *op = s->op;
     const int64_t col = p * ZQ_NR;
     const int64_t item = w->kind == ZQ_W_F32 ? (int64_t)sizeof(float) : 1;
-    zq_tile t = {.nr = (int)zq_min(ZQ_NR, w->n - col), .k = g->kpad, .group = w->group, .lda = op->lda,
-                 .b = (const char *)w->panels + p * w->panel_bytes, .bias = w->bias + col, .pairs = g->split == 2,
-                 .rank = g->out->add.rank, .ld_low = g->out->add.ld_t, .low_b = g->out->add.u + p * g->out->add.rank * ZQ_NR,
-                 .act = g->out->act, .ldy = ldy, .ldr = g->out->ld_residual, .stream = g->stream_out};
+    const int64_t ahead = p + 1 < end ? w->panel_bytes : 0, part = ahead / (s->t1 - s->t0);
+    zq_tile *t = &s->tile;
+    t->nr = (int)zq_min(ZQ_NR, w->n - col);
+    t->b = (const char *)w->panels + p * w->panel_bytes;
+    t->bias = w->bias + col;
+    t->low_b = t->rank ? g->out->add.u + col * t->rank : NULL;
     if (w->kind == ZQ_W_S8) {
-        t.scale = w->scale + col;
-        t.colsum = w->colsum + col;
+        t->scale = w->scale + col;
+        t->colsum = w->colsum + col;
     }
     else if (g->groups) {
-        t.zcorr = w->zcorr + col;
-        t.ld_start = g->groups;
+        t->zcorr = w->zcorr + col;
     }
-    for (int64_t tile = t0, row = tile_start(g, t0), next; tile < t1; tile++, row = next) {
-        const int64_t at = (row - base) * g->split;
+    if (ahead) {
+        fetch_columns(w, col + ZQ_NR);
+    }
+    for (int64_t tile = s->t0, row = tile_start(g, s->t0), next; tile < s->t1; tile++, row = next) {
+        const int64_t at = (row - s->base) * g->split;
         next = row + g->rows + (tile < g->longer);
-        t.mr = (int)((next - row) * g->split);
+        t->mr = (int)((next - row) * g->split);
         if (g->far) {
-            look_ahead(&t, tile - t0, t1 - t0, p + 1 < end ? w->panel_bytes : 0);
+            look_ahead(s, t, tile, ahead, part);
         }
-        t.a = (const char *)op->a + at * op->lda * item;
-        t.sx = op->sx ? op->sx + at : NULL;
-        t.zx = op->zx ? op->zx + at : NULL;
-        t.start = op->start ? op->start + at * g->groups : NULL;
-        t.low = t.rank ? g->out->add.t + row * g->out->add.ld_t : NULL;
-        t.residual = g->out->residual ? g->out->residual + row * g->out->ld_residual + col : NULL;
-        t.y = y + (row - base) * ldy + col;
-        g->kernel(&t);
+        t->a = (const char *)op->a + at * op->lda * item;
+        t->sx = op->sx ? op->sx + at : NULL;
+        t->zx = op->zx ? op->zx + at : NULL;
+        t->start = op->start ? op->start + at * g->groups : NULL;
+        t->low = t->rank ? g->out->add.t + row * g->out->add.ld_t : NULL;
+        t->residual = g->out->residual ? g->out->residual + row * g->out->ld_residual + col : NULL;
+        t->y = s->y + (row - s->base) * t->ldy + col;
+        g->kernel(t);
     }
 }
 
@@ -325,8 +361,9 @@ chunk_job(void *ctx, int64_t c)
             return;
         }
     }
+    strip s = strip_of(g, t0, t1, r0, &op, y, ldy);
     for (int64_t p = 0; p < g->panels; p++) {
-        run_panel(g, p, g->panels, t0, t1, r0, &op, y, ldy);
+        run_panel(g, p, g->panels, &s);
     }
     if (g->quantize_out) {
         quantize_outputs(g, r0, r0 + rows, y, ldy);
@@ -375,8 +412,9 @@ panel_job(void *ctx, int64_t job)
     const operand op = g->prepare_in ? prepared_operand(g, &g->shared) : given_operand(g, 0);
     const int64_t ldy = g->out->y ? g->out->ld_y : zq_round_up(g->w->n, 16);
     const int64_t end = job_start(g, job + 1);
+    strip s = strip_of(g, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
     for (int64_t p = job_start(g, job); p < end; p++) {
-        run_panel(g, p, end, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
+        run_panel(g, p, end, &s);
     }
 }
 

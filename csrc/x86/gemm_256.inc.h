@@ -61,18 +61,24 @@ prefetch_ahead(const int far, const zq_tile *t, const void *b)
     }
 }
 
-/* The same for half a panel's 64 bytes at b: of one line, the first half asks for it; of two, each half for its own. */
+/* With groups and several tiles per panel: once per group of `bytes` bytes of the panel at b, all lines of its share. */
+ZQ_INLINE void
+prefetch_group(const int far, const zq_tile *t, const void *b, int64_t bytes)
+{
+    if (far == 1) {
+        const int64_t at = ((const char *)b - (const char *)t->b) / 128 * t->ahead_step;
+        for (int64_t line = 0; line < bytes / 128 * t->ahead_step; line += 64) {
+            _mm_prefetch(t->ahead + at + line, _MM_HINT_T0);
+        }
+    }
+}
+
+/* With groups and one tile: for half a panel's 64 bytes at b, the line that stands for them. */
 ZQ_INLINE void
 prefetch_half(const int far, const zq_tile *t, const uint8_t *b)
 {
-    if (far) {
-        const int64_t at = b - (const uint8_t *)t->b;
-        if (far == 2) {
-            _mm_prefetch(t->ahead + at, _MM_HINT_T0);
-        }
-        else {
-            _mm_prefetch(t->ahead + at / 128 * t->ahead_step, _MM_HINT_T0);
-        }
+    if (far == 2) {
+        _mm_prefetch(t->ahead + (b - (const uint8_t *)t->b), _MM_HINT_T0);
     }
 }
 

@@ -177,12 +177,13 @@ step_u4(const int mr, const int first, const int high, int64_t lda, const uint8_
  * to 32 k (`steps` of 8) into int16, then vpmaddwd by ones and an addition to the sums: the sequence that bench_kernels.py
  * takes as the ceiling. The chunk as assembly, without gcc's copies, and codes unpacked once for 12 rows were no faster. */
 ZQ_INLINE void
-chunk_u4(const int mr, const int far, const zq_tile *t, const uint8_t *a, int64_t steps, const uint8_t *b, v16i *sums)
+chunk_u4(const int mr, const int far, const zq_tile *t, const uint8_t *a, int64_t steps, const uint8_t *b,
+         __m256i acc[MR_GROUP][2])
 {
-    __m256i acc[MR_GROUP][2];
     prefetch_half(far, t, b);
     step_u4(mr, 1, 0, t->lda, a, b, acc);
     step_u4(mr, 0, 1, t->lda, a, b, acc);
+#pragma GCC unroll 1
     while (--steps > 0) {
         a += ZQ_KSTEP;
         b += ZQ_NR * 4;
@@ -190,20 +191,68 @@ chunk_u4(const int mr, const int far, const zq_tile *t, const uint8_t *a, int64_
         step_u4(mr, 0, 0, t->lda, a, b, acc);
         step_u4(mr, 0, 1, t->lda, a, b, acc);
     }
+}
+
+/* Row i's sums of a chunk added to those of the chunks before it; the first chunk of a group starts at t->start. */
+ZQ_INLINE v16i
+widen_u4(const int first, const zq_tile *t, const int32_t *start, const v16i *sums, int i, __m256i acc[MR_GROUP][2])
+{
+    const v16i before = first ? v16i_set1(start[i * t->ld_start]) : sums[i];
+    return (v16i){_mm256_add_epi32(before.lo, _mm256_madd_epi16(acc[i][0], constant16(ones))),
+                  _mm256_add_epi32(before.hi, _mm256_madd_epi16(acc[i][1], constant16(ones)))};
+}
+
+ZQ_INLINE void
+keep_sums(const int mr, const int first, const zq_tile *t, const int32_t *start, __m256i acc[MR_GROUP][2], v16i *sums)
+{
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
-        sums[i].lo = _mm256_add_epi32(sums[i].lo, _mm256_madd_epi16(acc[i][0], constant16(ones)));
-        sums[i].hi = _mm256_add_epi32(sums[i].hi, _mm256_madd_epi16(acc[i][1], constant16(ones)));
+        sums[i] = widen_u4(first, t, start, sums, i, acc);
     }
     leave_registers(sums);
 }
 
-/* f = fma(sum of a group, its scale, f) over the groups. The sums lie in memory: int16 takes the registers. */
+/* f = fma(sum of the group, scale, f) */
+ZQ_INLINE void
+finish_sums(const int mr, const int first, const zq_tile *t, const int32_t *start, __m256i acc[MR_GROUP][2],
+            const v16i *sums, const float *scales, v16 *f)
+{
+    const v16 scale = v16_load(scales);
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+        f[i] = v16_fma(v16_from_i(widen_u4(first, t, start, sums, i, acc)), scale, f[i]);
+    }
+    leave_registers(f);
+}
+
+/* One group of 16 columns, n codes at b. Its sums lie in memory between two chunks: int16 takes the registers. */
+ZQ_INLINE void
+group_u4(const int mr, const int far, const zq_tile *t, const uint8_t *a, const int32_t *start, int64_t n, const uint8_t *b,
+         const float *scales, v16 *f)
+{
+    v16i sums[MR_GROUP];
+    __m256i acc[MR_GROUP][2];
+    if (n > 32) {
+        chunk_u4(mr, far, t, a, 4, b, acc);
+        keep_sums(mr, 1, t, start, acc, sums);
+        for (n -= 32, a += 32, b += 512; n > 32; n -= 32, a += 32, b += 512) {
+            chunk_u4(mr, far, t, a, 4, b, acc);
+            keep_sums(mr, 0, t, start, acc, sums);
+        }
+        chunk_u4(mr, far, t, a, n / ZQ_KSTEP, b, acc);
+        finish_sums(mr, 0, t, start, acc, sums, scales, f);
+    }
+    else {
+        chunk_u4(mr, far, t, a, n / ZQ_KSTEP, b, acc);
+        finish_sums(mr, 1, t, start, acc, sums, scales, f);
+    }
+}
+
+/* f = fma(sum of a group, its scale, f) over the groups */
 ZQ_INLINE void
 tile_u4(const int mr, const int far, const zq_tile *t)
 {
     v16 f[2][MR_GROUP];
-    v16i sums[MR_GROUP];
     const uint8_t *panel = t->b, *a = t->a;
     const int32_t *start = t->start;
     for (int i = 0; i < mr; i++) {
@@ -212,18 +261,9 @@ tile_u4(const int mr, const int far, const zq_tile *t)
     for (int64_t k = 0; k < t->k; k += t->group, start++) {
         const uint8_t *b = panel + 4 * ZQ_NR;
         const int64_t n = zq_min(t->group, t->k - k);
+        prefetch_group(far, t, panel, 4 * ZQ_NR + n * 16);
         for (int half = 0; half < 2; half++) {
-            for (int i = 0; i < mr; i++) {
-                sums[i] = v16i_set1(start[i * t->ld_start]);
-            }
-            leave_registers(sums);
-            for (int64_t done = 0; done < n; done += 32) {
-                chunk_u4(mr, far, t, a + done, zq_min(n - done, 32) / ZQ_KSTEP, b + 64 * half + done * 16, sums);
-            }
-            const v16 scale = v16_load((const float *)panel + 16 * half);
-            for (int i = 0; i < mr; i++) {
-                f[half][i] = v16_fma(v16_from_i(sums[i]), scale, f[half][i]);
-            }
+            group_u4(mr, far, t, a, start, n, b + 64 * half, (const float *)panel + 16 * half, f[half]);
         }
         a += n;
         panel = b + n * 16;

@@ -255,7 +255,7 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
     }
     for (const uint8_t *end = a + steps * ZQ_KSTEP; a < end; a += ZQ_KSTEP) {
         __m512i w[NV] = {_mm512_load_si512(b), _mm512_load_si512(b + 64)}, next[NV];
-        prefetch_ahead(far == 2 ? 2 : 0, t, &c->ahead);
+        prefetch_ahead(far, t, &c->ahead);
         if (four_bits) {
             next[0] = _mm512_and_si512(_mm512_srli_epi16(w[0], 4), low);
             next[1] = _mm512_and_si512(_mm512_srli_epi16(w[1], 4), low);
@@ -268,7 +268,7 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
             __asm__ volatile("" ::: "memory"); /* loaded any earlier, they would cost a spill */
             next[0] = _mm512_load_si512(b + 128);
             next[1] = _mm512_load_si512(b + 192);
-            prefetch_ahead(far == 2 ? 2 : 0, t, &c->ahead);
+            prefetch_ahead(far, t, &c->ahead);
             b += 256;
         }
         step_group(mr, a + 4, lda, next, second);
@@ -308,17 +308,11 @@ tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
     for (int i = 0; i < mr; i++) {
         f[i][0] = f[i][1] = _mm512_setzero_ps();
     }
-    /* What one group's part of the panel stands for, in lines to be prefetched; the rest of a share is not worth more code. */
-    const int64_t share = far == 1 ? (4 + t->group / (four_bits ? 2 : 1)) * ZQ_NR * t->ahead_step / 128 : 0;
     for (int64_t k = 0; k < t->k; k += t->group) {
         __m512i acc[MR_GROUP][NV];
         const float *scale = (const float *)c.b;
-        for (int64_t line = 0; line < share; line += 64) {
-            _mm_prefetch(c.ahead + line, _MM_HINT_T0);
-        }
-        c.ahead += share;
         c.b += 4 * ZQ_NR;
-        prefetch_ahead(far == 2 ? 2 : 0, t, &c.ahead);
+        prefetch_ahead(far, t, &c.ahead);
         accumulate_group(mr, four_bits, far, t, zq_min(t->group, t->k - k) / ZQ_KSTEP, &c, acc);
         c.start++;
         const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);

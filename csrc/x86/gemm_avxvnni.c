@@ -2,7 +2,8 @@
  * level avx2's.
  *
  * The bound: Zen 5 starts two vpdpbusd a cycle at either width, so that this level has half of avx512vnni's peak. Latency
- * 4: eight chains and more keep both pipes busy, three rows have twelve. */
+ * 4: eight chains and more keep both pipes busy, three rows have twelve. With groups of 32, 64, 128 one more slot of these
+ * pipes in every 9, 17, 33 multiplies by the scale: 89, 94, 97 % (tests/bench/ceilings.c measures that). */
 #if defined(__x86_64__)
 #include "../zq_kernels.h"
 
@@ -119,14 +120,13 @@ step_group(const int mr, const int four_bits, const int high, const uint8_t *a, 
     leave_registers(b);
 }
 
+/* What lies at b and is read next: half a panel's line, or with all columns at a time a whole panel's two. */
 ZQ_INLINE void
-prefetch_group(const int mr, const int far, const zq_tile *t, const uint8_t *b)
+prefetch_step(const int mr, const int far, const zq_tile *t, const uint8_t *b)
 {
+    prefetch_half(far, t, b);
     if (WIDTH(mr) == NV) {
-        prefetch_ahead(far, t, b);
-    }
-    else {
-        prefetch_half(far, t, b);
+        prefetch_half(far, t, b + 64);
     }
 }
 
@@ -137,11 +137,11 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
 {
     const int64_t lda = t->lda;
     for (; n > 0; n -= ZQ_KSTEP, a += ZQ_KSTEP, b += ZQ_NR * 4) {
-        prefetch_group(mr, far, t, b);
+        prefetch_step(mr, far, t, b);
         step_group(mr, four_bits, 0, a, lda, b, acc);
         if (!four_bits) {
             b += ZQ_NR * 4;
-            prefetch_group(mr, far, t, b);
+            prefetch_step(mr, far, t, b);
         }
         step_group(mr, four_bits, four_bits, a + 4, lda, b, acc);
     }
@@ -187,6 +187,7 @@ tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
     }
     for (int64_t k = 0; k < t->k; k += t->group, a += t->group, panel += bytes, start++) {
         const int64_t n = zq_min(t->group, t->k - k);
+        prefetch_group(far, t, panel, bytes);
         add_group(mr, four_bits, far, t, a, start, n, panel, 0, f);
         if (WIDTH(mr) < NV) {
             add_group(mr, four_bits, far, t, a, start, n, panel, 2, f);

@@ -100,8 +100,8 @@ run_tile(zq_tile *t, const tile_fn tile)
         return;
     }
     _Alignas(64) float v[FINISH_ROWS * ZQ_NR];
-    /* In place, not in a copy of *t: its fields were stored one by one a moment ago, and reading them back in vectors would wait for
-     * that. */
+    /* In place, not in a copy of *t: its fields were stored one by one a moment ago, and reading them back in vectors would
+     * wait for that. */
     float *const y = t->y;
     const float *const bias = t->bias;
     const int64_t ldy = t->ldy;

@@ -169,25 +169,4 @@ ZQ_INLINE v16 v16_join(__m256 lo, __m256 hi) { return (v16){lo, hi}; }
 ZQ_INLINE __m256i v16i_lo(v16i a) { return a.lo; }
 ZQ_INLINE __m256i v16i_hi(v16i a) { return a.hi; }
 
-/* n <= 64 bytes: s = q ^ 0x80; returns the sum of q as partial sums. s may be q */
-ZQ_INLINE v16i
-v16i_flip_and_sum(const uint8_t *q, int64_t n, uint8_t *s)
-{
-    uint8_t edge[64] = {0};
-    const int whole = n == 64;
-    if (!whole) {
-        memcpy(edge, q, (size_t)n);
-        q = edge;
-    }
-    const __m256i lo = _mm256_loadu_si256((const __m256i *)q), hi = _mm256_loadu_si256((const __m256i *)(q + 32));
-    const __m256i sign = _mm256_set1_epi8((char)0x80), zero = _mm256_setzero_si256();
-    uint8_t *out = whole ? s : edge;
-    _mm256_storeu_si256((__m256i *)out, _mm256_xor_si256(lo, sign));
-    _mm256_storeu_si256((__m256i *)(out + 32), _mm256_xor_si256(hi, sign));
-    if (!whole) {
-        memcpy(s, edge, (size_t)n);
-    }
-    return (v16i){_mm256_sad_epu8(lo, zero), _mm256_sad_epu8(hi, zero)};
-}
-
 #include "v16_reduce.h"

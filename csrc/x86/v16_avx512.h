@@ -77,27 +77,6 @@ ZQ_INLINE v16i v16i_load_s8(const uint8_t *p) { return _mm512_cvtepi8_epi32(_mm_
 ZQ_INLINE v16i v16i_loadn_u8(const uint8_t *p, int64_t n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(v16_mask(n), p)); }
 ZQ_INLINE v16i v16i_loadn_s8(const uint8_t *p, int64_t n) { return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(v16_mask(n), p)); }
 
-/* n <= 64 bytes: s = q ^ 0x80; returns the sum of q as partial sums. s may be q. Masked stores are slow. */
-ZQ_INLINE v16i
-v16i_flip_and_sum(const uint8_t *q, int64_t n, uint8_t *s)
-{
-    const __m512i sign = _mm512_set1_epi8((char)0x80);
-    if (n == 64) {
-        const __m512i a = _mm512_loadu_si512(q);
-        _mm512_storeu_si512(s, _mm512_xor_si512(a, sign));
-        return _mm512_sad_epu8(a, _mm512_setzero_si512());
-    }
-    if (n == 32) {
-        const __m256i a = _mm256_loadu_si256((const __m256i *)q);
-        _mm256_storeu_si256((__m256i *)s, _mm256_xor_si256(a, _mm512_castsi512_si256(sign)));
-        return _mm512_zextsi256_si512(_mm256_sad_epu8(a, _mm256_setzero_si256()));
-    }
-    const __mmask64 mask = (1ull << n) - 1;
-    const __m512i a = _mm512_maskz_loadu_epi8(mask, q);
-    _mm512_mask_storeu_epi8(s, mask, _mm512_xor_si512(a, sign));
-    return _mm512_sad_epu8(a, _mm512_setzero_si512());
-}
-
 /* The upper eight lanes folded onto the lower eight; the rest of a reduction is in v16.inc.h. */
 ZQ_INLINE __m256 v16_lo(v16 a) { return _mm512_castps512_ps256(a); }
 ZQ_INLINE __m256 v16_hi(v16 a) { return _mm512_extractf32x8_ps(a, 1); }

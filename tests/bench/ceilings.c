@@ -58,6 +58,11 @@ now(void)
 #define FIRST256(i) "vpmaddubsw %%ymm14,%%ymm15,%%ymm" #i "\n"
 #define NIBBLES256(i) "vpmaddubsw %%ymm14,%%ymm15,%%ymm12\n vpaddw %%ymm12,%%ymm" #i ",%%ymm" #i "\n"
 #define WIDEN256(i) "vpmaddwd %%ymm14,%%ymm" #i ",%%ymm12\n vpaddd %%ymm12,%%ymm13,%%ymm13\n"
+/* 32 k of all chains, in both ways, and what the end of a group adds whatever computed its sum: to float, times the scale */
+#define NIBBLES256_K32                                                                                              \
+    CHAINS(FIRST256) CHAINS(NIBBLES256) CHAINS(NIBBLES256) CHAINS(NIBBLES256) X4(CHAINS(NIBBLES256)) CHAINS(WIDEN256)
+#define VNNI256_K32 X4(CHAINS(VNNI256)) X4(CHAINS(VNNI256))
+#define GROUP256(i) "vcvtdq2ps %%ymm" #i ",%%ymm12\n vfmadd213ps %%ymm15,%%ymm14,%%ymm12\n"
 
 #if defined(__x86_64__)
 LOOP(loop_vnni, X4(CHAINS(VNNI)))
@@ -65,8 +70,12 @@ LOOP(loop_fma512, X4(CHAINS(FMA512)))
 LOOP(loop_fma256, X4(CHAINS(FMA256)))
 LOOP(loop_vnni256, X4(CHAINS(VNNI256)))
 LOOP(loop_signs256, X4(CHAINS(SIGNS256)))
-LOOP(loop_nibbles256, CHAINS(FIRST256) CHAINS(NIBBLES256) CHAINS(NIBBLES256) CHAINS(NIBBLES256) X4(CHAINS(NIBBLES256))
-                          CHAINS(WIDEN256))
+#define GROUP_LOOPS(name, k32)                                                                                      \
+    LOOP(name##_g32, k32 CHAINS(GROUP256))                                                                          \
+    LOOP(name##_g64, k32 k32 CHAINS(GROUP256))                                                                      \
+    LOOP(name##_g128, X4(k32) CHAINS(GROUP256))
+GROUP_LOOPS(loop_nibbles256, NIBBLES256_K32)
+GROUP_LOOPS(loop_vnni256, VNNI256_K32)
 
 #define READ_LOOP(name, body)                                                                                       \
     static void name(const char *p, size_t bytes)                                                                   \
@@ -103,7 +112,10 @@ zqb_isa(void)
 #endif
 }
 
-enum { KIND_VNNI, KIND_FMA512, KIND_SIGNS256, KIND_FMA256, KIND_VNNI256, KIND_NIBBLES256, KINDS };
+enum {
+    KIND_VNNI, KIND_FMA512, KIND_SIGNS256, KIND_FMA256, KIND_NIBBLES256_G128, KIND_NIBBLES256_G64, KIND_NIBBLES256_G32,
+    KIND_VNNI256, KIND_VNNI256_G128, KIND_VNNI256_G64, KIND_VNNI256_G32, KINDS
+};
 
 static void
 run_loop(int kind, long n)
@@ -113,7 +125,12 @@ run_loop(int kind, long n)
     case KIND_VNNI: loop_vnni(n); break;
     case KIND_FMA512: loop_fma512(n); break;
     case KIND_SIGNS256: loop_signs256(n); break;
-    case KIND_NIBBLES256: loop_nibbles256(n); break;
+    case KIND_NIBBLES256_G128: loop_nibbles256_g128(n); break;
+    case KIND_NIBBLES256_G64: loop_nibbles256_g64(n); break;
+    case KIND_NIBBLES256_G32: loop_nibbles256_g32(n); break;
+    case KIND_VNNI256_G128: loop_vnni256_g128(n); break;
+    case KIND_VNNI256_G64: loop_vnni256_g64(n); break;
+    case KIND_VNNI256_G32: loop_vnni256_g32(n); break;
     case KIND_FMA256: loop_fma256(n); break;
     default: loop_vnni256(n); break;
     }
@@ -138,14 +155,14 @@ has_avxvnni(void)
 int
 zqb_runs(int kind)
 {
-    if (kind == KIND_VNNI256) {
+    if (kind >= KIND_VNNI256 && kind < KINDS) {
         return has_avxvnni();
     }
     return kind >= 0 && kind < KINDS && zqb_isa() >= (kind <= KIND_FMA512 ? 2 : 1);
 }
 
-/* Operations (a multiply and an add are two) of one of the UNROLL parts of an iteration; that of nibbles is twice as long. */
-static const double ops_of_kind[KINDS] = {128, 32, 64, 16, 64, 128};
+/* Operations (a multiply and an add are two) of one of the UNROLL parts of an iteration: longer groups, longer iterations. */
+static const double ops_of_kind[KINDS] = {128, 32, 64, 16, 512, 256, 128, 64, 512, 256, 128};
 
 /* ---- a team of pinned threads -------------------------------------------------------------------- */
 typedef struct {
