@@ -227,7 +227,7 @@ strip_of(const gemm_job *g, int64_t t0, int64_t t1, int64_t base, const operand 
     const zq_tile tile = {.k = g->kpad, .group = w->group, .lda = op->lda, .pairs = g->split == 2, .act = g->out->act,
                           .ldy = ldy, .ldr = g->out->ld_residual, .stream = g->stream_out, .ld_start = g->groups,
                           .rank = g->out->add.rank, .ld_low = g->out->add.ld_t,
-                           .ahead_step = 128 / (t1 - t0)};
+                          .ahead_step = 128 / (t1 - t0)};
     return (strip){t0, t1, base, op, y, tile};
 }
 
