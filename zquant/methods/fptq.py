@@ -51,7 +51,7 @@ def fptq(absmax: Any, v0: float = 15, v1: float = 150) -> FPTQPolicy:
         NaN, Inf or negative magnitudes; not 0 <= v0 <= v1.
 
     >>> fptq([2.0, 14.0, 0.0, 30.0])
-    FPTQPolicy(mode='equalize', scale=array([1.  , 3.5 , 1.  , 6.  ]))
+    FPTQPolicy(mode='equalize', scale=array([1. , 3.5, 1. , 6. ]))
     >>> fptq([2.0, 14.0]).mode, fptq([2.0, 1400.0]).mode
     ('static', 'token')
     """
