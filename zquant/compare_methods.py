@@ -158,7 +158,7 @@ def compare_methods(
         What the loss is measured on; see :func:`zquant.losses.loss_for`: a text for language models; sentences, or scored
         pairs, for encoders.
     scheme
-        For recipes that come without one. None: a preset's own, else "w8a8".
+        For recipes that are not in a pair with one. None: a preset's own, else "w8a8".
     mode, samples, seed
         Of the calibration, as in :func:`zquant.quantize`.
     seq_len, max_tokens, batch_size

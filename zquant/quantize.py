@@ -14,7 +14,7 @@ from .extras import Extras, static_range
 from .formats.safetensors import Stored
 from .linear import Linear
 from .mapped import release
-from .methods import PRESETS, Method, Preset, Recipe, Repair, Transform, get_method
+from .methods import PRESETS, Method, Preset, Recipe, Repair, Step, Transform, get_method
 from .qtensor import QTensor
 from .spec import QuantSpec, Scheme
 from .statistics import InputStatistics, Statistics
@@ -99,8 +99,8 @@ def choose_scheme(scheme: str | Scheme | None, method: Any) -> Scheme:
         return Scheme.parse(scheme)
     if isinstance(method, Preset):
         return method.scheme
-    recipe = Recipe.of(method)
-    found = PRESETS.get(recipe.name)
+    recipe = None if isinstance(method, Step) else Recipe.of(method)
+    found = None if recipe is None else PRESETS.get(recipe.name)
     return found.scheme if found is not None and found.recipe == recipe else Scheme.parse("w8a8")
 
 
@@ -152,11 +152,11 @@ def needs_data(recipe: Recipe, scheme: Scheme) -> bool:
 
 def _static(scheme: Scheme) -> bool:
     """Whether some layer's activations have a scale that is known beforehand."""
-    return scheme.activations is not None and _is_static(scheme.activations)
+    return any(map(_is_static, (scheme.activations, *(spec for _, spec in scheme.activation_overrides))))
 
 
-def _is_static(spec: QuantSpec) -> bool:
-    return spec.granularity == "tensor" and not spec.dynamic
+def _is_static(spec: QuantSpec | None) -> bool:
+    return spec is not None and spec.granularity == "tensor" and not spec.dynamic
 
 
 def _transform(model: Any, step: Transform, data: _Data, scheme: Scheme, show: bool | None) -> tuple[Any, Scheme]:
@@ -234,7 +234,7 @@ class Quantizer:
             self._linears[name] = self._quantize(name, None if stats is None else stats[name])
 
     def _quantize(self, name: str, stats: InputStatistics | None) -> Linear:
-        layer, spec, activations = self._layers[name], self.specs[name], self.scheme.activations
+        layer, spec, activations = self._layers[name], self.specs[name], self.scheme.activations_for(name)
         weight = _quantize_weight(name, layer._weight, spec, self.method, stats)
         extras = {step.fills: self._repair(name, step, weight, stats) for step in self.recipe.repairs}
         if activations is not None and _is_static(activations) and stats is not None:
@@ -257,7 +257,7 @@ class Quantizer:
 def _check_overrides(scheme: Scheme, names: Iterable[str]) -> None:
     """A pattern that the user gave and that matches nothing is a mistake; those of the named schemes may not apply."""
     built_in = set(Scheme.parse("w4/8a8").overrides)
-    for glob, spec in scheme.overrides:
+    for glob, spec in scheme.overrides + scheme.activation_overrides:
         if (glob, spec) not in built_in and not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(f"scheme {scheme.name}: override {glob!r} matches no linear layer of the model")
 

@@ -301,7 +301,7 @@ class _Study:
         if mode == "both":
             return after
         if mode == "weights":
-            return Linear(name, after._weight, after.bias, extras=_without(after.extras, "static"))
+            return Linear(name, after._weight, after.bias, extras=_without(after.extras, "static", "outliers"))
         extras = _without(after.extras, "correction", "outliers")  # they stand for what the codes of the weights lack
         return Linear(name, before._weight, before.bias, after.activations, extras=extras)
 

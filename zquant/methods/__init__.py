@@ -5,12 +5,13 @@ from .base import METHODS, STEPS, Method, Repair, Step, Transform, get_method, r
 from .recipe import PRESETS, Preset, Recipe, preset
 
 __all__ = [
-    "FPTQ", "GPTQ", "LLMInt8", "LoRC", "METHODS", "Method", "OutlierSuppression", "PRESETS", "Preset", "RTN", "Recipe",
-    "Repair", "STEPS", "SmoothQuant", "Step", "Transform", "get_method", "preset", "register",
+    "AWQClip", "AWQScale", "FPTQ", "GPTQ", "LLMInt8", "LoRC", "METHODS", "Method", "OutlierSuppression", "PRESETS",
+    "Preset", "RTN", "Recipe", "Repair", "STEPS", "SmoothQuant", "Step", "Transform", "get_method", "preset", "register",
 ]
 
+from .awq import AWQClip, AWQScale  # noqa: E402  (needs register)
 from .fptq import FPTQ  # noqa: E402
-from .gptq import GPTQ  # noqa: E402  (needs register)
+from .gptq import GPTQ  # noqa: E402
 from .llm_int8 import LLMInt8  # noqa: E402
 from .lorc import LoRC  # noqa: E402
 from .outlier_suppression import OutlierSuppression  # noqa: E402
@@ -18,5 +19,13 @@ from .rtn import RTN  # noqa: E402
 from .smoothquant import SmoothQuant  # noqa: E402
 
 preset("zeroquant", "rtn", "w8a8")
+preset("gptq", "gptq", "w4a16")
 preset("zeroquant-v2", "gptq+lorc", "w4a8")
+preset("awq", "awq-scale+awq-clip", "w4a16-g128")
+preset("awq+gptq", "awq-scale+gptq", "w4a16-g128")
 preset("llm.int8()", "llm.int8", "w8a8-sym")
+preset("smoothquant-o1", "smoothquant", "w8a8-sym-wt")
+preset("smoothquant-o2", "smoothquant", "w8a8-sym-tensor-wt")
+preset("smoothquant-o3", "smoothquant", "w8a8-sym-static-wt")
+preset("fptq", "fptq", "w4a8-g128")
+preset("os+", "outlier_suppression", "w8a8-static")

@@ -395,8 +395,10 @@ class CausalLM(Network):
         return Head(name, cast(Table, self.word_embeddings), self._head_activations())
 
     def _head_activations(self) -> QuantSpec | None:
-        """How a head that is an int8 table reads its input: as the other integer layers do."""
-        return next((layer.activations for layer in self.linears.values() if layer.activations is not None), None)
+        """How a head that is an int8 table reads its input: as the other integer layers do, but per token always, since
+        nothing has calibrated it."""
+        found = next((layer.activations for layer in self.linears.values() if layer.activations is not None), None)
+        return found and found.replace(granularity="token", dynamic=True)
 
     def _heads(self) -> str:
         a = self.dims

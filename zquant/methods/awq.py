@@ -1,0 +1,284 @@
+"""AWQ: activation-aware weight quantization (Lin et al., 2023, arXiv 2306.00978).
+
+    W_hat(s) = Q(W diag(s)) diag(1 / s),    s = x^r  or  x^r / w^(1 - r),    x = mean |X_j|,  w = mean |W_j| / max of its group
+    loss(s) = sum over the layers that read X of  tr (W_hat - W) C (W_hat - W)^T,    C = mean of x x^T
+
+Channels that are large in the activations get finer steps. What produces X divides it by s; r is the one in a grid whose loss
+is least. Then the range of every group of weights is clipped where that makes the error of the layer's output smaller.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .. import _core
+from ..models.foldings import Folding, fold, foldings
+from ..ops.quantize import _array
+from ..qtensor import QTensor
+from ..spec import QuantSpec, Scheme
+from ..statistics import Statistics
+from .base import Method, Transform, register
+from .rtn import RTN
+
+__all__ = ["AWQClip", "AWQInfo", "AWQScale", "awq", "awq_clip"]
+
+Array = np.ndarray
+
+LEAST = 1e-4  # of a scale before it is normalised, as in the authors' code
+
+
+@dataclass(frozen=True)
+class AWQInfo:
+    """What a search found.
+
+    Attributes
+    ----------
+    ratio
+        r of the best scale; None where no scale was better than none.
+    duo
+        Whether the weights were part of it.
+    loss, rtn_loss
+        Mean over tokens of the squared error of the layers' outputs, with the scale and without.
+    """
+
+    ratio: float | None
+    duo: bool
+    loss: float
+    rtn_loss: float
+
+
+def _output_error(w: Array, w_hat: Array, gram: Any) -> float:
+    """tr (w_hat - w) C (w_hat - w)^T with C packed: :func:`_loss` multiplies with the same C again and again."""
+    error = w_hat - w
+    product = _core.linear_forward(gram, error, 0, 0, None, 0)
+    return float(np.multiply(product, error, out=product).sum(dtype=np.float64))
+
+
+def _loss(weights: Sequence[Array], gram: Any, spec: QuantSpec, scale: Array | None) -> float:
+    """Squared error of all outputs with inputs divided by ``scale``."""
+    total = 0.0
+    for w in weights:
+        if scale is None:
+            total += _output_error(w, RTN().quantize(w, spec).dequantize(), gram)
+        else:
+            total += _output_error(w, RTN().quantize(w * scale, spec).dequantize() / scale, gram)
+    return total
+
+
+def _weight_size(weights: Sequence[Array], group: int) -> Array:
+    """(k,): mean over all rows of |w| relative to the largest of its group."""
+    k = weights[0].shape[1]
+    column = np.arange(k) // group
+    sizes = np.zeros(k)
+    for w in weights:
+        most = np.maximum.reduceat(np.abs(w), np.arange(0, k, group), axis=1)
+        sizes += (np.abs(w) / (most[:, column] + 1e-6)).sum(axis=0, dtype=np.float64)
+    return sizes / sum(map(len, weights))
+
+
+def _candidate(size: Array, weight_size: Array | None, ratio: float) -> Array:
+    """s for one r, normalised so that its largest and its least value are reciprocal; 1 where nothing is known."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        s = size ** ratio if weight_size is None else size ** ratio / (weight_size ** (1 - ratio) + 1e-4)
+    s = np.maximum(np.where(np.isfinite(s), s, 1.0), LEAST)
+    s = (s / np.sqrt(s.max() * s.min())).astype(np.float32)
+    return np.where(size > 0, s, np.float32(1))
+
+
+def awq(weights: Array | Sequence[Array], mean_abs: Array, gram: Array, bits: int = 4, group_size: int | None = None,
+        symmetric: bool = True, *, grid: int = 20, duo: bool | str = "both",
+        tie: Any = None) -> tuple[Array, AWQInfo]:
+    """The scale of a layer's input channels with which its weights lose least when rounded to nearest.
+
+    Parameters
+    ----------
+    weights : float32, shape (n, k), or a list of such
+        (out, in), of all layers that read the input.
+    mean_abs : shape (k,)
+        Mean over tokens of abs(x).
+    gram : shape (k, k)
+        Mean over tokens of x x^T.
+    bits, group_size, symmetric
+        The format, as in :func:`zquant.ops.quantize_weight`.
+    grid
+        Values of r between 0 and 1.
+    duo
+        False: s = x^r, as in the paper. True: divided by w^(1 - r), as in AutoAWQ. "both": whichever is better.
+    tie
+        A function (k,) -> (k,) that makes scales equal which have to be.
+
+    Returns
+    -------
+    scale : (k,) float32
+        What x is divided by and columns of the weights are multiplied with; ones where nothing was better.
+    AWQInfo
+
+    Raises
+    ------
+    TypeError
+        Arrays of other types.
+    ValueError
+        Shapes that do not fit, NaN or Inf, a grid below 1.
+
+    >>> import numpy as np
+    >>> import zquant as zq
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.standard_normal((256, 64)) * np.where(np.arange(64) % 16 == 3, 20, 1)
+    >>> w = rng.standard_normal((32, 64)).astype(np.float32)
+    >>> scale, info = zq.awq(w, np.abs(x).mean(0), x.T @ x / 256, bits=3, group_size=32)
+    >>> bool(scale[3] > 2 * scale[0]), info.loss < 0.5 * info.rtn_loss
+    (True, True)
+    """
+    parts = [_array(w, "weights", "float32") for w in ([weights] if isinstance(weights, np.ndarray) else weights)]
+    size, gram32 = np.asarray(mean_abs, np.float64), np.asarray(gram, np.float32)
+    _check_awq(parts, size, gram32, grid, duo)
+    spec = QuantSpec(bits, symmetric=symmetric) if group_size is None else QuantSpec(
+        bits, granularity="group", group_size=group_size, symmetric=symmetric)
+    k = parts[0].shape[1]
+    weight_size = _weight_size(parts, min(group_size or k, k)) if duo else None
+    packed = _core.linear_pack_f32(gram32, None)
+    best, plain = np.ones(k, np.float32), _loss(parts, packed, spec, None)
+    info = AWQInfo(None, False, plain, plain)
+    for use in {False: (None,), True: (weight_size,), "both": (None, weight_size)}[duo]:
+        for ratio in np.arange(grid) / max(grid - 1, 1):
+            s = _candidate(size, use, float(ratio))
+            s = s if tie is None else tie(s)
+            loss = _loss(parts, packed, spec, s)
+            if loss < info.loss:
+                best, info = s, AWQInfo(float(ratio), use is not None, loss, plain)
+    return best, info
+
+
+def _check_awq(parts: Sequence[Array], size: Array, gram: Array, grid: object, duo: object) -> None:
+    if not parts or any(w.ndim != 2 or w.shape[1] != parts[0].shape[1] or not w.size for w in parts):
+        raise ValueError(f"weights: expected matrices (n, k) with the same k, got {[w.shape for w in parts]}")
+    k = parts[0].shape[1]
+    if size.shape != (k,) or gram.shape != (k, k):
+        raise ValueError(f"mean_abs, gram: expected shapes {(k,)} and {(k, k)}, got {size.shape} and {gram.shape}")
+    if not np.isfinite(size).all() or not np.isfinite(gram).all() or (size < 0).any():
+        raise ValueError("mean_abs, gram: NaN, Inf or negative")
+    if isinstance(grid, bool) or not isinstance(grid, int) or grid < 1:
+        raise ValueError(f"grid: expected a positive number of values, got {grid!r}")
+    if duo not in (True, False, "both"):
+        raise ValueError(f"duo: expected True, False or 'both', got {duo!r}")
+
+
+def _group_errors(error: Array, gram: Array, group: int) -> Array:
+    """(n, groups): e C_gg e^T for the part e of each row that lies in group g."""
+    k = error.shape[1]
+    found = [np.einsum("ij,ij->i", error[:, a:a + group] @ gram[a:a + group, a:a + group], error[:, a:a + group])
+             for a in range(0, k, group)]
+    return np.stack(found, axis=1)
+
+
+def awq_clip(w: Array, gram: Array, bits: int = 4, group_size: int | None = None, symmetric: bool = True, *, grid: int = 20,
+             most: float = 0.5) -> Array:
+    """The weights clipped, group by group, to the range in which the output's error is least when they are rounded to nearest.
+
+    Parameters
+    ----------
+    w : float32, shape (n, k)
+        (out, in).
+    gram : shape (k, k)
+        Mean over tokens of x x^T. Only its diagonal blocks of ``group_size`` count.
+    bits, group_size, symmetric
+        The format.
+    grid, most
+        Ranges 1, 1 - 1 / grid, ... of max abs(w), down to 1 - most.
+
+    Returns
+    -------
+    numpy.ndarray
+        (n, k) float32. A group's error is never larger than without.
+
+    Raises
+    ------
+    TypeError
+        An array of another type.
+    ValueError
+        Shapes that do not fit, NaN or Inf.
+
+    >>> import numpy as np
+    >>> w = np.float32([[0.1, 0.2, -0.3, 1.0]])
+    >>> bool(awq_clip(w, np.diag([9, 9, 9, 0.1]), bits=3).max() < 0.8)
+    True
+    """
+    w, gram32 = _array(w, "w", "float32"), np.asarray(gram, np.float32)
+    if w.ndim != 2 or not w.size or gram32.shape != (w.shape[1], w.shape[1]):
+        raise ValueError(f"w, gram: expected shapes (n, k) and (k, k), got {w.shape} and {gram32.shape}")
+    if not np.isfinite(gram32).all():
+        raise ValueError("gram: NaN or Inf")
+    k = w.shape[1]
+    group = min(group_size or k, k)
+    spec = QuantSpec(bits, symmetric=symmetric) if group_size is None else QuantSpec(
+        bits, granularity="group", group_size=group_size, symmetric=symmetric)
+    column = np.arange(k) // group
+    largest = np.maximum.reduceat(np.abs(w), np.arange(0, k, group), axis=1)
+    bound, least = largest.copy(), np.full(largest.shape, np.inf)
+    for step in range(int(grid * most) + 1):
+        limit = largest * np.float32(1 - step / grid)
+        clipped = np.clip(w, -limit[:, column], limit[:, column])
+        error = _group_errors(RTN().quantize(clipped, spec).dequantize() - w, gram32, group)
+        better = error < least
+        bound[better], least[better] = limit[better], error[better]
+    return np.clip(w, -bound[:, column], bound[:, column])
+
+
+@register("awq-scale")
+@dataclass(frozen=True)
+class AWQScale(Transform):
+    """AWQ's scales, folded into what produces each layer's input; the options are those of :func:`awq`.
+
+    Layers whose input nothing can scale (behind a GELU; encoders that normalise after the residual) stay as they are. The
+    criterion is the squared error of the layers themselves, also for query, key and value, where the authors take that of the
+    whole attention.
+    """
+
+    grid: int = 20
+    duo: bool | str = "both"
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "mean_abs"})
+
+    def transform(self, model: Any, statistics: Statistics | None, scheme: Scheme) -> tuple[Any, Scheme]:
+        """The folded model; see :meth:`Transform.transform`."""
+        if statistics is None:
+            raise ValueError("AWQ needs calibration: mean_abs and gram of the layers' inputs")
+        for folding in foldings(model):
+            spec = scheme.weights_for(folding.consumers[0])
+            if folding.exact and spec is not None and spec.granularity in ("channel", "group"):
+                model = self._folded(model, folding, statistics[folding.consumers[0]], spec)
+        return model, scheme
+
+    def _folded(self, model: Any, folding: Folding, stats: Mapping[str, Array], spec: QuantSpec) -> Any:
+        weights = [model.linears[name].dense() for name in folding.consumers]
+        scale, info = awq(weights, stats["mean_abs"], stats["gram"], spec.bits, spec.group_size, spec.symmetric, grid=self.grid,
+                          duo=self.duo, tie=folding.tied)
+        return model if info.ratio is None else fold(model, folding, scale)
+
+
+@register("awq-clip")
+@dataclass(frozen=True)
+class AWQClip(Method):
+    """Round to nearest within ranges from :func:`awq_clip`: the second half of AWQ. The authors leave query and key layers
+    unclipped; here every layer is."""
+
+    grid: int = 20
+    most: float = 0.5
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def quantize(self, w: Array, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> QTensor:
+        """Quantize w (n, k) float32 to ``spec``, one scale per channel or group.
+
+        Raises
+        ------
+        ValueError
+            No ``stats["gram"]``; another granularity; what :func:`awq_clip` refuses.
+        """
+        if spec.granularity not in ("channel", "group"):
+            raise ValueError(f"AWQ quantizes per channel or in groups, not {spec}")
+        if stats is None or "gram" not in stats:
+            raise ValueError("AWQ needs calibration: stats['gram'], the mean over tokens of x x^T")
+        return RTN().quantize(awq_clip(w, stats["gram"], spec.bits, spec.group_size, spec.symmetric, grid=self.grid,
+                                       most=self.most), spec)
