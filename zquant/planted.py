@@ -39,9 +39,12 @@ def plant_outliers(model: Any, channels: int = 6, factor: float = 60, seed: int 
         More channels than the model has; a factor that is not positive; a model whose norms feed its residual connections
         too (BERT).
 
+    >>> from pathlib import Path
     >>> import zquant as zq
-    >>> lm = zq.load("tests/data/tiny-llama-5m")  # doctest: +SKIP
-    >>> hard = plant_outliers(lm)  # doctest: +SKIP
+    >>> lm = zq.load(Path(zq.__file__).parents[1] / "tests" / "data" / "tiny-llama-5m")
+    >>> hard = zq.plant_outliers(lm, channels=2)
+    >>> [int((zq.calibrate(m, [[1, 2, 3]])["model.layers.0.mlp.up_proj"]["absmax"] > 20).sum()) for m in (lm, hard)]
+    [0, 2]
     """
     hidden = model.dims.hidden
     if _count("channels", channels, 0) > hidden:
