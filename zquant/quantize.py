@@ -78,7 +78,7 @@ def quantize(model: M, scheme: str | Scheme = "w8a8", method: str | Method = "rt
         sequences = read_sequences(model, calib, samples=samples, seq_len=seq_len, seed=seed)
         begin = quantizer.start if mode == "sequential" else quantizer.network
         walk(begin, sequences.ids, needs, quantizer.visit, sequential=mode == "sequential", wanted=quantizer.specs, seed=seed,
-             progress=show_progress_bar)
+             reference=quantizer.network, progress=show_progress_bar)
     return quantizer.finish()
 
 

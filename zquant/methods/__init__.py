@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..qtensor import QTensor
     from ..spec import QuantSpec
 
-__all__ = ["GPTQ", "METHODS", "Method", "RTN", "get_method", "register"]
+__all__ = ["GPTAQ", "GPTQ", "METHODS", "Method", "RTN", "get_method", "register"]
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -78,10 +78,10 @@ def get_method(method: str | Method) -> Method:
     >>> get_method("round")
     Traceback (most recent call last):
     ...
-    ValueError: unknown method 'round'; known: gptq, rtn
+    ValueError: unknown method 'round'; known: gptaq, gptq, rtn
     """
     return method if isinstance(method, Method) else _method_class(method)()
 
 
-from .gptq import GPTQ  # noqa: E402  (needs register)
+from .gptq import GPTAQ, GPTQ  # noqa: E402  (needs register)
 from .rtn import RTN  # noqa: E402
