@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -417,6 +418,21 @@ def test_the_core_checks_its_arguments():
             _core.gptq(w, h, None, order, 4, True, values, bad, *rest[4:])
     with pytest.raises(ValueError, match="values"):
         _core.gptq(w, h, None, order, 4, True, values[::-1], values[:1], *rest[4:])
+
+
+# ---- a model ---
+@pytest.mark.parametrize("bits", [4, 3])
+def test_half_of_the_perplexity_is_recovered(shared, bits):
+    """Per channel, weights only: 60 windows of WikiText-2's test, calibrated on 128 of its validation text."""
+    lm = zq.load(Path(__file__).parent / "data" / "tiny-llama-5m")
+    text, unseen = ((shared / "data" / "wikitext2" / name).read_text(encoding="utf-8")
+                    for name in ("wiki.valid.tokens", "wiki.test.raw"))
+    windows = np.array(lm.tokenizer.encode(text.replace(" <unk>", "")).ids[:128 * 512]).reshape(128, 512)
+    ids = lm.tokenizer.encode(unseen).ids[:60 * 512]
+    scheme = zq.Scheme(f"w{bits}", weights=QuantSpec(bits))
+    rounded = zq.perplexity(zq.quantize(lm, scheme), ids).ppl
+    solved = zq.perplexity(zq.quantize(lm, scheme, "gptq", calib=list(windows)), ids).ppl
+    assert rounded - solved >= 0.5 * (rounded - zq.perplexity(lm, ids).ppl)
 
 
 # ---- the method ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, st
 from .generate import Generation
 from .language_report import LanguageReport
 from .linear import Linear
-from .methods import GPTQ, RTN, Method
+from .methods import GPTAQ, GPTQ, RTN, Method
 from .methods.gptq import GridTensor, SolveInfo, gptq
 from .models import CausalLM, Model, load
 from .perplexity import PerplexityResult, perplexity
@@ -43,7 +43,7 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "GPTQ", "RTN", "CausalLM", "FormatError", "Generation", "GridTensor", "InputStatistics", "KVCache", "LanguageReport",
+    "GPTAQ", "GPTQ", "RTN", "CausalLM", "FormatError", "Generation", "GridTensor", "InputStatistics", "KVCache", "LanguageReport",
     "Linear", "Method", "Model", "PerplexityResult", "QTensor", "QuantSpec", "Report", "STSResult", "Scheme", "SentenceEncoder",
     "SolveInfo", "Statistics", "__version__", "calibrate", "compare", "cosine_fidelity", "cpu", "evaluate", "get_num_threads",
     "gptq", "load", "ops", "pearson",
