@@ -7,6 +7,7 @@ import json
 import re
 import tracemalloc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ from zquant.methods import STEPS, Method
 from zquant.models import load
 from zquant.statistics import NEEDS, Accumulator, fingerprint
 
-ALL = frozenset(NEEDS)
+ALL = frozenset(NEEDS) - {"deviation"}
 SHARED = {"llama": 4, "gpt2": 4, "gpt_neox": 4, "opt": 4, "qwen3": 4, "bert": 4, "distilbert": 4}  # inputs of a block
 
 
@@ -190,6 +191,68 @@ def test_sequential_sees_quantized_predecessors(tmp_path):
         assert_same(group, taps[group.layers[0]], 512)
         done.update({name: full.linears[name] for name in group.layers})
     assert len(done) == len(full.linears)
+
+
+@pytest.mark.parametrize("make", [decoder, partial(encoder, pooler=False)], ids=["decoder", "encoder"])
+def test_deviation_is_what_the_float_model_has_beside(tmp_path, make):
+    """Mean of (x_float - x) x^T, with x of a model whose earlier layers are quantized and x_float of one that is not."""
+    model, ids = make(tmp_path), ids_of()
+    full = zq.quantize(model, "w4a8-g16")
+    begin = model.replace(embeddings=full.embeddings, scheme=full.scheme)
+    runs = [zq.calibrate(model, ids, {"deviation", "gram"}, mode="sequential", scheme="w4a8-g16", batch_tokens=n)
+            for n in (37, 2048)]
+    assert all(np.abs(a["deviation"] - b["deviation"]).max() <= 1e-12 for a, b in zip(*(run.groups for run in runs)))
+    plain, done = inputs(model, ids), {}
+    for group in runs[0].groups:
+        name = group.layers[0]
+        x = inputs(begin.replace(linears=done), ids)[name]
+        np.testing.assert_allclose(group["deviation"], (plain[name] - x).T @ x / len(x), rtol=0, atol=1e-10)
+        assert np.abs(group["deviation"]).max() > 1e-5
+        done.update({name: full.linears[name] for name in group.layers})
+    assert len(done) == len(full.linears)
+
+
+def test_deviation_of_unquantized_predecessors_is_nothing(tmp_path):
+    model = decoder(tmp_path)
+    stats = zq.calibrate(model, ids_of(), {"deviation"}, mode="sequential", scheme="w4a8-g16+e32")
+    assert [bool(group["deviation"].any()) for group in stats.groups[:2]] == [False, True]
+    path = stats.save(tmp_path / "stats.safetensors")
+    np.testing.assert_array_equal(zq.Statistics.load(path).groups[1]["deviation"], stats.groups[1]["deviation"])
+
+
+def test_gptaq_in_a_walk(tmp_path):
+    """quantize() gives GPTAQ the statistics that calibrate() takes; GPTQ is what it is without a deviation."""
+    model, ids = decoder(tmp_path), ids_of()
+    got, gptq = (zq.quantize(model, "w3a16-g16", method, calib=ids) for method in ("gptaq", "gptq"))
+    stats = zq.calibrate(model, ids, {"deviation"}, mode="sequential", scheme="w3a16-g16", method="gptaq")
+    again = zq.quantize(model, "w3a16-g16", "gptaq", calib=stats)
+    differ, names = 0, [name for name in stats if isinstance(got.linears[name]._weight, zq.QTensor)]
+    for name in names:
+        codes, same, other = (model.linears[name]._weight.codes for model in (got, again, gptq))
+        np.testing.assert_array_equal(codes, same)
+        differ += not np.array_equal(codes, other)
+    assert differ > len(names) / 2
+    with pytest.raises(ValueError, match="'deviation'.*needs mode='sequential'"):
+        zq.quantize(model, "w3a16-g16", "gptaq", calib=ids, mode="parallel")
+
+
+@pytest.mark.parametrize("reference", [None, np.zeros((2, 2), np.float32)])
+def test_deviation_needs_the_float_models_rows(reference):
+    with pytest.raises(ValueError, match="deviation needs the float model's rows too, of shape \\(3, 2\\)"):
+        Accumulator(("fc",), 2, {"deviation"}).add(np.zeros((3, 2), np.float32), reference)
+
+
+@pytest.mark.parametrize("k", [5, 1030])
+def test_deviation_in_pieces(k):
+    x, wanted = (np.random.default_rng(seed).standard_normal((4700, k)).astype(np.float32) for seed in (0, 1))
+    results = []
+    for step in (4700, 700):
+        a = Accumulator(("fc",), k, {"deviation"})
+        for i in range(0, len(x), step):
+            a.add(x[i:i + step], wanted[i:i + step])
+        results.append(a.result()["deviation"])
+    np.testing.assert_array_equal(*results)
+    np.testing.assert_allclose(results[0], (wanted.astype(float) - x).T @ x / len(x), rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("make", [decoder, encoder])

@@ -1,8 +1,12 @@
 """GPTQ: the identities of its specification, the NumPy reference, degenerate Hessians, bad input."""
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import SHARED
 
 import zquant as zq
 from zquant import _core
@@ -117,6 +121,26 @@ def test_golden():
                       * np.array([[1], [1], [0]]), bits=3, damping=0.0, act_order=False)
     assert q.codes.tolist() == [[1, 3, 3]]  # 2.3 + 0.9 * 0.4 = 2.66: up, where round to nearest goes down
     np.testing.assert_allclose(info.loss, 0.4**2 + 0.7**2 - 2 * 0.9 * 0.4 * 0.7, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """The names of golden_check.py: GPTQ and GPTAQ in plain Python lists, by another hand."""
+    file = SHARED / "methods" / "golden_check.py"
+    if not file.is_file():
+        pytest.skip("no shared/ beside the repository; set ZQUANT_SHARED")
+    return runpy.run_path(str(file))
+
+
+@pytest.mark.parametrize(("group", "alpha"), [(None, 0), (4, 0), (None, 0.25), (None, 1.0)])
+def test_golden_check(golden, group, alpha):
+    """Unsigned 4-bit codes of columns as they are; a group's scale is found when it is reached, from its weights then."""
+    weights = [[float(np.float32(x)) for x in row] for row in golden["W"]]
+    want = golden["gptq"](weights, golden["U"], 8, grp=group, stale=False, P=golden["Pa"][alpha] if alpha else None, lazy="w")
+    deviation = {"deviation": np.array(golden["dXX"]), "alpha": alpha} if alpha else {}
+    q, _ = zq.gptq(np.array(weights, np.float32), np.array(golden["H"]), 4, group, False, act_order=False, damping=0.0,
+                   static_groups=group is None, compare=False, **deviation)
+    np.testing.assert_allclose(q.dequantize(), want[0], rtol=0, atol=1e-5)
 
 
 # ---- what must not change the result ---------------------------------------------------------------------------
@@ -396,6 +420,21 @@ def test_the_core_checks_its_arguments():
         _core.gptq(w, h, None, order, 4, True, values[::-1], values[:1], *rest[4:])
 
 
+# ---- a model ---
+@pytest.mark.parametrize("bits", [4, 3])
+def test_half_of_the_perplexity_is_recovered(shared, bits):
+    """Per channel, weights only: 60 windows of WikiText-2's test, calibrated on 128 of its validation text."""
+    lm = zq.load(Path(__file__).parent / "data" / "tiny-llama-5m")
+    text, unseen = ((shared / "data" / "wikitext2" / name).read_text(encoding="utf-8")
+                    for name in ("wiki.valid.tokens", "wiki.test.raw"))
+    windows = np.array(lm.tokenizer.encode(text.replace(" <unk>", "")).ids[:128 * 512]).reshape(128, 512)
+    ids = lm.tokenizer.encode(unseen).ids[:60 * 512]
+    scheme = zq.Scheme(f"w{bits}", weights=QuantSpec(bits))
+    rounded = zq.perplexity(zq.quantize(lm, scheme), ids).ppl
+    solved = zq.perplexity(zq.quantize(lm, scheme, "gptq", calib=list(windows)), ids).ppl
+    assert rounded - solved >= 0.5 * (rounded - zq.perplexity(lm, ids).ppl)
+
+
 # ---- the method ------------------------------------------------------------------------------------------------------
 def test_method():
     method = METHODS["gptq"](act_order="group", damping=0.02)
@@ -403,10 +442,15 @@ def test_method():
     w, h = problem()
     spec = QuantSpec(4, granularity="group", group_size=16, symmetric=False)
     stats = {"gram": h, "deviation": drift(101)}
+    gptaq = METHODS["gptaq"](act_order="group", damping=0.02)
+    assert zq.Method.from_dict(gptaq.to_dict()) == gptaq and gptaq.needs == {"gram", "deviation"}
     assert same(method.quantize(w, spec, {"gram": h}), zq.gptq(w, h, 4, 16, False, act_order="group", damping=0.02)[0])
-    assert same(method.quantize(w, spec, stats),
+    assert same(method.quantize(w, spec, stats), method.quantize(w, spec, {"gram": h}))
+    assert same(gptaq.quantize(w, spec, stats),
                 zq.gptq(w, h, 4, 16, False, act_order="group", damping=0.02, deviation=stats["deviation"])[0])
     with pytest.raises(ValueError, match="gram"):
         method.quantize(w, spec)
+    with pytest.raises(ValueError, match="deviation and gram"):
+        gptaq.quantize(w, spec, {"gram": h})
     with pytest.raises(ValueError, match="per channel or in groups"):
         method.quantize(w, QuantSpec(8, granularity="row_block", blocks=1), stats)

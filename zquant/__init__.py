@@ -31,7 +31,7 @@ from .extras import Extras, LowRank, Outliers
 from .generate import Generation
 from .language_report import LanguageReport
 from .linear import Linear
-from .methods import GPTQ, PRESETS, RTN, Method, Recipe, Repair, Transform
+from .methods import GPTAQ, GPTQ, PRESETS, RTN, Method, Recipe, Repair, Transform
 from .methods.awq import AWQClip, AWQInfo, AWQScale, awq, awq_clip
 from .methods.fptq import FPTQ, FPTQPolicy, fptq
 from .methods.gptq import GridTensor, SolveInfo, gptq
@@ -53,12 +53,12 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "AWQClip", "AWQInfo", "AWQScale", "CausalLM", "Extras", "FPTQ", "FPTQPolicy", "FormatError", "GPTQ", "Generation",
-    "GridTensor", "InputStatistics", "KVCache", "LLMInt8", "LanguageReport", "Linear", "LoRC", "LowRank", "Method",
-    "MethodResult", "MethodsTable", "Model", "OutlierSuppression", "Outliers", "PRESETS", "PerplexityResult", "QTensor",
-    "QuantSpec", "RTN", "Recipe", "Repair", "Report", "STSResult", "Scheme", "Sensitivity", "SentenceEncoder",
-    "SmoothQuant", "SolveInfo", "Statistics", "Transform", "__version__", "awq", "awq_clip", "calibrate", "compare",
-    "compare_methods", "cosine_fidelity", "cpu", "evaluate", "extras", "fptq", "get_num_threads", "gptq",
-    "llm_int8_matmul", "load", "lorc", "ops", "outlier_suppression", "pearson", "perplexity", "plant_outliers",
-    "quantize", "sensitivity", "set_num_threads", "smoothquant_scales", "spearman", "sqnr_db", "sts",
+    "AWQClip", "AWQInfo", "AWQScale", "CausalLM", "Extras", "FPTQ", "FPTQPolicy", "FormatError", "GPTAQ", "GPTQ",
+    "Generation", "GridTensor", "InputStatistics", "KVCache", "LLMInt8", "LanguageReport", "Linear", "LoRC", "LowRank",
+    "Method", "MethodResult", "MethodsTable", "Model", "OutlierSuppression", "Outliers", "PRESETS", "PerplexityResult",
+    "QTensor", "QuantSpec", "RTN", "Recipe", "Repair", "Report", "STSResult", "Scheme", "Sensitivity",
+    "SentenceEncoder", "SmoothQuant", "SolveInfo", "Statistics", "Transform", "__version__", "awq", "awq_clip",
+    "calibrate", "compare", "compare_methods", "cosine_fidelity", "cpu", "evaluate", "extras", "fptq",
+    "get_num_threads", "gptq", "llm_int8_matmul", "load", "lorc", "ops", "outlier_suppression", "pearson", "perplexity",
+    "plant_outliers", "quantize", "sensitivity", "set_num_threads", "smoothquant_scales", "spearman", "sqnr_db", "sts",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,8 @@ def calibrate(
         Language models read documents in windows of ``seq_len`` tokens; encoders read a list's texts, or a text's lines,
         cut at ``seq_len``.
     needs
-        Which: "absmax", "minmax", "mean_abs", "gram", "samples". See :class:`InputStatistics`.
+        Which: "absmax", "minmax", "mean_abs", "gram", "samples", "deviation" (sequential mode). See
+        :class:`InputStatistics`.
     samples
         Sequences at most; drawn where there are more.
     seq_len
@@ -122,7 +124,7 @@ def collect(model: Any, sequences: Sequences, needs: frozenset[str], *, quantize
                    MODES[0] if quantizer is None else MODES[1], "" if quantizer is None else quantizer.scheme.name)
     walker = Walker(getattr(model, "model", model) if quantizer is None else quantizer.start, sequences.ids,
                     needs if quantizer is None else needs | quantizer.needs, sequential=quantizer is not None,
-                    rows=rows, seed=seed, batch_tokens=batch_tokens)
+                    rows=rows, seed=seed, batch_tokens=batch_tokens, reference=None if quantizer is None else quantizer.network)
     if file is not None:
         with _writing(file, walker.shapes(), info) as write:
             walker.run(_keeping(write, quantizer), progress)
@@ -292,12 +294,19 @@ class Walker:
         Of the rows that "samples" keeps: how many, and which.
     batch_tokens
         Tokens that go through a block together.
+    reference
+        The float model, for "deviation": it is walked along, in step, and its hidden states are held as well.
     """
 
     def __init__(self, model: Any, ids: Sequence[np.ndarray], needs: frozenset[str], *, sequential: bool = False,
-                 wanted: Collection[str] | None = None, rows: int = 512, seed: int = 0, batch_tokens: int = 2048) -> None:
+                 wanted: Collection[str] | None = None, rows: int = 512, seed: int = 0, batch_tokens: int = 2048,
+                 reference: Any = None) -> None:
         self.model, self.needs, self.sequential = model, needs, sequential
         self._wanted, self._rows, self._seed = wanted, rows, seed
+        if "deviation" in needs and (reference is None or not sequential):
+            raise ValueError("needs: 'deviation', from the float model's inputs, needs mode='sequential': in parallel mode "
+                             "every layer has just those")
+        self._reference = reference if "deviation" in needs else None
         self.steps: Steps = steps_of(model, ids, batch_tokens)
         self.tokens, self.sequences = self.steps.batches[-1].last, len(ids)
         last = max((i for i, unit in enumerate(self.steps.units) if any(map(self._is_wanted, unit.stages))), default=-1)
@@ -336,7 +345,7 @@ class Walker:
 
     def _ticks(self, visit: Visitor) -> Iterator[None]:
         """Yields after each batch of each pass over a unit."""
-        x = np.empty((self.tokens, self.model.dims.hidden), np.float32)
+        x = np.empty((1 if self._reference is None else 2, self.tokens, self.model.dims.hidden), np.float32)
         for unit in self.units:
             if self.sequential:
                 for index, stage in enumerate(unit.stages):
@@ -352,45 +361,55 @@ class Walker:
 
     def _pass(self, unit: Unit, x: np.ndarray, found: Mapping[int, Accumulator]) -> Iterator[None]:
         """The whole unit: its inputs into the accumulators, its outputs in place of its inputs."""
-        for batch, steps in self._batches(unit, x):
+        for batch, runs in self._batches(unit, x):
             for index in range(len(unit.stages)):
-                given = _advance(unit, steps)
+                given = [_advance(unit, steps) for steps in runs]
                 if index in found:
-                    found[index].add(self._behind_branch(unit.stages[index], given))
-            out = None if unit is self.units[-1] else _advance(unit, steps)
-            if out is not None:
-                x[batch.first:batch.last] = out
+                    found[index].add(*self._behind_branches(unit.stages[index], given))
+            if unit is not self.units[-1]:
+                for states, steps in zip(x, runs):
+                    out = _advance(unit, steps)
+                    if out is not None:
+                        states[batch.first:batch.last] = out
             yield
 
     def _one_stage(self, unit: Unit, index: int, x: np.ndarray, visit: Visitor) -> Iterator[None]:
         """The unit as far as the input of one stage; then the visitor's layers take their places."""
         found = self._accumulator(unit, unit.stages[index])
-        for _, steps in self._batches(unit, x):
+        for _, runs in self._batches(unit, x):
             for _ in range(index):
-                _advance(unit, steps)
-            found.add(self._behind_branch(unit.stages[index], _advance(unit, steps)))
-            steps.close()
+                for steps in runs:
+                    _advance(unit, steps)
+            found.add(*self._behind_branches(unit.stages[index], [_advance(unit, steps) for steps in runs]))
+            for steps in runs:
+                steps.close()
             yield
         self.model = self.model.replace(linears=dict(visit(found.result()) or {}))
 
-    def _behind_branch(self, stage: Sequence[str], x: np.ndarray) -> np.ndarray:
-        """What the weights of a stage's layers multiply; a branch is the same for all of them."""
+    def _behind_branches(self, stage: Sequence[str], rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """What the weights of a stage's layers multiply, in each model; a branch is the same for all of them."""
         branch = self.model.linears[stage[0]].extras.branch
-        return x if branch is None else branch(x)
+        return list(rows) if branch is None else [branch(x) for x in rows]
 
-    def _batches(self, unit: Unit, x: np.ndarray) -> Iterator[tuple[Batch, Run]]:
-        """The unit's layers are packed for this pass alone: a model's own would stay packed."""
-        names = [name for stage in unit.stages for name in stage]
-        layers = {name: self.model.linears[name] for name in names}
-        fresh = {name: layer.with_weight(layer._weight, layer.activations, extras=layer.extras)
-                 for name, layer in layers.items()}
-        try:
-            run = unit.prepare(self.model.replace(linears=fresh))
+    def _batches(self, unit: Unit, x: np.ndarray) -> Iterator[tuple[Batch, list[Run]]]:
+        """The unit on each batch: as it is now and, for "deviation", the float model's. x (1 or 2, tokens, hidden)."""
+        models = [self.model] if self._reference is None else [self.model, self._reference]
+        with ExitStack() as packed:
+            prepared = [unit.prepare(packed.enter_context(_packed(model, unit))) for model in models]
             for batch in self.steps.batches:
-                yield batch, run(batch, x[batch.first:batch.last])
-        finally:
-            for layer in layers.values():
-                layer.release()
+                yield batch, [run(batch, states[batch.first:batch.last]) for run, states in zip(prepared, x)]
+
+
+@contextmanager
+def _packed(model: Any, unit: Unit) -> Iterator[Any]:
+    """The model with layers of the unit that are packed for the while of the body: its own would stay packed."""
+    layers = {name: model.linears[name] for stage in unit.stages for name in stage}
+    fresh = {name: layer.with_weight(layer._weight, layer.activations, extras=layer.extras) for name, layer in layers.items()}
+    try:
+        yield model.replace(linears=fresh)
+    finally:
+        for layer in layers.values():
+            layer.release()
 
 
 def _advance(unit: Unit, steps: Run) -> Any:

@@ -84,7 +84,7 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
     elif needs and quantizer.specs:
         begin = quantizer.start if mode == "sequential" else quantizer.network
         walk(begin, data.sequences.ids, needs, quantizer.visit, sequential=mode == "sequential", wanted=quantizer.specs,
-             seed=seed, progress=show_progress_bar)
+             seed=seed, reference=quantizer.network, progress=show_progress_bar)
     else:
         quantizer.layer_by_layer(None, show_progress_bar)
     return quantizer.finish()

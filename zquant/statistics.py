@@ -24,6 +24,7 @@ NEEDS: dict[str, tuple[str, Callable[[int, int], tuple[int, ...]]]] = {
     "minmax": ("F32", lambda k, rows: (2, k)),
     "mean_abs": ("F64", lambda k, rows: (k,)),
     "gram": ("F64", lambda k, rows: (k, k)),
+    "deviation": ("F64", lambda k, rows: (k, k)),
     "samples": ("F32", lambda k, rows: (rows, k)),
 }
 #: Up to so many channels the Gram matrix is multiplied in float64; beyond, blocks of rows are in float32.
@@ -57,13 +58,16 @@ def check_needs(needs: Any) -> frozenset[str]:
 class InputStatistics(Mapping[str, np.ndarray]):
     """Statistics of the rows X (tokens, k) that some layers' weights multiply; a mapping from name to array.
 
-    ======== ============================================================= =================
-    absmax   max over tokens of abs(x), per channel                        (k,) float32
-    minmax   min and max over tokens, per channel                          (2, k) float32
-    mean_abs mean over tokens of abs(x), per channel                       (k,) float64
-    gram     X^T X / tokens                                                (k, k) float64
-    samples  some of the rows; the same tokens for all layers              (rows, k) float32
-    ======== ============================================================= =================
+    ========= ============================================================ =================
+    absmax    max over tokens of abs(x), per channel                       (k,) float32
+    minmax    min and max over tokens, per channel                         (2, k) float32
+    mean_abs  mean over tokens of abs(x), per channel                      (k,) float64
+    gram      X^T X / tokens                                               (k, k) float64
+    deviation (X_float - X)^T X / tokens, X_float of the float model       (k, k) float64
+    samples   some of the rows; the same tokens for all layers             (rows, k) float32
+    ========= ============================================================ =================
+
+    "deviation" is what quantized predecessors do to a layer's input: it is there in the sequential mode alone.
 
     Attributes
     ----------
@@ -110,46 +114,59 @@ class Accumulator:
     def __init__(self, layers: Sequence[str], k: int, needs: Collection[str], picks: np.ndarray | None = None) -> None:
         self.layers, self.k, self.needs, self.tokens = tuple(layers), k, frozenset(needs), 0
         block = 512 if k <= EXACT else 2048
-        self._buffer, self._filled = np.empty((block, k), np.float32), 0
+        self._gram = np.zeros((k, k)) if "gram" in needs else None
+        self._deviation = np.zeros((k, k)) if "deviation" in needs else None
+        # Rows, and beside them what the float model has in their places.
+        self._buffer, self._filled = np.empty((1 if self._deviation is None else 2, block, k), np.float32), 0
         self._low, self._high = np.full(k, np.inf, np.float32), np.full(k, -np.inf, np.float32)
         self._sum = np.zeros(k)
-        self._gram = np.zeros((k, k)) if "gram" in needs else None
         self._picks = np.empty(0, np.int64) if picks is None else picks
         self._rows = np.empty((len(self._picks), k), np.float32)
 
-    def add(self, x: np.ndarray) -> None:
-        """Rows (n, k) float32, in order."""
+    def add(self, x: np.ndarray, reference: np.ndarray | None = None) -> None:
+        """Rows (n, k) float32, in order; for "deviation", ``reference`` has the float model's in their places."""
         if x.ndim != 2 or x.shape[1] != self.k:
             raise ValueError(f"{self.layers[0]}: expected rows of {self.k} features, got shape {x.shape}")
+        given = [x]
+        if self._deviation is not None:
+            if reference is None or reference.shape != x.shape:
+                raise ValueError(f"{self.layers[0]}: deviation needs the float model's rows too, of shape {x.shape}")
+            given.append(reference)
         first, last = np.searchsorted(self._picks, [self.tokens, self.tokens + len(x)])
         self._rows[first:last] = x[self._picks[first:last] - self.tokens]
         self.tokens += len(x)
-        block, done = len(self._buffer), 0
+        block, done = self._buffer.shape[1], 0
         while done < len(x):
             if self._filled == 0 and len(x) - done >= block:
-                self._sum_up(x[done:done + block])
+                self._sum_up([rows[done:done + block] for rows in given])
                 done += block
                 continue
             n = min(block - self._filled, len(x) - done)
-            self._buffer[self._filled:self._filled + n] = x[done:done + n]
+            for kept, rows in zip(self._buffer, given):
+                kept[self._filled:self._filled + n] = rows[done:done + n]
             self._filled, done = self._filled + n, done + n
             if self._filled == block:
                 self._flush()
 
     def _flush(self) -> None:
         if self._filled:
-            self._sum_up(self._buffer[:self._filled])
+            self._sum_up(list(self._buffer[:, :self._filled]))
         self._filled = 0
 
-    def _sum_up(self, x: np.ndarray) -> None:
+    def _sum_up(self, given: list[np.ndarray]) -> None:
+        x = given[0]
         if self.needs & {"absmax", "minmax"}:
             np.minimum(self._low, x.min(axis=0), out=self._low)
             np.maximum(self._high, x.max(axis=0), out=self._high)
         if "mean_abs" in self.needs:
             self._sum += np.abs(x).sum(axis=0, dtype=np.float64)
+        kind = np.float64 if self.k <= EXACT else np.float32
+        if self._gram is not None or self._deviation is not None:
+            x = np.ascontiguousarray(x, kind)
         if self._gram is not None:
-            x = x.astype(np.float64) if self.k <= EXACT else np.ascontiguousarray(x)
             self._gram += np.dot(x.T, x)
+        if self._deviation is not None:
+            self._deviation += np.dot((given[1].astype(kind) - x).T, x)
 
     def result(self) -> InputStatistics:
         """The statistics of all rows so far; ValueError if there were none, or if sums overflowed."""
@@ -166,6 +183,9 @@ class Accumulator:
         if self._gram is not None:
             self._gram /= self.tokens
             arrays["gram"] = self._gram
+        if self._deviation is not None:
+            self._deviation /= self.tokens
+            arrays["deviation"] = self._deviation
         if "samples" in self.needs:
             arrays["samples"] = self._rows
         for name, array in arrays.items():  # |g_ij| <= sqrt(g_ii g_jj): the diagonal of a Gram matrix speaks for it all

@@ -5,13 +5,13 @@ from .base import METHODS, STEPS, Method, Repair, Step, Transform, get_method, r
 from .recipe import PRESETS, Preset, Recipe, preset
 
 __all__ = [
-    "AWQClip", "AWQScale", "FPTQ", "GPTQ", "LLMInt8", "LoRC", "METHODS", "Method", "OutlierSuppression", "PRESETS",
+    "AWQClip", "AWQScale", "FPTQ", "GPTAQ", "GPTQ", "LLMInt8", "LoRC", "METHODS", "Method", "OutlierSuppression", "PRESETS",
     "Preset", "RTN", "Recipe", "Repair", "STEPS", "SmoothQuant", "Step", "Transform", "get_method", "preset", "register",
 ]
 
 from .awq import AWQClip, AWQScale  # noqa: E402  (needs register)
 from .fptq import FPTQ  # noqa: E402
-from .gptq import GPTQ  # noqa: E402
+from .gptq import GPTAQ, GPTQ  # noqa: E402
 from .llm_int8 import LLMInt8  # noqa: E402
 from .lorc import LoRC  # noqa: E402
 from .outlier_suppression import OutlierSuppression  # noqa: E402
@@ -20,6 +20,7 @@ from .smoothquant import SmoothQuant  # noqa: E402
 
 preset("zeroquant", "rtn", "w8a8")
 preset("gptq", "gptq", "w4a16")
+preset("gptaq", "gptaq", "w4a16")
 preset("zeroquant-v2", "gptq+lorc", "w4a8")
 preset("awq", "awq-scale+awq-clip", "w4a16-g128")
 preset("awq+gptq", "awq-scale+gptq", "w4a16-g128")

@@ -21,7 +21,7 @@ from ..qtensor import QTensor
 from ..spec import QuantSpec
 from . import Method, register
 
-__all__ = ["FP4", "GPTQ", "NF4", "GridTensor", "SolveInfo", "gptq"]
+__all__ = ["FP4", "GPTAQ", "GPTQ", "NF4", "GridTensor", "SolveInfo", "gptq"]
 
 Array = np.ndarray
 
@@ -295,7 +295,7 @@ def _fallen_back(w: Array, hessian: Array, deviation: Array | None, alpha: float
 @register
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """GPTQ; the options are those of :func:`gptq`. With ``deviation`` among the statistics it is GPTAQ.
+    """GPTQ; the options are those of :func:`gptq`.
 
     ``stats["gram"]`` is (k, k), float32 or float64: the mean over tokens of x x^T, without a factor 2.
 
@@ -311,7 +311,6 @@ class GPTQ(Method):
     damping: float = 0.01
     block: int = 128
     mse: bool = False
-    alpha: float = 0.25
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def quantize(self, w: Array, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> QTensor:
@@ -328,10 +327,38 @@ class GPTQ(Method):
         """As :meth:`quantize`, with what the solver has to say."""
         if spec.granularity not in ("channel", "group"):
             raise ValueError(f"GPTQ quantizes per channel or in groups, not {spec}")
-        if stats is None or "gram" not in stats:
-            raise ValueError("GPTQ needs calibration: stats['gram'], the mean over tokens of x x^T")
+        if stats is None or not self.needs <= stats.keys():
+            raise ValueError(f"{type(self).__name__} needs calibration: stats with {' and '.join(sorted(self.needs))}, "
+                             "the mean over tokens of x x^T and, for GPTAQ, of (x_float - x) x^T")
         tensor, info = gptq(w, stats["gram"], spec.bits, spec.group_size, spec.symmetric, act_order=self.act_order,
                             static_groups=self.static_groups, damping=self.damping, block=self.block, mse=self.mse,
-                            deviation=stats.get("deviation"), alpha=self.alpha)
+                            **self._further(stats))
         assert isinstance(tensor, QTensor)
         return tensor, info
+
+    def _further(self, stats: Mapping[str, Array]) -> dict[str, Any]:
+        """What is given to :func:`gptq` besides."""
+        return {}
+
+
+@register
+@dataclass(frozen=True)
+class GPTAQ(GPTQ):
+    """GPTAQ: GPTQ whose targets are what the float model's inputs would give, x_float rather than x.
+
+    ``stats["deviation"]`` is (k, k): the mean over tokens of (x_float - x) x^T. It is 0 for inputs that nothing quantized
+    comes before; :func:`zquant.quantize` takes it in its sequential mode, and holds the float model's hidden states too.
+
+    >>> import numpy as np
+    >>> from zquant.spec import QuantSpec
+    >>> w, gram = np.array([[0.34, 0.34], [0.7, -0.14]], np.float32), np.array([[1, 0.9], [0.9, 1]])
+    >>> stats = {"gram": gram, "deviation": 0.5 * gram}  # the float model's inputs are half as large again
+    >>> GPTAQ(alpha=1.0).quantize(w, QuantSpec(3), stats).codes.tolist()
+    [[3, 3], [3, 1]]
+    """
+
+    alpha: float = 0.25
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "deviation"})
+
+    def _further(self, stats: Mapping[str, Array]) -> dict[str, Any]:
+        return {"deviation": stats["deviation"], "alpha": self.alpha}
