@@ -77,6 +77,9 @@ zq_status zq_linear_pack_s8(zq_linear *w, const int8_t *codes, const float *scal
 /* codes (n, k); scales (n, ceil(k / group)); group a multiple of 8 or >= k; bits 4 (codes -8..7) or 8. */
 zq_status zq_linear_pack_group(zq_linear *w, const int8_t *codes, const float *scales, int64_t n, int64_t k,
                                int64_t group, int bits, const float *bias);
+/* New contents for a packed weight of the same kind and shape, in place; the bias stays. Codes as above, not checked. */
+void zq_linear_fill_f32(zq_linear *w, const float *weight);
+void zq_linear_fill_codes(zq_linear *w, const int8_t *codes, const float *scales);
 void zq_linear_free(zq_linear *w);
 int64_t zq_linear_bytes(const zq_linear *w);
 
