@@ -223,6 +223,43 @@ def test_codes_are_those_of_the_quantizer():
     assert scales.shape == (72, 1) and np.array_equal(scales[::2], scales[1::2]) and np.abs(codes).max() == 3
 
 
+def gptq_start(bits=3, group=16):
+    """A block whose "up" starts as GPTQ left it, and GPTQ's result."""
+    shape, biases, rotary = SHAPES["llama"]
+    tensors = parameters(shape, biases)
+    rng = np.random.default_rng(2)  # correlated inputs: what a column loses moves the others by whole codes
+    inputs = rng.standard_normal((200, 5)) @ rng.standard_normal((5, 40)) + 0.1 * rng.standard_normal((200, 40))
+    result, _ = zq.gptq(tensors["up"], inputs.T @ inputs, bits, group, act_order=False)
+    tensors["up"] = result.dequantize()
+    specs = {**dict.fromkeys(LINEARS, LinearSpec(4, activations="symmetric")), "up": LinearSpec(bits, group, 1, "symmetric")}
+    return shape, tensors, specs, rotary, result
+
+
+def test_given_scales_keep_the_codes_of_another_method():
+    shape, tensors, specs, rotary, result = gptq_start(6)
+    codes, scales = TrainedBlock(shape, tensors, specs, rotary, {"up": result.scales}).codes("up")
+    assert np.array_equal(codes, result.codes) and np.array_equal(scales, result.scales)
+    codes, _ = TrainedBlock(shape, tensors, specs, rotary).codes("up")
+    assert not np.array_equal(codes, result.codes)  # where no code of a group is at the end, its scale was larger
+
+
+@pytest.mark.parametrize("level", _core.levels())
+def test_given_scales_hold_weights_within_the_border(level):
+    shape, tensors, specs, rotary, result = gptq_start()
+    x, target = np.random.default_rng(1).standard_normal((2, 83, shape.width)).astype(np.float32)
+    border = np.repeat(3 * result.scales, 16, axis=1)[:, :shape.width]
+    with cpu.use(level):
+        block = TrainedBlock(shape, tensors, specs, rotary, {"up": result.scales})
+        for _ in range(5):
+            block.step(x, target, OFFSETS, 0.05)
+        moved = block.values["up"].copy()
+        codes, scales = block.codes("up")
+    assert np.array_equal(scales, result.scales) and (np.abs(moved) > border).any()
+    assert np.array_equal(block.values["up"], np.clip(moved, -border, border))
+    expected = np.clip(np.rint(moved / np.repeat(scales, 16, axis=1)[:, :shape.width]), -3, 3)
+    assert np.array_equal(codes, expected)
+
+
 # ---- the step -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_steps_are_adamw_on_the_loss(kl):
@@ -380,6 +417,10 @@ def test_the_same_activations_for_gate_and_up():
         TrainedBlock(shape, parameters(shape, False), {"gate": LinearSpec(4, activations="symmetric"), "up": LinearSpec(4)})
 
 
+def with_scales(scales, specs=None):
+    return TrainedBlock(BERT, parameters(BERT, True), {"up": LinearSpec(4)} if specs is None else specs, None, {"up": scales})
+
+
 @pytest.mark.parametrize(("make", "error", "message"), [
     (lambda: BlockShape(8, 2, 8, order="other"), ValueError, "order"), (lambda: BlockShape(8, 0, 8), ValueError, "heads"),
     (lambda: LinearSpec(4, activations="token"), ValueError, "activations"),
@@ -390,6 +431,9 @@ def test_the_same_activations_for_gate_and_up():
     (lambda: problem("bert")[0].forward(np.ones((0, 48), np.float32), [0]), ValueError, "at least one row"),
     (lambda: problem("bert")[0].forward(np.ones((3, 48)), [0, 3]), TypeError, "float32"),
     (lambda: _core.lkd_bytes(3), TypeError, "lkd_new"),
+    (lambda: with_scales(np.ones((72, 1), np.float32), {}), ValueError, "in float32"),
+    (lambda: with_scales(np.ones((71, 1), np.float32)), ValueError, "scales: expected shape"),
+    (lambda: with_scales(np.zeros((72, 1), np.float32)), ValueError, "above 0"),
 ])
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):

@@ -179,6 +179,14 @@ zq_lkd_groups(const zq_lkd *b, int linear)
     return b->linear[linear].groups;
 }
 
+void
+zq_lkd_fix_scales(zq_lkd *b, int linear, const float *scales)
+{
+    lkd_linear *l = &b->linear[linear];
+    memcpy(l->scales, scales, (size_t)(l->n * l->groups) * sizeof *scales);
+    l->fixed = 1;
+}
+
 zq_status
 zq_lkd_codes(zq_lkd *b, int linear, const int8_t **codes, const float **scales, int64_t *bad_row)
 {

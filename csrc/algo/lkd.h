@@ -1,7 +1,8 @@
 /* Training of one Transformer block with fake-quantized weights and activations (lkd.c): forward, backward and AdamW.
  *
  * Gradients go straight through the quantizers: d fq(v) / d v = 1. Scales are taken from the values of each step, so nothing
- * is ever clipped, and they have no gradient of their own. */
+ * is ever clipped, and they have no gradient of their own. Where the scales of a weight are given, it is held within what its
+ * codes can say: each forward pass first sets what lies beyond back to the border. */
 #ifndef ZQ_LKD_H
 #define ZQ_LKD_H
 
@@ -74,6 +75,8 @@ float *zq_lkd_tensor(zq_lkd *b, zq_lkd_kind kind, int tensor, int64_t dims[2]);
 /* Codes (n, k) and scales (n, groups) of a weight as it is now, NULL in float32. ZQ_ENONFINITE: *bad_row. */
 int64_t zq_lkd_groups(const zq_lkd *b, int linear);
 zq_status zq_lkd_codes(zq_lkd *b, int linear, const int8_t **codes, const float **scales, int64_t *bad_row);
+/* Scales (n, groups) for that weight, normal numbers > 0, from now on. Not of a weight in float32. */
+void zq_lkd_fix_scales(zq_lkd *b, int linear, const float *scales);
 /* AdamW's step count, of which the first step is 1; it is part of the state, as the moments are. */
 int64_t *zq_lkd_steps(zq_lkd *b);
 

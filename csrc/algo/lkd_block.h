@@ -18,10 +18,12 @@ typedef struct {
 typedef struct {
     int64_t n, k, groups;
     zq_lkd_spec spec;
-    const float *w, *bias; /* bias may be NULL */
+    float *w;
+    const float *bias; /* or NULL */
     float *dw, *dbias;
     int8_t *codes; /* (n, k); NULL in float32 */
     float *scales; /* (n, groups) */
+    int fixed;     /* they were given */
     zq_linear packed; /* w or the codes, for y = x w^T + bias */
 } lkd_linear;
 

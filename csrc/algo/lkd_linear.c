@@ -4,6 +4,7 @@
  * panels of 32 columns that are filled from codes on the way. */
 #include "lkd_block.h"
 
+#include <float.h>
 #include <string.h>
 
 static int
@@ -12,9 +13,64 @@ is_integer(const lkd_linear *l)
     return l->spec.act != ZQ_QUANT_NONE;
 }
 
+/* Inputs per scale, at most all. */
+static int64_t
+group_of(const lkd_linear *l)
+{
+    return l->groups == 1 ? l->k : l->spec.group;
+}
+
+typedef struct {
+    lkd_linear *l;
+    const zq_kernels *K;
+    zq_trouble trouble;
+} fixed_jobs;
+
+/* One scale's weights: within the border, then to codes. */
+static void
+fixed_group(const fixed_jobs *f, float *w, int64_t n, float scale, uint8_t *codes)
+{
+    const int32_t top = (1 << (f->l->spec.bits - 1)) - 1;
+    const float border = (float)top * scale;
+    for (int64_t i = 0; i < n; i++) {
+        w[i] = w[i] > border ? border : w[i] < -border ? -border : w[i];
+    }
+    f->K->quantize_div_f32_b8(w, n, scale, 0, -top, top, codes);
+}
+
+static void
+fixed_job(void *ctx, int64_t job)
+{
+    fixed_jobs *f = ctx;
+    const lkd_linear *l = f->l;
+    const int64_t group = group_of(l);
+    for (int64_t r = job * LKD_CHUNK; r < zq_min(l->n, (job + 1) * LKD_CHUNK); r++) {
+        if (!(f->K->absmax_f32(l->w + r * l->k, l->k) <= FLT_MAX)) {
+            zq_note_bad_row(&f->trouble, r);
+            continue;
+        }
+        for (int64_t g = 0; g < l->groups; g++) {
+            const int64_t at = r * l->k + g * group;
+            fixed_group(f, l->w + at, zq_min(group, l->k - g * group), l->scales[r * l->groups + g], (uint8_t *)l->codes + at);
+        }
+    }
+}
+
+static zq_status
+fixed_codes(lkd_linear *l, int64_t *bad_row)
+{
+    fixed_jobs f = {.l = l, .K = zq_active()};
+    zq_trouble_init(&f.trouble);
+    zq_parallel_for(zq_ceil_div(l->n, LKD_CHUNK), fixed_job, &f);
+    return zq_trouble_status(&f.trouble, bad_row);
+}
+
 zq_status
 lkd_linear_codes(lkd_linear *l, int64_t *bad_row)
 {
+    if (l->fixed) {
+        return fixed_codes(l, bad_row);
+    }
     return l->spec.rows > 1 ? zq_quantize_row_blocks(l->w, l->n, l->k, l->n / l->spec.rows, l->spec.bits, l->codes, l->scales,
                                                      bad_row)
                             : zq_quantize_groups(l->w, l->n, l->k, l->spec.group, l->spec.bits, 1, l->codes, l->scales, NULL,
@@ -98,7 +154,7 @@ static void
 weight_piece(const panel_fill *p, int64_t r, int64_t c, int64_t n, float *out)
 {
     const lkd_linear *l = p->l;
-    const int64_t group = l->groups == 1 ? l->k : l->spec.group;
+    const int64_t group = group_of(l);
     for (int64_t i = 0, m; i < n; i += m) {
         m = zq_min(n - i, group - (c + i) % group);
         const float scale = l->scales[r * l->groups + (c + i) / group];

@@ -5,7 +5,7 @@
 #include "../algo/lkd.h"
 #include "bind.h"
 
-#include <math.h>
+#include <float.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -284,6 +284,52 @@ py_codes(PyObject *self, PyObject *const *args, Py_ssize_t n)
     return codes ? zq_give_tuple(2, a) : Py_NewRef(Py_None);
 }
 
+/* Positive normal numbers: a weight is divided by them. */
+static int
+check_scales(const zq_arg *a)
+{
+    const float *v = a->data;
+    for (int64_t i = 0; i < a->size; i++) {
+        if (!(v[i] >= FLT_MIN && v[i] <= FLT_MAX)) {
+            PyErr_Format(PyExc_ValueError, "scales: expected normal numbers above 0, got another in row %lld",
+                         (long long)(i / a->dim[1]));
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static PyObject *
+py_fix_scales(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    (void)self;
+    int64_t linear, dims[2], bad_row = 0;
+    const int8_t *codes;
+    const float *scales;
+    zq_arg a = {0};
+    if (zq_count("lkd_fix_scales", n, 3) < 0 || zq_int(args[1], "linear", 0, ZQ_LKD_LINEARS - 1, &linear) < 0 ||
+        zq_in(args[2], "scales", ZQ_F32, 2, 2, &a) < 0) {
+        return NULL;
+    }
+    holder *h = enter(args[0]);
+    int ok = h && zq_check(zq_lkd_codes(h->b, (int)linear, &codes, &scales, &bad_row), "weight", bad_row) == 0;
+    if (ok && !codes) {
+        PyErr_SetString(PyExc_ValueError, "scales: that weight is in float32");
+        ok = 0;
+    }
+    if (ok) {
+        zq_lkd_tensor(h->b, ZQ_LKD_VALUE, (int)linear, dims);
+        dims[1] = zq_lkd_groups(h->b, (int)linear);
+        ok = zq_shape(&a, "scales", 2, dims) == 0 && check_scales(&a) == 0;
+    }
+    if (ok) {
+        zq_lkd_fix_scales(h->b, (int)linear, a.data);
+    }
+    leave(h);
+    zq_release(1, &a);
+    return ok ? Py_NewRef(Py_None) : NULL;
+}
+
 static PyObject *
 py_steps(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
@@ -459,6 +505,7 @@ PyMethodDef zq_methods_lkd[] = {
     {"lkd_tensor", FAST(py_tensor), METH_FASTCALL,
      "lkd_tensor(block, kind, tensor) -> a view of values (0), gradients (1) or AdamW's moments (2, 3); or None"},
     {"lkd_codes", FAST(py_codes), METH_FASTCALL, "lkd_codes(block, linear) -> (codes, scales) of the weight, or None"},
+    {"lkd_fix_scales", FAST(py_fix_scales), METH_FASTCALL, "lkd_fix_scales(block, linear, scales): of a weight, from now on"},
     {"lkd_steps", FAST(py_steps), METH_FASTCALL, "lkd_steps(block, steps or None) -> AdamW's step count, after it was set"},
     {"lkd_forward", FAST(py_forward), METH_FASTCALL, "lkd_forward(block, x, offsets) -> y"},
     {"lkd_gradients", FAST(py_gradients), METH_FASTCALL,

@@ -116,6 +116,9 @@ class TrainedBlock:
     tensors : parameters by name, float32. "qkv" is (all of q, then k, then v, in). Biases that are not given do not exist.
     specs : how each linear layer is quantized, by name; float32 where none is given
     rotary : cos and sin (positions, half) float32 of a rotary embedding of the first 2 * half features of every head, or None
+    scales
+        float32 (out, groups) by linear layer: scales that stay, as those of GPTQ's codes, instead of such as fit the weight at
+        each step. Such a weight is held within +-(2^(bits - 1) - 1) * scale: each pass sets what lies beyond to the border.
 
     Raises
     ------
@@ -140,6 +143,7 @@ class TrainedBlock:
     tensors: Mapping[str, Array] = field(repr=False)
     specs: Mapping[str, LinearSpec] = field(default_factory=dict)
     rotary: tuple[Array, Array] | None = field(default=None, repr=False)
+    scales: Mapping[str, Array] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         given, self.tensors = self.tensors, {}  # the core has its own copy
@@ -162,6 +166,14 @@ class TrainedBlock:
             if not np.isfinite(array).all():
                 raise ValueError(f"{name}: NaN or Inf")
             value[...] = array
+        for name, scales in self.scales.items():
+            _core.lkd_fix_scales(self._block, self._linear(name), _array(scales, f"scales of {name}", "float32"))
+
+    def _linear(self, name: str) -> int:
+        """The number of a linear layer that the block has."""
+        if name not in LINEARS or name not in self.values:
+            raise ValueError(f"name: expected one of {', '.join(n for n in LINEARS if n in self.values)}, got {name!r}")
+        return LINEARS.index(name)
 
     def _linears(self, given: Mapping[str, Array]) -> Array:
         rows = []
@@ -198,9 +210,7 @@ class TrainedBlock:
 
     def codes(self, name: str) -> tuple[Array, Array] | None:
         """int8 codes (out, in) and scales (out, groups) of a linear layer's weight as it is now; None if it is in float32."""
-        if name not in LINEARS or name not in self.values:
-            raise ValueError(f"name: expected one of {', '.join(n for n in LINEARS if n in self.values)}, got {name!r}")
-        return _core.lkd_codes(self._block, LINEARS.index(name))
+        return _core.lkd_codes(self._block, self._linear(name))
 
     def state(self) -> dict[str, Array | int]:
         """Copies of all values ("value.qkv"), AdamW's moments ("first.qkv", "second.qkv") and its step count ("steps")."""
