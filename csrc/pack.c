@@ -138,11 +138,14 @@ pack_f32_panel(void *ctx, int64_t p)
     const zq_linear *w = job->w;
     float *out = (float *)((char *)w->panels + p * w->panel_bytes);
     const int64_t columns = zq_min(ZQ_NR, w->n - p * ZQ_NR);
-    for (int64_t k = 0; k < w->k; k++) {
-        for (int64_t j = 0; j < columns; j++) {
-            out[k * ZQ_NR + j] = job->weight[(p * ZQ_NR + j) * w->k + k];
-        }
-    }
+    zq_active()->transpose_f32(job->weight + p * ZQ_NR * w->k, columns, w->k, w->k, out, ZQ_NR);
+}
+
+void
+zq_linear_fill_f32(zq_linear *w, const float *weight)
+{
+    assert(w->kind == ZQ_W_F32);
+    zq_parallel_for(panel_count(w->n), pack_f32_panel, &(pack_job){.w = w, .weight = weight});
 }
 
 zq_status
@@ -150,7 +153,7 @@ zq_linear_pack_f32(zq_linear *w, const float *weight, int64_t n, int64_t k, cons
 {
     const zq_status s = start(w, ZQ_W_F32, n, k, k, k * ZQ_NR * 4, bias);
     if (s == ZQ_OK) {
-        zq_parallel_for(panel_count(n), pack_f32_panel, &(pack_job){.w = w, .weight = weight});
+        zq_linear_fill_f32(w, weight);
     }
     return s;
 }
@@ -196,19 +199,6 @@ pack_s8_panel(void *ctx, int64_t p)
     }
 }
 
-zq_status
-zq_linear_pack_s8(zq_linear *w, const int8_t *codes, const float *scale, int64_t n, int64_t k, const float *bias)
-{
-    if (k > ZQ_MAX_K || has_code_below(codes, n * k, -127)) {
-        return ZQ_ERANGE;
-    }
-    const zq_status s = start(w, ZQ_W_S8, n, k, k, zq_round_up(k, 4) * ZQ_NR, bias);
-    if (s == ZQ_OK) {
-        zq_parallel_for(panel_count(n), pack_s8_panel, &(pack_job){.w = w, .codes = codes, .scales = scale});
-    }
-    return s;
-}
-
 /* Channel j's codes of one group, each plus the offset that makes it unsigned, into the group's place in the panel. */
 static void
 pack_group_codes(const zq_linear *w, const int8_t *codes, int64_t count, int64_t j, uint8_t *out)
@@ -250,6 +240,30 @@ pack_group_panel(void *ctx, int64_t p)
     }
 }
 
+void
+zq_linear_fill_codes(zq_linear *w, const int8_t *codes, const float *scales)
+{
+    assert(w->kind != ZQ_W_F32);
+    if (w->zcorr) { /* adds up over the groups */
+        memset(w->zcorr, 0, (size_t)w->n * sizeof *w->zcorr);
+    }
+    zq_parallel_for(panel_count(w->n), w->kind == ZQ_W_S8 ? pack_s8_panel : pack_group_panel,
+                    &(pack_job){.w = w, .codes = codes, .scales = scales});
+}
+
+zq_status
+zq_linear_pack_s8(zq_linear *w, const int8_t *codes, const float *scale, int64_t n, int64_t k, const float *bias)
+{
+    if (k > ZQ_MAX_K || has_code_below(codes, n * k, -127)) {
+        return ZQ_ERANGE;
+    }
+    const zq_status s = start(w, ZQ_W_S8, n, k, k, zq_round_up(k, 4) * ZQ_NR, bias);
+    if (s == ZQ_OK) {
+        zq_linear_fill_codes(w, codes, scale);
+    }
+    return s;
+}
+
 zq_status
 zq_linear_pack_group(zq_linear *w, const int8_t *codes, const float *scales, int64_t n, int64_t k, int64_t group, int bits,
                      const float *bias)
@@ -265,7 +279,7 @@ zq_linear_pack_group(zq_linear *w, const int8_t *codes, const float *scales, int
         zq_ceil_div(k, group) * ZQ_NR * (int64_t)sizeof(float) + zq_round_up(k, ZQ_KSTEP) * ZQ_NR / (four ? 2 : 1);
     const zq_status s = start(w, four ? ZQ_W_S4_GROUP : ZQ_W_S8_GROUP, n, k, group, bytes, bias);
     if (s == ZQ_OK) {
-        zq_parallel_for(panel_count(n), pack_group_panel, &(pack_job){.w = w, .codes = codes, .scales = scales});
+        zq_linear_fill_codes(w, codes, scales);
     }
     return s;
 }

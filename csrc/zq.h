@@ -94,6 +94,9 @@ int zq_linear_splits(const zq_linear *w); /* it does that: rows must be float32,
 /* What is known of the input, once, before the first product: scale > 0 and zero 0..255 of ZQ_QUANT_STATIC, or scale 0;
  * factor and shift (k), or NULL. Float32 rows go through factor and shift before anything else sees them. */
 zq_status zq_linear_input(zq_linear *w, float scale, int32_t zero, const float *factor, const float *shift);
+/* New contents for a packed weight of the same kind and shape, in place; the bias stays. Codes as above, not checked. */
+void zq_linear_fill_f32(zq_linear *w, const float *weight);
+void zq_linear_fill_codes(zq_linear *w, const int8_t *codes, const float *scales);
 void zq_linear_free(zq_linear *w);
 int64_t zq_linear_bytes(const zq_linear *w);
 

@@ -101,6 +101,24 @@ typedef struct {
 /* Bounds of zq_few_keys: where it is faster than tiles, and what its working memory on the stack is made for. */
 enum { ZQ_FEW_KEYS = 64, ZQ_FEW_DIM = 128 };
 
+/* The gradient of LayerNorm (centred) or RMSNorm for one row: with n = (x - mean) inv, inv = 1 / sqrt(var + eps) and
+ * g = dy gamma: dx = add + inv (g - mean g - n mean(g n)); without centring mean = mean g = 0 and var = mean x^2.
+ * dgamma += dy n, dbeta += dy. */
+typedef struct {
+    const float *x, *dy, *gamma;
+    const float *add; /* or NULL; may be dx */
+    int64_t n;
+    float eps;
+    int centred;
+    float *dx;
+    float *dgamma, *dbeta; /* (n); dbeta only where centred */
+} zq_norm_grad;
+
+/* m = beta1 m + gain1 g, v = beta2 v + gain2 g g, w = keep w - step m / (root sqrt(v) + eps) */
+typedef struct {
+    float beta1, beta2, gain1, gain2, keep, step, root, eps;
+} zq_adamw;
+
 /* lo <= 0 <= hi around all of a row: what its scale and zero point are made of. */
 typedef struct {
     float lo, hi;
@@ -170,6 +188,17 @@ enum { ZQ_ROWS = 8 };
     /* y = the heads of one token, head_dim elements each, with the first 2 * half of each rotated (zq_rope); cos, sin \
      * (half). y may be x */ \
     X(rotary_f32, void, (const float *x, int64_t heads, int64_t head_dim, int64_t half, int interleaved, const float *cos, const float *sin, float *y)) \
+    /* ---- gradients and training (algo/lkd.h) ---- */ \
+    X(norm_grad_f32, void, (const zq_norm_grad *g)) \
+    /* dx = dy (up if not NULL) act'(x), dup = dy act(x). dx may be x or dy, dup may be up */ \
+    X(activation_grad_f32, void, (const float *x, const float *up, const float *dy, int64_t n, zq_activation act, float *dx, float *dup)) \
+    /* dp = p (dp - sum p dp): through the softmax whose result is p */ \
+    X(softmax_grad_f32, void, (const float *p, int64_t n, float *dp)) \
+    /* the sum of x, in the fixed order of sixty-four partial sums */ \
+    X(sum_f32, float, (const float *x, int64_t n)) \
+    /* dy = factor (y - target); the sum of (y - target)^2, NaN or Inf where y is not finite. dy may be y */ \
+    X(square_loss_f32, float, (const float *y, const float *target, int64_t n, float factor, float *dy)) \
+    X(adamw_f32, void, (const zq_adamw *c, const float *g, int64_t n, float *w, float *m, float *v)) \
     /* ---- tiles of matrix products (gemm) ---- */ \
     X(gemm_u8s8, void, (zq_tile *t)) \
     X(gemm_u8s8_s32, void, (const zq_tile *t, int32_t *c, int64_t ldc)) \

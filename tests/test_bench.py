@@ -362,3 +362,13 @@ def test_batches_survive_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for (ids, mask), (ids2, mask2) in zip(batches, peers.load_batches(tmp_path / "b.npz")):
         np.testing.assert_array_equal(ids, ids2)
         np.testing.assert_array_equal(mask, mask2)
+
+
+@needs_cc
+def test_training_of_a_block(tmp_path: Path) -> None:
+    text, rows = run("bench_lkd.py", "--tiny", "--rounds", "1", "--repeat", "2", "--threads", "1", tmp_path=tmp_path)
+    assert {"zquant"} <= {r["name"] for r in rows} <= {"zquant", "torch"}
+    assert all(ROW <= set(r) and r["value"] > 0 and r["last_loss"] < r["first_loss"] for r in rows)
+    assert "peak memory" in text and "ms a step" in text
+    losses = [r["first_loss"] for r in rows]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-3)

@@ -9,4 +9,5 @@ extern PyMethodDef zq_methods_kv[];       /* bind_kv.c: key-value cache, rotary 
 extern PyMethodDef zq_methods_linalg[];   /* bind_linalg.c: what BLAS was loaded */
 extern PyMethodDef zq_methods_sequence[]; /* bind_sequence.c: several calls as one */
 extern PyMethodDef zq_methods_algo[];     /* bind_algo.c: solvers */
+extern PyMethodDef zq_methods_lkd[];      /* bind_lkd.c: training of a block */
 #endif

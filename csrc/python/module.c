@@ -139,7 +139,8 @@ exec_module(PyObject *m)
         return -1;
     }
     PyMethodDef *const tables[] = {methods,       zq_methods_linear, zq_methods_quantize,
-                                   zq_methods_nn, zq_methods_kv,     zq_methods_linalg, zq_methods_algo, zq_methods_sequence};
+                                   zq_methods_nn, zq_methods_kv,     zq_methods_linalg, zq_methods_algo, zq_methods_lkd,
+                                   zq_methods_sequence};
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
         if (PyModule_AddFunctions(m, tables[i]) < 0) {
             return -1;

@@ -118,15 +118,21 @@ zq_gelu_tanh(float x)
     return zq_gelu1(x, &zq_gelu_of_tanh);
 }
 
-/* exp(-x) by the steps of zq_exp, but 0 above 87 and Inf below -89. */
+/* 1 + exp(-x) by the steps of zq_exp, but exp(-x) is 0 above 87 and Inf below -89. */
 ZQ_INLINE float
-zq_silu(float x)
+zq_one_plus_exp(float x)
 {
     const float c = zq_maxf(ZQ_SILU_LO, zq_minf(-ZQ_EXP_LO, x));
     const float k = fmaf(c, -ZQ_EXP_LOG2E, ZQ_EXP_MAGIC);
     const float n = k - ZQ_EXP_MAGIC;
     const float p = zq_exp_2r(fmaf(-n, ZQ_EXP_LN2, -c));
-    return x / fmaf(p, zq_exp_power(k), 1.0f);
+    return fmaf(p, zq_exp_power(k), 1.0f);
+}
+
+ZQ_INLINE float
+zq_silu(float x)
+{
+    return x / zq_one_plus_exp(x);
 }
 
 ZQ_INLINE float
@@ -141,6 +147,64 @@ zq_activate1(float x, zq_activation act)
     case ZQ_ACTS: break;
     }
     return x;
+}
+
+/* ---- activations with their derivatives: for gradients ------------------------------------------------ */
+
+/* gelu' = Phi + x phi, and the derivative of the polynomial above would be as rough as its error is wavy. So:
+ * 1 - Phi(a) = phi(a) t (b_1 + b_2 t + ... + b_5 t^4), t = 1 / (1 + p a), a = |x| (Abramowitz and Stegun, 26.2.17), to 1e-7. */
+#define ZQ_PHI_P 0.2316419f
+#define ZQ_PHI_TOP 0.39894228f /* 1 / sqrt(2 pi) */
+static const float zq_phi_poly[5] = {0.319381530f, -0.356563782f, 1.781477937f, -1.821255978f, 1.330274429f};
+/* gelu_tanh(x) = x s, s = 1 / (1 + exp(-z)), z = 2 c x (1 + b x^2), z' = 2 c (1 + 3 b x^2). Beyond |x| = 20, s is 0 or 1. */
+#define ZQ_TANH_2C 1.59576912f
+#define ZQ_TANH_B 0.044715f
+#define ZQ_TANH_3B 0.134145f
+#define ZQ_TANH_SQUARE 400.0f
+
+typedef struct {
+    float value, slope;
+} zq_slope;
+
+ZQ_INLINE zq_slope
+zq_slope_gelu_erf(float x)
+{
+    const float phi = zq_exp((x * -0.5f) * x) * ZQ_PHI_TOP, t = 1.0f / fmaf(ZQ_PHI_P, fabsf(x), 1.0f);
+    float b = zq_phi_poly[4];
+    for (int i = 3; i >= 0; i--) {
+        b = fmaf(b, t, zq_phi_poly[i]);
+    }
+    const float q = phi * (t * b), whole = x < 0.0f ? q : 1.0f - q;
+    return (zq_slope){x * whole, fmaf(x, phi, whole)};
+}
+
+ZQ_INLINE zq_slope
+zq_slope_gelu_tanh(float x)
+{
+    const float u = zq_minf(x * x, ZQ_TANH_SQUARE), z = (x * ZQ_TANH_2C) * fmaf(ZQ_TANH_B, u, 1.0f);
+    const float s = 1.0f / zq_one_plus_exp(z), value = x * s;
+    return (zq_slope){value, fmaf(value * (1.0f - s), ZQ_TANH_2C * fmaf(ZQ_TANH_3B, u, 1.0f), s)};
+}
+
+ZQ_INLINE zq_slope
+zq_slope_silu(float x)
+{
+    const float s = 1.0f / zq_one_plus_exp(x), value = x * s;
+    return (zq_slope){value, fmaf(value, 1.0f - s, s)};
+}
+
+ZQ_INLINE zq_slope
+zq_slope_of(float x, zq_activation act)
+{
+    switch (act) {
+    case ZQ_ACT_RELU: return (zq_slope){zq_maxf(x, 0.0f), 0.0f < x ? 1.0f : 0.0f};
+    case ZQ_ACT_GELU: return zq_slope_gelu_erf(x);
+    case ZQ_ACT_GELU_TANH: return zq_slope_gelu_tanh(x);
+    case ZQ_ACT_SILU: return zq_slope_silu(x);
+    case ZQ_ACT_NONE:
+    case ZQ_ACTS: break;
+    }
+    return (zq_slope){x, 1.0f};
 }
 
 /* ---- row statistics: the scalar steps between the passes of LayerNorm and RMSNorm ------------------- */

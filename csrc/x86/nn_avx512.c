@@ -20,6 +20,7 @@ v16i_dot4(v16i acc, v16i a, v16i b)
 }
 
 #include "attention.inc.h"
+#include "train.inc.h"
 ZQ_TARGET_END
 
 void
@@ -27,5 +28,6 @@ zq_fill_nn__avx512vnni(zq_kernels *t)
 {
     fill(t);
     fill_attention(t);
+    fill_train(t);
 }
 #endif

@@ -52,13 +52,19 @@ v16_gelu(v16 x, const zq_gelu *g)
 }
 
 ZQ_INLINE v16
-v16_silu(v16 x)
+v16_one_plus_exp(v16 x)
 {
     const v16 c = v16_max(v16_set1(ZQ_SILU_LO), v16_min(v16_set1(-ZQ_EXP_LO), x));
     const v16 k = v16_fma(c, v16_set1(-ZQ_EXP_LOG2E), v16_set1(ZQ_EXP_MAGIC));
     const v16 n = v16_sub(k, v16_set1(ZQ_EXP_MAGIC));
     const v16 p = v16_exp_2r(v16_fnms(n, v16_set1(ZQ_EXP_LN2), c));
-    return v16_div(x, v16_fma(p, v16_exp_power(k), v16_set1(1.0f)));
+    return v16_fma(p, v16_exp_power(k), v16_set1(1.0f));
+}
+
+ZQ_INLINE v16
+v16_silu(v16 x)
+{
+    return v16_div(x, v16_one_plus_exp(x));
 }
 
 ZQ_INLINE v16
@@ -79,4 +85,55 @@ v16_activate(v16 x, zq_activation act)
     case ZQ_ACTS: break;
     }
     return x;
+}
+
+typedef struct {
+    v16 value, slope;
+} v16_slope;
+
+ZQ_INLINE v16_slope
+v16_slope_gelu_erf(v16 x)
+{
+    const v16 one = v16_set1(1.0f);
+    v16 phi = v16_mul(v16_mul(x, v16_set1(-0.5f)), x), b = v16_set1(zq_phi_poly[4]);
+    v16_exps(&phi, 1);
+    phi = v16_mul(phi, v16_set1(ZQ_PHI_TOP));
+    const v16 t = v16_div(one, v16_fma(v16_set1(ZQ_PHI_P), v16_abs(x), one));
+#pragma GCC unroll 8
+    for (int i = 3; i >= 0; i--) {
+        b = v16_fma(b, t, v16_set1(zq_phi_poly[i]));
+    }
+    const v16 q = v16_mul(phi, v16_mul(t, b)), whole = v16_select_lt(x, v16_zero(), q, v16_sub(one, q));
+    return (v16_slope){v16_mul(x, whole), v16_fma(x, phi, whole)};
+}
+
+ZQ_INLINE v16_slope
+v16_slope_gelu_tanh(v16 x)
+{
+    const v16 one = v16_set1(1.0f), u = v16_min(v16_mul(x, x), v16_set1(ZQ_TANH_SQUARE));
+    const v16 z = v16_mul(v16_mul(x, v16_set1(ZQ_TANH_2C)), v16_fma(v16_set1(ZQ_TANH_B), u, one));
+    const v16 s = v16_div(one, v16_one_plus_exp(z)), value = v16_mul(x, s);
+    const v16 dz = v16_mul(v16_set1(ZQ_TANH_2C), v16_fma(v16_set1(ZQ_TANH_3B), u, one));
+    return (v16_slope){value, v16_fma(v16_mul(value, v16_sub(one, s)), dz, s)};
+}
+
+ZQ_INLINE v16_slope
+v16_slope_silu(v16 x)
+{
+    const v16 one = v16_set1(1.0f), s = v16_div(one, v16_one_plus_exp(x)), value = v16_mul(x, s);
+    return (v16_slope){value, v16_fma(value, v16_sub(one, s), s)};
+}
+
+ZQ_INLINE v16_slope
+v16_slope_of(v16 x, zq_activation act)
+{
+    switch (act) {
+    case ZQ_ACT_RELU: return (v16_slope){v16_relu(x), v16_select_lt(v16_zero(), x, v16_set1(1.0f), v16_zero())};
+    case ZQ_ACT_GELU: return v16_slope_gelu_erf(x);
+    case ZQ_ACT_GELU_TANH: return v16_slope_gelu_tanh(x);
+    case ZQ_ACT_SILU: return v16_slope_silu(x);
+    case ZQ_ACT_NONE:
+    case ZQ_ACTS: break;
+    }
+    return (v16_slope){x, v16_set1(1.0f)};
 }

@@ -69,7 +69,7 @@ class Recipe:
             Something else.
 
         >>> Recipe.of("gptq").method
-        GPTQ(act_order=True, static_groups=True, damping=0.01, block=128, mse=False, alpha=0.25)
+        GPTQ(act_order=True, static_groups=True, damping=0.01, block=128, mse=False)
         >>> Recipe.of("zeroquant")
         Recipe('zeroquant', RTN())
         """

@@ -1,0 +1,516 @@
+/* Training of a block: a capsule "zquant.lkd" that owns it. One call at a time may use it, which a flag enforces. The arrays of
+ * lkd_tensor are views of the block's memory and keep the capsule alive. */
+#include "args.h"
+
+#include "../algo/lkd.h"
+#include "bind.h"
+
+#include <float.h>
+#include <stdatomic.h>
+#include <string.h>
+
+static const char LKD[] = "zquant.lkd";
+
+typedef struct {
+    zq_lkd *b;
+    atomic_flag busy;
+} holder;
+
+static void
+free_block(PyObject *capsule)
+{
+    holder *h = PyCapsule_GetPointer(capsule, LKD);
+    zq_lkd_free(h->b);
+    zq_free(h);
+}
+
+/* The block behind the capsule, claimed for this call; give it back with leave. */
+static holder *
+enter(PyObject *o)
+{
+    if (!PyCapsule_IsValid(o, LKD)) {
+        PyErr_SetString(PyExc_TypeError, "block: expected what lkd_new returned");
+        return NULL;
+    }
+    holder *h = PyCapsule_GetPointer(o, LKD);
+    if (atomic_flag_test_and_set(&h->busy)) {
+        PyErr_SetString(PyExc_RuntimeError, "block: another thread is using it");
+        return NULL;
+    }
+    return h;
+}
+
+static void
+leave(holder *h)
+{
+    if (h) {
+        atomic_flag_clear(&h->busy);
+    }
+}
+
+/* ---- shape ------------------------------------------------------------------------------------------ */
+
+enum { D, HEADS, KV_HEADS, HEAD_DIM, FF, ORDER, RMS, ACT, GATED, CAUSAL, WINDOW, SIZES };
+enum { BITS, GROUP, ROWS, QUANT, HAS_BIAS, SPEC_ITEMS };
+
+static int
+in_range(int64_t v, const char *name, int64_t lo, int64_t hi)
+{
+    if (v < lo || v > hi) {
+        PyErr_Format(PyExc_ValueError, "%s: expected %lld to %lld, got %lld", name, (long long)lo, (long long)hi, (long long)v);
+        return 0;
+    }
+    return 1;
+}
+
+static int
+read_sizes(const int64_t *v, zq_lkd_shape *s)
+{
+    static const struct {
+        const char *name;
+        int64_t lo, hi;
+    } limits[SIZES] = {{"width", 1, ZQ_MAX_K}, {"heads", 1, 4096}, {"kv_heads", 1, 4096}, {"head_dim", 1, 4096},
+                       {"inner", 1, ZQ_MAX_K}, {"order", 0, ZQ_LKD_ORDERS - 1}, {"norm", 0, 1},
+                       {"activation", ZQ_ACT_RELU, ZQ_ACTS - 1}, {"gated", 0, 1}, {"causal", 0, 1}, {"window", 0, 1 << 30}};
+    for (int i = 0; i < SIZES; i++) {
+        if (!in_range(v[i], limits[i].name, limits[i].lo, limits[i].hi)) {
+            return -1;
+        }
+    }
+    *s = (zq_lkd_shape){.d = v[D], .heads = v[HEADS], .kv_heads = v[KV_HEADS], .head_dim = v[HEAD_DIM], .ff = v[FF],
+                        .order = (zq_lkd_order)v[ORDER], .rms = (int)v[RMS], .act = (zq_activation)v[ACT],
+                        .gated = (int)v[GATED], .causal = (int)v[CAUSAL], .window = v[WINDOW]};
+    if (v[HEADS] % v[KV_HEADS] || v[HEADS] * v[HEAD_DIM] > ZQ_MAX_K) {
+        PyErr_SetString(PyExc_ValueError, v[HEADS] % v[KV_HEADS] ? "kv_heads: expected a divisor of heads"
+                                                                 : "heads: too many features");
+        return -1;
+    }
+    return 0;
+}
+
+/* Both tables (positions, half), or None twice. */
+static int
+read_tables(PyObject *const *args, zq_arg a[2], zq_lkd_shape *s)
+{
+    if (args[0] == Py_None && args[1] == Py_None) {
+        return 0;
+    }
+    if (zq_in(args[0], "cos", ZQ_F32, 2, 2, &a[0]) < 0 || zq_in(args[1], "sin", ZQ_F32, 2, 2, &a[1]) < 0 ||
+        zq_shape(&a[1], "sin", 2, a[0].dim) < 0 || zq_finite(&a[0], "cos") < 0 || zq_finite(&a[1], "sin") < 0) {
+        return -1;
+    }
+    if (a[0].dim[1] < 1 || 2 * a[0].dim[1] > s->head_dim) {
+        PyErr_SetString(PyExc_ValueError, "cos: expected 1 to head_dim / 2 columns");
+        return -1;
+    }
+    s->positions = a[0].dim[0];
+    s->half = a[0].dim[1];
+    s->cos = a[0].data;
+    s->sin = a[1].data;
+    return 0;
+}
+
+/* A layer of n rows of k inputs; qkv: parts of rows that no scale may straddle are multiples of `part`. */
+static int
+read_spec(const int64_t *v, const char *name, int64_t part, int64_t k, zq_lkd_spec *spec)
+{
+    if (v[BITS] != 0 && !in_range(v[BITS], "bits", 2, 8)) {
+        return -1;
+    }
+    if (v[GROUP] < 1 || v[ROWS] < 1 || (v[GROUP] < k && v[GROUP] % 8)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected a group that is a multiple of 8, or all %lld inputs", name, (long long)k);
+        return -1;
+    }
+    if (v[ROWS] > 1 && (v[GROUP] < k || part % v[ROWS])) {
+        PyErr_Format(PyExc_ValueError, "%s: blocks of %lld rows need whole rows and a multiple of so many", name,
+                     (long long)v[ROWS]);
+        return -1;
+    }
+    if (!in_range(v[QUANT], "activations", ZQ_QUANT_NONE, ZQ_QUANT_TOKEN_ASYM)) {
+        return -1;
+    }
+    if (v[QUANT] && !v[BITS]) {
+        PyErr_Format(PyExc_ValueError, "%s: quantized activations need a quantized weight", name);
+        return -1;
+    }
+    *spec = (zq_lkd_spec){(int)v[BITS], zq_min(v[GROUP], k), v[ROWS], (zq_quant)v[QUANT]};
+    return 0;
+}
+
+static int64_t
+common_divisor(int64_t a, int64_t b)
+{
+    while (b) {
+        const int64_t rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return a;
+}
+
+static int
+read_specs(PyObject *o, zq_arg *a, zq_lkd_shape *s)
+{
+    static const char *const names[ZQ_LKD_LINEARS] = {"qkv", "o", "gate", "up", "down"};
+    const int64_t dims[2] = {ZQ_LKD_LINEARS, SPEC_ITEMS}, q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
+    const int64_t parts[] = {common_divisor(q, kv), s->d, s->ff, s->ff, s->d}, k[] = {s->d, q, s->d, s->d, s->ff};
+    if (zq_in(o, "linears", ZQ_I64, 2, 2, a) < 0 || zq_shape(a, "linears", 2, dims) < 0) {
+        return -1;
+    }
+    for (int i = 0; i < ZQ_LKD_LINEARS; i++) {
+        const int64_t *v = (const int64_t *)a->data + i * SPEC_ITEMS;
+        if (read_spec(v, names[i], parts[i], k[i], &s->spec[i]) < 0) {
+            return -1;
+        }
+        s->has_bias[i] = v[HAS_BIAS] != 0;
+    }
+    if (s->gated && s->spec[ZQ_LKD_GATE].act != s->spec[ZQ_LKD_UP].act) {
+        PyErr_SetString(PyExc_ValueError, "gate: reads what up reads, expected the same activations");
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *
+give_block(zq_lkd *b)
+{
+    holder *h = zq_alloc(sizeof *h);
+    PyObject *capsule = NULL;
+    if (h) {
+        h->b = b;
+        atomic_flag_clear(&h->busy);
+        capsule = PyCapsule_New(h, LKD, free_block);
+    }
+    else {
+        PyErr_NoMemory();
+    }
+    if (!capsule) {
+        zq_lkd_free(b);
+        zq_free(h);
+    }
+    return capsule;
+}
+
+static PyObject *
+py_new(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    (void)self;
+    enum { A_SIZES, SCALE, EPS, COS, SIN, LINEARS, N };
+    zq_arg a[N] = {{0}};
+    zq_lkd_shape s;
+    zq_lkd *b = NULL;
+    float scale, eps;
+    const int64_t sizes = SIZES;
+    int ok = zq_count("lkd_new", n, N) == 0 && zq_in(args[A_SIZES], "sizes", ZQ_I64, 1, 1, &a[A_SIZES]) == 0 &&
+             zq_shape(&a[A_SIZES], "sizes", 1, &sizes) == 0 && read_sizes(a[A_SIZES].data, &s) == 0 &&
+             zq_read_scale(args[SCALE], &scale) == 0 && zq_read_eps(args[EPS], &eps) == 0 &&
+             read_tables(args + COS, &a[COS], &s) == 0 && read_specs(args[LINEARS], &a[LINEARS], &s) == 0;
+    if (ok) {
+        s.scale = scale;
+        s.eps = eps;
+        ok = zq_check(zq_lkd_new(&s, &b), "block", 0) == 0;
+    }
+    zq_release(N, a);
+    return ok ? give_block(b) : NULL;
+}
+
+/* ---- tensors ---------------------------------------------------------------------------------------- */
+
+static PyObject *
+py_bytes(PyObject *self, PyObject *arg)
+{
+    (void)self;
+    holder *h = enter(arg);
+    PyObject *result = h ? PyLong_FromLongLong(zq_lkd_bytes(h->b)) : NULL;
+    leave(h);
+    return result;
+}
+
+static PyObject *
+py_tensor(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    (void)self;
+    int64_t kind, tensor, dims[2];
+    if (zq_count("lkd_tensor", n, 3) < 0 || zq_int(args[1], "kind", 0, ZQ_LKD_KINDS - 1, &kind) < 0 ||
+        zq_int(args[2], "tensor", 0, ZQ_LKD_TENSORS - 1, &tensor) < 0) {
+        return NULL;
+    }
+    holder *h = enter(args[0]);
+    if (!h) {
+        return NULL;
+    }
+    float *p = zq_lkd_tensor(h->b, (zq_lkd_kind)kind, (int)tensor, dims);
+    leave(h);
+    if (!p) {
+        Py_RETURN_NONE;
+    }
+    npy_intp shape[2] = {(npy_intp)dims[0], (npy_intp)dims[1]};
+    const int vector = dims[0] == 0;
+    PyObject *a = PyArray_New(&PyArray_Type, 2 - vector, shape + vector, NPY_FLOAT32, NULL, p, 0, NPY_ARRAY_CARRAY, NULL);
+    if (a && PyArray_SetBaseObject((PyArrayObject *)a, Py_NewRef(args[0])) < 0) {
+        Py_CLEAR(a);
+    }
+    return a;
+}
+
+static PyObject *
+py_codes(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    (void)self;
+    int64_t linear, dims[2], bad_row = 0;
+    const int8_t *codes;
+    const float *scales;
+    zq_arg a[2] = {{0}};
+    if (zq_count("lkd_codes", n, 2) < 0 || zq_int(args[1], "linear", 0, ZQ_LKD_LINEARS - 1, &linear) < 0) {
+        return NULL;
+    }
+    holder *h = enter(args[0]);
+    if (!h) {
+        return NULL;
+    }
+    const int64_t groups = zq_lkd_groups(h->b, (int)linear);
+    zq_lkd_tensor(h->b, ZQ_LKD_VALUE, (int)linear, dims);
+    const int64_t scale_dims[2] = {dims[0], groups};
+    int ok = zq_check(zq_lkd_codes(h->b, (int)linear, &codes, &scales, &bad_row), "weight", bad_row) == 0;
+    if (ok && codes && zq_new(ZQ_I8, 2, dims, &a[0]) == 0 && zq_new(ZQ_F32, 2, scale_dims, &a[1]) == 0) {
+        memcpy(a[0].data, codes, (size_t)a[0].size);
+        memcpy(a[1].data, scales, (size_t)a[1].size * sizeof *scales);
+    }
+    leave(h);
+    if (!ok || PyErr_Occurred()) {
+        zq_release(2, a);
+        return NULL;
+    }
+    return codes ? zq_give_tuple(2, a) : Py_NewRef(Py_None);
+}
+
+/* Positive normal numbers: a weight is divided by them. */
+static int
+check_scales(const zq_arg *a)
+{
+    const float *v = a->data;
+    for (int64_t i = 0; i < a->size; i++) {
+        if (!(v[i] >= FLT_MIN && v[i] <= FLT_MAX)) {
+            PyErr_Format(PyExc_ValueError, "scales: expected normal numbers above 0, got another in row %lld",
+                         (long long)(i / a->dim[1]));
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static PyObject *
+py_fix_scales(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    (void)self;
+    int64_t linear, dims[2], bad_row = 0;
+    const int8_t *codes;
+    const float *scales;
+    zq_arg a = {0};
+    if (zq_count("lkd_fix_scales", n, 3) < 0 || zq_int(args[1], "linear", 0, ZQ_LKD_LINEARS - 1, &linear) < 0 ||
+        zq_in(args[2], "scales", ZQ_F32, 2, 2, &a) < 0) {
+        return NULL;
+    }
+    holder *h = enter(args[0]);
+    int ok = h && zq_check(zq_lkd_codes(h->b, (int)linear, &codes, &scales, &bad_row), "weight", bad_row) == 0;
+    if (ok && !codes) {
+        PyErr_SetString(PyExc_ValueError, "scales: that weight is in float32");
+        ok = 0;
+    }
+    if (ok) {
+        zq_lkd_tensor(h->b, ZQ_LKD_VALUE, (int)linear, dims);
+        dims[1] = zq_lkd_groups(h->b, (int)linear);
+        ok = zq_shape(&a, "scales", 2, dims) == 0 && check_scales(&a) == 0;
+    }
+    if (ok) {
+        zq_lkd_fix_scales(h->b, (int)linear, a.data);
+    }
+    leave(h);
+    zq_release(1, &a);
+    return ok ? Py_NewRef(Py_None) : NULL;
+}
+
+static PyObject *
+py_steps(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    (void)self;
+    int64_t steps = -1;
+    if (zq_count("lkd_steps", n, 2) < 0 || (args[1] != Py_None && zq_int(args[1], "steps", 0, INT64_MAX / 2, &steps) < 0)) {
+        return NULL;
+    }
+    holder *h = enter(args[0]);
+    if (!h) {
+        return NULL;
+    }
+    int64_t *const count = zq_lkd_steps(h->b);
+    *count = steps >= 0 ? steps : *count;
+    steps = *count;
+    leave(h);
+    return PyLong_FromLongLong(steps);
+}
+
+/* ---- computation ------------------------------------------------------------------------------------ */
+
+/* x (tokens, d) and its offsets, finite; positions that the rotary tables have. */
+static int
+read_batch(const zq_lkd *b, PyObject *const *args, zq_arg a[2], zq_lkd_batch *batch)
+{
+    const int64_t dims[2] = {-1, zq_lkd_width(b)}, positions = zq_lkd_positions(b);
+    if (zq_in(args[0], "x", ZQ_F32, 2, 2, &a[0]) < 0 || zq_shape(&a[0], "x", 2, dims) < 0 || zq_finite(&a[0], "x") < 0 ||
+        zq_read_offsets(args[1], a[0].dim[0], &a[1]) < 0) {
+        return -1;
+    }
+    const int64_t *offsets = a[1].data;
+    *batch = (zq_lkd_batch){a[0].data, offsets, a[1].size - 1};
+    for (int64_t s = 0; positions && s < batch->sequences; s++) {
+        if (offsets[s + 1] - offsets[s] > positions) {
+            PyErr_Format(PyExc_ValueError, "offsets: sequence %lld is longer than the %lld positions of cos", (long long)s,
+                         (long long)positions);
+            return -1;
+        }
+    }
+    if (a[0].dim[0] == 0) {
+        PyErr_SetString(PyExc_ValueError, "x: expected at least one row");
+        return -1;
+    }
+    return 0;
+}
+
+static int
+read_like(PyObject *o, const char *name, const zq_arg *x, zq_arg *a)
+{
+    return zq_in(o, name, ZQ_F32, 2, 2, a) < 0 || zq_shape(a, name, 2, x->dim) < 0 ? -1 : zq_finite(a, name);
+}
+
+static int
+check(zq_status status, zq_lkd_fault fault, int64_t bad_row)
+{
+    if (status == ZQ_ENONFINITE && fault == ZQ_LKD_IN_RESULT) {
+        PyErr_SetString(PyExc_ValueError, "x: finite, but something that the block makes of it is not: are all parameters?");
+        return -1;
+    }
+    return zq_check(status, "weight", bad_row);
+}
+
+static PyObject *
+py_forward(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    (void)self;
+    enum { X, OFFSETS, Y, N };
+    zq_arg a[N] = {{0}};
+    zq_lkd_batch batch;
+    holder *h = zq_count("lkd_forward", n, 3) < 0 ? NULL : enter(args[0]);
+    int ok = h && read_batch(h->b, args + 1, a, &batch) == 0 && zq_new(ZQ_F32, 2, a[X].dim, &a[Y]) == 0;
+    if (ok) {
+        zq_lkd_fault fault;
+        zq_status status;
+        int64_t bad = 0;
+        Py_BEGIN_ALLOW_THREADS
+        status = zq_lkd_forward(h->b, &batch, a[Y].data, &fault, &bad);
+        Py_END_ALLOW_THREADS
+        ok = check(status, fault, bad) == 0;
+    }
+    leave(h);
+    zq_release(Y, a);
+    if (!ok) {
+        zq_release(N, a);
+        return NULL;
+    }
+    return zq_give(&a[Y]);
+}
+
+static PyObject *
+py_gradients(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    (void)self;
+    enum { X, OFFSETS, DY, DX, N };
+    zq_arg a[N] = {{0}};
+    zq_lkd_batch batch;
+    holder *h = zq_count("lkd_gradients", n, 4) < 0 ? NULL : enter(args[0]);
+    int ok = h && read_batch(h->b, args + 1, a, &batch) == 0 && read_like(args[3], "dy", &a[X], &a[DY]) == 0 &&
+             zq_new(ZQ_F32, 2, a[X].dim, &a[DX]) == 0;
+    if (ok) {
+        zq_lkd_fault fault;
+        zq_status status;
+        int64_t bad = 0;
+        Py_BEGIN_ALLOW_THREADS
+        status = zq_lkd_gradients(h->b, &batch, a[DY].data, a[DX].data, &fault, &bad);
+        Py_END_ALLOW_THREADS
+        ok = check(status, fault, bad) == 0;
+    }
+    leave(h);
+    zq_release(DX, a);
+    if (!ok) {
+        zq_release(N, a);
+        return NULL;
+    }
+    return zq_give(&a[DX]);
+}
+
+static int
+read_options(PyObject *const *args, zq_lkd_options *o)
+{
+    const struct {
+        const char *name;
+        double *value, hi;
+    } list[] = {{"lr", &o->lr, 1e6}, {"beta1", &o->beta1, 0.9999999}, {"beta2", &o->beta2, 0.9999999}, {"eps", &o->eps, 1e6},
+                {"decay", &o->decay, 1e6}, {"kl", &o->kl, 1e30}};
+    for (int i = 0; i < (int)(sizeof list / sizeof *list); i++) {
+        if (zq_float(args[i], list[i].name, list[i].value) < 0) {
+            return -1;
+        }
+        if (!(*list[i].value >= 0 && *list[i].value <= list[i].hi)) {
+            PyErr_Format(PyExc_ValueError, "%s: expected a number from 0 to %s", list[i].name,
+                         list[i].hi < 1 ? "0.9999999" : list[i].hi > 1e6 ? "1e30" : "1e6");
+            return -1;
+        }
+    }
+    if (!((float)o->eps > 0)) { /* a parameter without a gradient divides by it */
+        PyErr_SetString(PyExc_ValueError, "eps: expected a number above 0");
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *
+py_step(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    (void)self;
+    enum { X, OFFSETS, TARGET, N };
+    zq_arg a[N] = {{0}};
+    zq_lkd_batch batch;
+    zq_lkd_options o;
+    double loss = 0;
+    holder *h = zq_count("lkd_step", n, 10) < 0 ? NULL : enter(args[0]);
+    int ok = h && read_batch(h->b, args + 1, a, &batch) == 0 && read_like(args[3], "target", &a[X], &a[TARGET]) == 0 &&
+             read_options(args + 4, &o) == 0;
+    if (ok) {
+        zq_lkd_fault fault;
+        zq_status status;
+        int64_t bad = 0;
+        Py_BEGIN_ALLOW_THREADS
+        status = zq_lkd_step(h->b, &batch, a[TARGET].data, &o, &loss, &fault, &bad);
+        Py_END_ALLOW_THREADS
+        ok = check(status, fault, bad) == 0;
+    }
+    leave(h);
+    zq_release(N, a);
+    return ok ? PyFloat_FromDouble(loss) : NULL;
+}
+
+#define FAST(f) (PyCFunction)(void (*)(void))f
+PyMethodDef zq_methods_lkd[] = {
+    {"lkd_new", FAST(py_new), METH_FASTCALL, "lkd_new(sizes, scale, eps, cos, sin, linears) -> block, whose tensors are 0"},
+    {"lkd_bytes", py_bytes, METH_O, "lkd_bytes(block) -> memory that it holds"},
+    {"lkd_tensor", FAST(py_tensor), METH_FASTCALL,
+     "lkd_tensor(block, kind, tensor) -> a view of values (0), gradients (1) or AdamW's moments (2, 3); or None"},
+    {"lkd_codes", FAST(py_codes), METH_FASTCALL, "lkd_codes(block, linear) -> (codes, scales) of the weight, or None"},
+    {"lkd_fix_scales", FAST(py_fix_scales), METH_FASTCALL, "lkd_fix_scales(block, linear, scales): of a weight, from now on"},
+    {"lkd_steps", FAST(py_steps), METH_FASTCALL, "lkd_steps(block, steps or None) -> AdamW's step count, after it was set"},
+    {"lkd_forward", FAST(py_forward), METH_FASTCALL, "lkd_forward(block, x, offsets) -> y"},
+    {"lkd_gradients", FAST(py_gradients), METH_FASTCALL,
+     "lkd_gradients(block, x, offsets, dy) -> dx; those of the parameters are in lkd_tensor"},
+    {"lkd_step", FAST(py_step), METH_FASTCALL,
+     "lkd_step(block, x, offsets, target, lr, beta1, beta2, eps, decay, kl) -> the loss before the step"},
+    {NULL, NULL, 0, NULL},
+};
