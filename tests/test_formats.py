@@ -219,7 +219,8 @@ def layers(spec, activations, prefix="", k=37):
     for name in ("encoder.layer.0.fc", "encoder.layer.1.fc", "pooler.dense"):
         w = rng.standard_normal((12, k)).astype(np.float32)
         weight = w if name.startswith("pooler") else RTN().quantize(w, spec)
-        made[prefix + name] = Linear(prefix + name, weight, rng.standard_normal(12).astype(np.float32), activations)
+        made[prefix + name] = Linear(prefix + name, weight, rng.standard_normal(12).astype(np.float32),
+                                     None if weight is w else activations)
     return made
 
 
