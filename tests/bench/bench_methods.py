@@ -43,10 +43,11 @@ MODELS = {"tiny-llama-5m": ROOT / "tests" / "data" / "tiny-llama-5m", "gpt2-30m"
 SCHEMES = ("w4a16-row+e32", "w4a16-g64+e32", "w4a16-g128+e32", "w3a16-row+e32", "w3a16-g64+e32", "w4a8+e32", "w8a8+e32")
 _PLAIN: dict[str, Any] = {
     "RTN": "rtn", "GPTQ": "gptq", "GPTQ mse": GPTQ(mse=True), "GPTAQ": "gptaq", "AWQ": "awq", "AWQ+GPTQ": "awq+gptq",
+    "AWQ+GPTQ mse": ["awq-scale", GPTQ(mse=True)],
     "SmoothQuant": "smoothquant", "OS+": "os+", "FPTQ": "fptq", "LLM.int8()": "llm.int8",
 }
 METHODS = {name: Recipe.of(recipe) for name, recipe in _PLAIN.items()}
-METHODS |= {f"{name} + LoRC": Recipe.of([*recipe.steps, LoRC()]) for name, recipe in METHODS.items()}
+METHODS |= {f"{name} + LoRC": Recipe.of([*recipe.steps, LoRC()]) for name, recipe in METHODS.items() if name != "LLM.int8()"}
 LENGTH = 512
 
 
