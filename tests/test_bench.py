@@ -372,3 +372,22 @@ def test_training_of_a_block(tmp_path: Path) -> None:
     assert "peak memory" in text and "ms a step" in text
     losses = [r["first_loss"] for r in rows]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-3)
+
+
+def test_methods(tmp_path: Path, shared: Path) -> None:
+    """Cells are the perplexities of quantizing by hand, and are not computed twice."""
+    import zquant as zq
+
+    options = ["--schemes", "w3a16-row+e32,w8a8+e32", "--methods", "RTN,FPTQ,RTN + LoRC", "--samples", "1", "--windows", "1"]
+    text, found = run("bench_methods.py", *options, tmp_path=tmp_path)
+    cells = {tuple(name.split("|")[3:]): cell["values"]["wikitext2"] for name, cell in found.items()}
+    assert list(cells) == [("", "float32"), ("w3a16-row+e32", "RTN"), ("w8a8+e32", "RTN"), ("w8a8+e32", "FPTQ"),
+                           ("w3a16-row+e32", "RTN + LoRC"), ("w8a8+e32", "RTN + LoRC")]
+    lm = zq.load(BENCH.parent / "data" / "tiny-llama-5m")
+    test = (shared / "data" / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
+    ids = lm.tokenizer.encode(test[:10_000]).ids[:512]
+    small = zq.quantize(lm, "w3a16-row+e32", "lorc")
+    assert cells["w3a16-row+e32", "RTN + LoRC"] == zq.perplexity(small, ids).ppl
+    assert f"| RTN | {cells['w3a16-row+e32', 'RTN']:.2f} | {cells['w8a8+e32', 'RTN']:.2f} |" in text
+    again, same = run("bench_methods.py", *options, tmp_path=tmp_path)
+    assert same == found and "1/" not in again and again in text

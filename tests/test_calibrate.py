@@ -5,6 +5,7 @@ import gc
 import importlib
 import json
 import re
+import tempfile
 import tracemalloc
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import tiny_models
 
 import zquant as zq
 from zquant import cli
-from zquant.calibrate import MODES, Walker, read_sequences, walk
+from zquant.calibrate import MODES, Shared, Walker, read_sequences, walk
 from zquant.errors import FormatError
 from zquant.methods import STEPS, Method
 from zquant.models import load
@@ -86,6 +87,42 @@ class Toy(Method):
 @pytest.fixture(autouse=True)
 def forget():
     Toy.seen.clear()
+
+
+# -- statistics of several recipes
+
+def test_recipes_share_the_passes_over_the_float_model(tmp_path, monkeypatch):
+    model, ids, runs = decoder(tmp_path), ids_of(), []
+    real = Walker.run
+    monkeypatch.setattr(Walker, "run", lambda self, *rest: runs.append(self.needs) or real(self, *rest))
+    shared = Shared(model, ids, samples=9, seed=0)
+    recipes = ["smoothquant", "smoothquant+gptq", "os+", "smoothquant"]
+    small = [zq.quantize(model, "w4a8", recipe, calib=shared) for recipe in recipes]
+    assert runs == [{"absmax"}, {"gram"}, {"minmax", "samples"}] and shared.spared > 0
+    for recipe, got in zip(recipes, small):
+        np.testing.assert_array_equal(got(ids[:2]), zq.quantize(model, "w4a8", recipe, calib=ids)(ids[:2]))
+    other = decoder(tmp_path, name="other", seed=1)
+    np.testing.assert_array_equal(zq.quantize(other, "w4a8", "smoothquant", calib=shared)(ids[:2]),
+                                  zq.quantize(other, "w4a8", "smoothquant", calib=ids)(ids[:2]))
+
+
+@pytest.mark.parametrize("needs, bound, spilled", [
+    ({"gram"}, 0, True), ({"gram", "absmax"}, 1 << 10, True), ({"gram"}, 1 << 30, False), ({"absmax", "samples"}, 0, False)])
+def test_matrices_beyond_the_bound_are_in_a_file_without_a_name(tmp_path, monkeypatch, needs, bound, spilled):
+    model, ids = decoder(tmp_path), ids_of()
+    want, quantized = zq.calibrate(model, ids, needs), zq.quantize(model, "w4a16", "awq", calib=ids)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(importlib.import_module("zquant.calibrate"), "IN_MEMORY", bound)
+    got = zq.calibrate(model, ids, needs)
+    assert not any(folder.iterdir())
+    gc.collect()
+    for name in want:
+        for need in needs:
+            np.testing.assert_array_equal(got[name][need], want[name][need])
+            assert (not got[name][need].flags.owndata and not got[name][need].flags.writeable) == spilled
+    np.testing.assert_array_equal(zq.quantize(model, "w4a16", "awq", calib=ids)(ids[:2]), quantized(ids[:2]))
 
 
 # -- against plain NumPy

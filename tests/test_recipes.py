@@ -277,6 +277,56 @@ def test_calibrate_refuses_transforms(tmp_path):
     assert stats.needs == {"absmax", "gram"}
 
 
+def extras(model):
+    """Field of Extras -> layers that have it."""
+    found = {}
+    for name, layer in model.named_linears():
+        for field, value in vars(layer.extras).items():
+            if value is not None:
+                found.setdefault(field, set()).add(name)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("recipe, scheme, worst, fields", [
+    ("smoothquant", "w8a8-sym", 0.05, ()), ("smoothquant", "w8a8-static-sym-wt", 0.1, ("static",)),
+    ("os+", "w8a8-tensor", 0.1, ()), ("os+", "w8a8-static", 0.1, ("static",)), ("fptq", "w4a8-g16", 0.3, ("static",)),
+    ("fptq+gptq+lorc", "w4a8-row-static", 0.3, ("static", "correction")), ("llm.int8", "w8a8-sym", 0.05, ("outliers",)),
+    ("smoothquant+gptq+llm.int8", "w8a8", 0.05, ("outliers",)), ("smoothquant+gptq+lorc", "w4a8-g16", 0.3, ("correction",))])
+def test_from_end_to_end_and_back(tmp_path, kind, recipe, scheme, worst, fields):
+    """What each layer carries, a result that is near the float model's, and the same bits after saving and loading."""
+    model, ids = (encoder(tmp_path) if kind == "bert" else decoder(tmp_path, kind)), ids_of()
+    small = zq.quantize(model, scheme, recipe, calib=ids)
+    found, quantized = extras(small), set(codes(small))
+    branches = found.pop("branch", set())
+    assert set(found) == set(fields) and all(found[field] == quantized for field in fields)
+    assert bool(branches) == (kind == "bert" and any(name in recipe for name in ("smooth", "os+")))
+    want, got = model(ids), small(ids)
+    assert 0 < np.linalg.norm(got - want) <= worst * np.linalg.norm(want)
+    small.save(tmp_path / "small")
+    again = zq.load(tmp_path / "small")
+    assert extras(again) == extras(small) and again.recipe == small.recipe and again.scheme == small.scheme
+    np.testing.assert_array_equal(again(ids), got)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_fptq_takes_static_ranges_where_it_decides_for_them(tmp_path, mode):
+    lm, ids = decoder(tmp_path), ids_of()
+    stats = zq.calibrate(lm, ids)
+    peaks = sorted(float(group["absmax"].max()) for group in stats.groups)
+    step = zq.FPTQ(v0=peaks[len(peaks) // 3], v1=peaks[2 * len(peaks) // 3])
+    small = zq.quantize(lm, "w4a8-g16", [step, GPTQ()], calib=ids, mode=mode)
+    float_model, scheme = step.transform(lm, stats, zq.Scheme.parse("w4a8-g16"))
+    static = {name for name in codes(small) if not scheme.activations_for(name).dynamic}
+    assert small.scheme == scheme and extras(small) == {"static": static} and 0 < len(static) < len(codes(small))
+    now = zq.calibrate(float_model, ids, {"absmax"})
+    layers = dict(small.named_linears())
+    for name in static:  # 8 bits, symmetric; quantized predecessors move the sequential mode's ranges a little
+        near = 1e-6 if mode == "parallel" else 0.3
+        assert float(layers[name].extras.static.scale) == pytest.approx(now[name]["absmax"].max() / 127, rel=near)
+    assert_same_model(small, zq.quantize(float_model, scheme, GPTQ(), calib=ids, mode=mode))
+
+
 # -- what is kept
 
 def test_the_recipe_is_saved_with_the_model(tmp_path):

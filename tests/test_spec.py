@@ -12,7 +12,8 @@ SPECS = [QuantSpec(), QuantSpec(4, granularity="group", group_size=64), QuantSpe
          QuantSpec(8, granularity="token", symmetric=False, dynamic=True), QuantSpec(8, granularity="tensor"),
          QuantSpec(4, symmetric=False), QuantSpec(8, granularity="tensor", symmetric=False, dynamic=True)]
 NAMES = ["w8a8", "w8a8-sym", "w4/8a8", "w4/8a8-g32", "w4/8a8-b48", "w4a8", "w4a8-g128", "w4a8-sym-g32", "w8a16", "w4a16",
-         "w3a16-g16", "w8a8+e8", "w4/8a8-g128+e32", "w8a8-tensor", "w8a8-static-sym-wt", "w4a8-static-g64", "w4a16-wt"]
+         "w3a16-g16", "w8a8+e8", "w4/8a8-g128+e32", "w8a8-tensor", "w8a8-static-sym-wt", "w4a8-static-g64", "w4a16-wt",
+         "w3a16-row+e32", "w4a8-row-static"]
 
 
 def test_examples():
@@ -123,6 +124,7 @@ def test_activations_of_names():
     assert Scheme.parse("w8a8-tensor").activations == QuantSpec(8, granularity="tensor", symmetric=False, dynamic=True)
     assert Scheme.parse("w8a8-static-sym").activations == QuantSpec(8, granularity="tensor")
     assert Scheme.parse("w8a8-wt").weights == QuantSpec(8, granularity="tensor")
+    assert Scheme.parse("w4a16-row").weights == QuantSpec(4)
     assert Scheme.parse("w8a8").embeddings == QuantSpec(8)
     assert Scheme.parse("w8a8+e32").embeddings is None
 

@@ -203,7 +203,8 @@ def test_one_token_is_enough(make, transform):
 def test_steps_travel_as_json(transform):
     step = TRANSFORMS[transform]
     assert Step.from_dict(step.to_dict()) == step
-    assert Step.from_dict({**step.to_dict(), **({"stages": list(step.stages)} if hasattr(step, "stages") else {})}) == step
+    lists = {"stages": list(step.stages)} if getattr(step, "stages", None) else {}
+    assert Step.from_dict({**step.to_dict(), **lists}) == step
 
 
 def test_branch_is_a_choice(make):
@@ -442,6 +443,17 @@ def test_own_overrides_go_before_fptq(make):
 def test_bad_options(make_step):
     with pytest.raises(ValueError):
         make_step()
+
+
+@pytest.mark.parametrize(("variant", "down"), [("llama", True), ("gpt2", False), ("bert", False)])
+def test_outlier_suppression_behind_a_gate(make, variant, down):
+    """By default it goes for the last matrix of the feed-forward layer where there is a gate, and nowhere else."""
+    model, ids = make(variant)
+    stats = zq.calibrate(model, ids, {"minmax", "samples"})
+    changed = zq.OutlierSuppression(steps=4).transform(model, stats, W8A8)[0]
+    stages = ("qkv", "mlp", "down") if down else ("qkv", "mlp")
+    want = zq.OutlierSuppression(stages=stages, steps=4).transform(model, stats, W8A8)[0]
+    np.testing.assert_array_equal(changed(ids), want(ids))
 
 
 # -- planted outliers

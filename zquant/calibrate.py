@@ -6,10 +6,12 @@ one stage, the layers that read the same rows (sequential mode). :func:`walk` ha
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,11 +27,13 @@ from .spec import Scheme
 from .statistics import Accumulator, GroupShape, InputStatistics, RunInfo, Statistics, _writing, check_needs, fingerprint
 from .tokenization import TextTokenizer
 
-__all__ = ["MODES", "Sequences", "Visitor", "calibrate", "read_sequences", "walk"]
+__all__ = ["MODES", "Sequences", "Shared", "Visitor", "calibrate", "read_sequences", "walk"]
 
 MODES = ("parallel", "sequential")
 #: Tokens of a sequence by default, at most.
 LENGTH = 512
+#: Matrices of statistics that are held in memory, in bytes; more of them go to a temporary file.
+IN_MEMORY = 1 << 30
 
 #: Takes the statistics of one stage; in sequential mode it may return layers, by name, that stand in their places from then on.
 Visitor = Callable[[InputStatistics], "Mapping[str, Linear] | None"]
@@ -82,7 +86,8 @@ def calibrate(
         Tokens that go through a block together. It bounds the memory; results have the same bits for any.
     file
         Write the statistics to this safetensors file, block by block, and return them mapped from there: memory then
-        holds one block's at a time, where Gram matrices of all would not fit.
+        holds one block's at a time, where Gram matrices of all would not fit. None: the same with a temporary file that
+        has no name any more, where the matrices would take more than 1 GiB.
     progress
         True or False; None shows a bar in a terminal or notebook, when the work takes more than two seconds.
 
@@ -125,11 +130,18 @@ def collect(model: Any, sequences: Sequences, needs: frozenset[str], *, quantize
     walker = Walker(getattr(model, "model", model) if quantizer is None else quantizer.start, sequences.ids,
                     needs if quantizer is None else needs | quantizer.needs, sequential=quantizer is not None,
                     rows=rows, seed=seed, batch_tokens=batch_tokens, reference=None if quantizer is None else quantizer.network)
-    if file is not None:
+
+    def written(file: str | os.PathLike[str]) -> Statistics:
         with _writing(file, walker.shapes(), info) as write:
             walker.run(_keeping(write, quantizer), progress)
             write.finish(time.perf_counter() - start, walker.peak_bytes)
         return Statistics.load(file)
+
+    if file is not None:
+        return written(file)
+    if sum(shape.matrix_bytes for shape in walker.shapes()) > IN_MEMORY:
+        with tempfile.TemporaryDirectory(prefix="zquant-") as folder:
+            return written(os.path.join(folder, "statistics.safetensors"))  # mapped, it outlives its name
     groups: list[InputStatistics] = []
     walker.run(_keeping(groups.append, quantizer), progress)
     return Statistics(groups, info, time.perf_counter() - start, walker.peak_bytes)
@@ -206,6 +218,36 @@ def read_sequences(model: Any, data: Any, *, samples: int = 128, seq_len: int | 
     if not found:
         raise ValueError("calibration data: no tokens")
     return Sequences(found, source, seq_len)
+
+
+class Shared:
+    """Calibration data of several recipes for one model: ``zquant.quantize(model, calib=shared)`` for each of them.
+
+    The data are read once. Statistics of the model that recipes begin with are kept, so that those that look at the same
+    ones take one pass together; what is behind a first transform, or quantized in sequence, is every recipe's own.
+
+    Attributes
+    ----------
+    spared : seconds that passes would have taken whose statistics were there already
+    """
+
+    def __init__(self, model: Any, data: Any, **options: Any) -> None:
+        self.network, self.spared = getattr(model, "model", model), 0.0
+        self._model, self._data, self._options = model, data, options
+        self._kept: list[Statistics] = []
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        return read_sequences(self._model, self._data, **self._options)
+
+    def statistics(self, needs: frozenset[str], seed: int, progress: bool | None = None) -> Statistics:
+        """Of the model as it was given."""
+        for found in self._kept:
+            if needs <= found.needs:
+                self.spared += found.seconds
+                return found
+        self._kept.append(collect(self.network, self.sequences, needs, seed=seed, progress=progress))
+        return self._kept[-1]
 
 
 def _rows(data: Any) -> tuple[list[Any], str]:

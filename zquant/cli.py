@@ -23,9 +23,9 @@ schemes:
   w4/8a8     attention int8, feed-forward int4 in groups (ZeroQuant's mixed precision)
   w4a8       int4 weights in groups
   w4a16      int4 weights only
-  suffixes   -g32 (groups of 32 inputs), -b48 (48 blocks of rows), -wt (weights with one scale), -tensor (activations with one
-             scale for all tokens of a call), -static (one scale from --calib), +e32 (word embeddings stay float; else int8
-             per row)
+  suffixes   -g32 (groups of 32 inputs), -row (one scale per output channel), -b48 (48 blocks of rows), -wt (weights with one
+             scale), -tensor (activations with one scale for all tokens of a call), -static (one scale from --calib), +e32
+             (word embeddings stay float; else int8 per row)
 """
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._progress import bar
-from .calibrate import _rss
+from .calibrate import Shared, _rss
 from .language_report import MAX_TOKENS
 from .losses import Loss, loss_for
 from .methods import Recipe
 from .quantize import choose_scheme, quantize
 from .report import _size
 from .spec import Scheme
+from .statistics import Statistics
 from .tables import Written, html_table, text_table
 
 __all__ = ["MethodResult", "MethodsTable", "compare_methods"]
@@ -34,7 +35,8 @@ class MethodResult:
     value, increase : the loss, and how much worse than float32; None where it failed
     recovered : share of the increase by round to nearest, in the same scheme, that this recipe avoids; None where round to
         nearest costs nothing
-    seconds : to quantize, calibration included
+    seconds : to quantize, calibration included, also where another recipe has done it: a pass over the float model that
+        several recipes need is made once
     peak_bytes : the most memory that the process had meanwhile beyond what it had before, sampled 50 times a second
     nbytes : size of the quantized weights
     error : why it failed, or ""
@@ -187,6 +189,8 @@ def compare_methods(
         raise ValueError("evaluation: expected what the loss is measured on: a text, sentences or scored pairs")
     jobs = list(_jobs(methods, scheme))
     loss = loss_for(model, evaluation, seq_len=seq_len, max_tokens=max_tokens, batch_size=batch_size)
+    if calib is not None and not isinstance(calib, Statistics):
+        calib = Shared(model, calib, samples=samples, seed=seed)
     options = dict(calib=calib, mode=mode, samples=samples, seed=seed, show_progress_bar=False)
     results: list[MethodResult] = []
     costs: dict[Scheme, float] = {}  # of round to nearest
@@ -228,21 +232,26 @@ def _is_scheme(value: Any) -> bool:
 
 def _measured(model: Any, job: _Job, loss: Loss, options: dict[str, Any], costs: dict[Scheme, float]) -> MethodResult:
     known: dict[str, Any] = dict(name=job.name, scheme=job.scheme.name, recipe=job.recipe.to_dict())
-    start, peak = time.perf_counter(), _PeakMemory()
+    calib = options["calib"]
+    start, peak, before = time.perf_counter(), _PeakMemory(), getattr(calib, "spared", 0.0)
+
+    def seconds() -> float:
+        return time.perf_counter() - start + getattr(calib, "spared", 0.0) - before
+
     try:
         with peak:
             small = quantize(model, job.scheme, job.recipe, **options)
-        seconds = time.perf_counter() - start
+        spent = seconds()
         value = loss(small)
     except Exception as error:  # whatever a recipe fails of, the others go on
-        return MethodResult(**known, seconds=time.perf_counter() - start,
+        return MethodResult(**known, seconds=seconds(),
                             error=str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
     increase, plain = loss.increase(value), job.recipe.steps == Recipe.of("rtn").steps
     if plain:
         costs[job.scheme] = increase
     cost = costs.get(job.scheme, 0.0)
     recovered = 1 - increase / cost if cost > 0 and not plain else None
-    return MethodResult(**known, value=value, increase=increase, recovered=recovered, seconds=seconds,
+    return MethodResult(**known, value=value, increase=increase, recovered=recovered, seconds=spent,
                         peak_bytes=peak.bytes, nbytes=_size(small))
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ._progress import bar
-from .calibrate import MODES, Sequences, _one_of, collect, read_sequences, walk
+from .calibrate import MODES, Sequences, Shared, _one_of, collect, read_sequences, walk
 from .extras import Extras, static_range
 from .formats.safetensors import Stored
 from .linear import Linear
@@ -114,7 +114,7 @@ class _Data:
     """
 
     def __init__(self, model: Any, recipe: Recipe, scheme: Scheme, calib: Any, options: dict[str, Any]) -> None:
-        self._model, self._options = model, options
+        self._model, self._network, self._options = model, inner_network(model), options
         self.given = calib if needs_data(recipe, scheme) else None
         if not needs_data(recipe, scheme):
             return
@@ -130,6 +130,8 @@ class _Data:
 
     @cached_property
     def sequences(self) -> Sequences:
+        if isinstance(self.given, Shared):
+            return self.given.sequences
         return read_sequences(self._model, self.given, **self._options)
 
     def statistics(self, model: Any, needs: frozenset[str], show: bool | None) -> Statistics | None:
@@ -139,6 +141,8 @@ class _Data:
         if isinstance(self.given, Statistics):
             self.given.check(model, needs, dict(getattr(model, "model", model).named_linears()))
             return self.given
+        if isinstance(self.given, Shared) and model is self._network and model is self.given.network:
+            return self.given.statistics(needs, self._options["seed"], show)
         return collect(model, self.sequences, needs, seed=self._options["seed"], progress=show)
 
 

@@ -227,13 +227,15 @@ class Scheme(_Data):
         ``w<bits>a8``, ``w<bits>a16`` (weights only) or ``w<bits>/<bits>a8`` (feed-forward / attention: ZeroQuant's
         mixed precision), then any of ``-sym`` (symmetric int8 activations; else asymmetric uint8), ``-tensor`` or ``-static``
         (activations with one scale per tensor, dynamic or from calibration; else per token), ``-g<size>`` (weights in groups
-        along the input), ``-b<blocks>`` (blocks of whole rows), ``-wt`` (weights with one scale per tensor), ``+e32`` (float
-        word embeddings; else int8 per row, as in ZeroQuant; ``+e8`` says so explicitly), ``+attn8`` (encoders: int8
-        attention). 8-bit weights have one scale per channel, fewer bits one per 64 inputs unless a suffix says otherwise; in
-        mixed schemes the suffix is for the feed-forward layers.
+        along the input), ``-row`` (one scale per row, which is an output channel), ``-b<blocks>`` (blocks of whole rows),
+        ``-wt`` (weights with one scale per tensor), ``+e32`` (float word embeddings; else int8 per row, as in ZeroQuant;
+        ``+e8`` says so explicitly), ``+attn8`` (encoders: int8 attention). 8-bit weights have one scale per channel, fewer bits
+        one per 64 inputs unless a suffix says otherwise; in mixed schemes the suffix is for the feed-forward layers.
 
         >>> Scheme.parse("w8a8-sym").activations
         QuantSpec(granularity='token', dynamic=True)
+        >>> Scheme.parse("w4a16-row").weights
+        QuantSpec(bits=4)
         >>> Scheme.parse("w8b8")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
@@ -241,11 +243,12 @@ class Scheme(_Data):
         """
         if isinstance(scheme, Scheme):
             return scheme
-        match = re.fullmatch(r"w(\d+)(?:/(\d+))?a(8|16)((?:-sym|-tensor|-static|-wt|-g\d+|-b\d+)*)(?:\+e(8|32))?(\+attn8)?",
-                             scheme) if isinstance(scheme, str) else None
+        match = re.fullmatch(r"w(\d+)(?:/(\d+))?a(8|16)((?:-sym|-tensor|-static|-wt|-row|-g\d+|-b\d+)*)(?:\+e(8|32))?"
+                             r"(\+attn8)?", scheme) if isinstance(scheme, str) else None
         if match is None:
             raise ValueError(f"unknown scheme {scheme!r}; known: w8a8, w4a8, w4/8a8, w8a16, w4a16 (2 to 8 weight bits), "
-                             "with suffixes -sym, -tensor, -static, -g<group size>, -b<row blocks>, -wt, +e8, +e32, +attn8")
+                             "with suffixes -sym, -tensor, -static, -row, -g<group size>, -b<row blocks>, -wt, +e8, +e32, "
+                             "+attn8")
         bits, attention, act_bits, suffixes, embeddings, attn8 = match.groups()
         weights, symmetric, sharing = _weights(int(bits)), False, "token"
         for suffix in filter(None, suffixes.split("-")):
@@ -255,6 +258,8 @@ class Scheme(_Data):
                 sharing = suffix
             elif suffix == "wt":
                 weights = QuantSpec(weights.bits, granularity="tensor")
+            elif suffix == "row":
+                weights = QuantSpec(weights.bits)
             elif suffix[0] == "g":
                 weights = QuantSpec(weights.bits, granularity="group", group_size=int(suffix[1:]))
             else:

@@ -336,6 +336,11 @@ class GroupShape:
     rows: int
     needs: tuple[str, ...]
 
+    @property
+    def matrix_bytes(self) -> int:
+        """Of what grows with k squared."""
+        return 8 * self.k * self.k * len({"gram", "deviation"}.intersection(self.needs))
+
     def layout(self, index: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {f"{index}.{need}": (NEEDS[need][0], NEEDS[need][1](self.k, self.rows)) for need in self.needs}
 

@@ -116,30 +116,34 @@ class OutlierSuppression(Transform):
         Where the residual connection reads the same rows (BERT's post-norm blocks), shift and divide them in front of the
         layers at run time, as wherever nothing absorbs them; False leaves such inputs as they are.
     stages
-        Which inputs: those of query, key and value ("qkv"), and of the feed-forward layer's first matrices ("mlp") and
-        last ("down"; the paper has it for Llama). "attention" is what reads the values.
+        Which inputs: those of query, key and value ("qkv"), of the feed-forward layer's first matrices ("mlp") and of its
+        last ("down"), and what reads the values ("attention"). None: "qkv" and "mlp", and behind a gate "down" too, as the
+        paper has it for Llama.
     steps
         How finely the thresholds are searched, see :func:`thresholds`.
 
     >>> OutlierSuppression(shift=False)
-    OutlierSuppression(shift=False, branch=True, stages=('qkv', 'mlp'), steps=40)
+    OutlierSuppression(shift=False, branch=True, stages=None, steps=40)
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"minmax", "samples"})
     shift: bool = True
     branch: bool = True
-    stages: tuple[str, ...] = ("qkv", "mlp")
+    stages: tuple[str, ...] | None = None
     steps: int = 40
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", checked_stages("OutlierSuppression", self.stages))
+        if self.stages is not None:
+            object.__setattr__(self, "stages", checked_stages("OutlierSuppression", self.stages))
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"OutlierSuppression: steps must be an integer, at least 1; got {self.steps!r}")
 
     def transform(self, model: Any, statistics: Statistics | None, scheme: Scheme) -> tuple[Any, Scheme]:
         """See :meth:`Transform.transform`; the scheme stays as it is."""
         assert statistics is not None
-        for folding in targets(model, scheme, self.stages, self.branch):
+        gated = getattr(model.dims, "gated", False)
+        stages = ("qkv", "mlp", "down")[:3 if gated else 2] if self.stages is None else self.stages
+        for folding in targets(model, scheme, stages, self.branch):
             stats, shift = statistics[folding.consumers[0]], self.shift and folding.shift and folding.heads == 1
             weights, spec, activations = consumers(model, scheme, folding)
             z, scale = outlier_suppression(stats["minmax"], samples=stats["samples"], weights=weights, spec=spec,
