@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -18,10 +18,12 @@ def _in_notebook() -> bool:
     return "ipykernel" in sys.modules and ipython is not None and ipython.get_ipython() is not None
 
 
-def bar(items: Iterable[T], what: str, show: bool | None = None, **options: Any) -> Iterator[T]:
+def bar(items: Iterable[T], what: str, show: bool | None = None, note: Callable[[T], str] | None = None,
+        **options: Any) -> Iterator[T]:
     """Iterate over ``items`` under a bar on stderr that appears after two seconds.
 
     ``show``: True or False; None shows it where stderr is a terminal, or in a notebook.
+    ``note``: what to say of an item behind the bar.
     """
     if show is None:
         show = sys.stderr is not None and (sys.stderr.isatty() or _in_notebook())
@@ -32,4 +34,7 @@ def bar(items: Iterable[T], what: str, show: bool | None = None, **options: Any)
 
     # The bar is closed by the ``with`` even where the loop's body raises.
     with tqdm(items, desc=what, delay=DELAY, leave=False, **options) as shown:
-        yield from shown
+        for item in shown:
+            if note is not None:
+                shown.set_postfix_str(note(item), refresh=False)
+            yield item
