@@ -12,6 +12,7 @@ from .threads import get_num_threads, set_num_threads
 
 __all__ = ["run_all", "workers_of"]
 
+K = TypeVar("K")
 R = TypeVar("R")
 
 
@@ -53,9 +54,10 @@ def _call(function: Callable[..., R], arguments: tuple[Any, ...], home: int, wor
     return function(*arguments)
 
 
-def run_all(function: Callable[..., R], calls: Iterable[tuple[Any, tuple[Any, ...]]], executor: Executor,
-            keep: Callable[[Any, R], None]) -> None:
-    """Compute ``function(*arguments)`` for each (key, arguments) of ``calls`` on the executor, and ``keep(key, result)`` here.
+def run_all(function: Callable[..., R], calls: Iterable[tuple[K, tuple[Any, ...]]], executor: Executor,
+            keep: Callable[[K, R], None]) -> Iterator[K]:
+    """Compute ``function(*arguments)`` for each (key, arguments) of ``calls`` on the executor; ``keep(key, result)`` here, and
+    yield the key.
 
     Arguments are made only as workers take them, one piece more than there are workers: large ones are not all in memory. Where
     a piece fails, or Ctrl-C comes, those that have not begun are cancelled, and those that are complete are kept.
@@ -63,23 +65,26 @@ def run_all(function: Callable[..., R], calls: Iterable[tuple[Any, tuple[Any, ..
     >>> from concurrent.futures import ThreadPoolExecutor
     >>> found = {}
     >>> with ThreadPoolExecutor(2) as executor:
-    ...     run_all(pow, ((i, (i, 2)) for i in range(4)), executor, found.__setitem__)
-    >>> sorted(found.items())
-    [(0, 0), (1, 1), (2, 4), (3, 9)]
+    ...     sorted(run_all(pow, ((i, (i, 2)) for i in range(4)), executor, found.__setitem__))
+    [0, 1, 2, 3]
+    >>> found[3]
+    9
     """
-    (count, here), pending, remaining = workers_of(executor), dict[Future[R], Any](), iter(calls)
+    (count, here), remaining = workers_of(executor), iter(calls)
+    pending: dict[Future[R], tuple[K, tuple[Any, ...]]] = {}  # with the arguments: what they refer to must live as long
     try:
         with _shared(here if isinstance(executor, ThreadPoolExecutor) else 1):
             while True:
                 while len(pending) <= count and (call := next(remaining, None)) is not None:
-                    pending[executor.submit(_call, function, call[1], os.getpid(), here)] = call[0]
+                    pending[executor.submit(_call, function, call[1], os.getpid(), here)] = call
                 if not pending:
                     return
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    key = pending.pop(future)
+                    key = pending.pop(future)[0]
                     keep(key, future.result())
+                    yield key
     except BaseException:
-        for future, key in pending.items():
+        for future, (key, _) in pending.items():
             if not future.cancel() and future.done() and future.exception() is None:
                 keep(key, future.result())
         raise

@@ -18,9 +18,9 @@ PREFIX = ".hidden-states-"
 
 
 class HiddenStates:
-    """Rows (tokens, width) of float32 that are read and written in slices; what is read is a copy.
+    """Rows (tokens, width) of float32 that are read and written in parts; what is read is a copy.
 
-    Beyond ``bound`` bytes they lie in a file, mapped while somebody reads or writes; the pages of a slice are given back at
+    Beyond ``bound`` bytes they lie in a file, mapped while somebody reads or writes; the pages of a part are given back at
     once, so that the process holds next to none of them. The file goes when the object that made it does. Pickled, rows in
     memory travel with their values; rows in a file as its path, which other processes then read.
 
@@ -61,7 +61,7 @@ class HiddenStates:
     def _mapped(self, mode: Any) -> np.ndarray:
         return self._rows if self.path is None else np.memmap(self.path, np.float32, mode, shape=self.shape)
 
-    def __getitem__(self, part: slice) -> np.ndarray:
+    def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
         rows = self._mapped("r")
         found = np.array(rows[part])
         release(rows)
