@@ -24,6 +24,7 @@ from . import cpu, evaluate, extras, ops
 from .cache import KVCache
 from .calibrate import calibrate
 from .compare_methods import MethodResult, MethodsTable, compare_methods
+from .distill import BlockResult, lkd
 from .encoder import SentenceEncoder
 from .errors import FormatError
 from .evaluate import STSResult, cosine_fidelity, pearson, spearman, sqnr_db, sts
@@ -35,11 +36,14 @@ from .methods import GPTAQ, GPTQ, PRESETS, RTN, Method, Recipe, Repair, Transfor
 from .methods.awq import AWQClip, AWQInfo, AWQScale, awq, awq_clip
 from .methods.fptq import FPTQ, FPTQPolicy, fptq
 from .methods.gptq import GridTensor, SolveInfo, gptq
+from .methods.lkd import LKD, ZQGlobal
 from .methods.llm_int8 import LLMInt8, llm_int8_matmul
 from .methods.lorc import LoRC, lorc
 from .methods.outlier_suppression import OutlierSuppression, outlier_suppression
 from .methods.smoothquant import SmoothQuant, smoothquant_scales
+from .methods.zq_local import LocalInfo, ZQLocal, zq_local
 from .models import CausalLM, Model, load
+from .models.trainable import FloatBlock
 from .perplexity import PerplexityResult, perplexity
 from .planted import plant_outliers
 from .qtensor import QTensor
@@ -53,12 +57,13 @@ from .threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
-    "AWQClip", "AWQInfo", "AWQScale", "CausalLM", "Extras", "FPTQ", "FPTQPolicy", "FormatError", "GPTAQ", "GPTQ",
-    "Generation", "GridTensor", "InputStatistics", "KVCache", "LLMInt8", "LanguageReport", "Linear", "LoRC", "LowRank",
-    "Method", "MethodResult", "MethodsTable", "Model", "OutlierSuppression", "Outliers", "PRESETS", "PerplexityResult",
-    "QTensor", "QuantSpec", "RTN", "Recipe", "Repair", "Report", "STSResult", "Scheme", "Sensitivity",
-    "SentenceEncoder", "SmoothQuant", "SolveInfo", "Statistics", "Transform", "__version__", "awq", "awq_clip",
-    "calibrate", "compare", "compare_methods", "cosine_fidelity", "cpu", "evaluate", "extras", "fptq",
-    "get_num_threads", "gptq", "llm_int8_matmul", "load", "lorc", "ops", "outlier_suppression", "pearson", "perplexity",
-    "plant_outliers", "quantize", "sensitivity", "set_num_threads", "smoothquant_scales", "spearman", "sqnr_db", "sts",
+    "AWQClip", "AWQInfo", "AWQScale", "BlockResult", "CausalLM", "Extras", "FPTQ", "FPTQPolicy", "FloatBlock",
+    "FormatError", "GPTAQ", "GPTQ", "Generation", "GridTensor", "InputStatistics", "KVCache", "LKD", "LLMInt8",
+    "LanguageReport", "Linear", "LoRC", "LocalInfo", "LowRank", "Method", "MethodResult", "MethodsTable", "Model",
+    "OutlierSuppression", "Outliers", "PRESETS", "PerplexityResult", "QTensor", "QuantSpec", "RTN", "Recipe",
+    "Repair", "Report", "STSResult", "Scheme", "Sensitivity", "SentenceEncoder", "SmoothQuant", "SolveInfo",
+    "Statistics", "Transform", "ZQGlobal", "ZQLocal", "__version__", "awq", "awq_clip", "calibrate", "compare",
+    "compare_methods", "cosine_fidelity", "cpu", "evaluate", "extras", "fptq", "get_num_threads", "gptq", "lkd",
+    "llm_int8_matmul", "load", "lorc", "ops", "outlier_suppression", "pearson", "perplexity", "plant_outliers",
+    "quantize", "sensitivity", "set_num_threads", "smoothquant_scales", "spearman", "sqnr_db", "sts", "zq_local",
 ]

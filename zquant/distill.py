@@ -24,6 +24,7 @@ from .distill_files import Finished
 from .generate import _count
 from .hidden_states import HiddenStates, remove_stale
 from .linear import Linear
+from .methods.lkd import TrainOptions
 from .models.steps import Batch, Unit, steps_of
 from .models.trainable import FloatBlock, block_of, given_scales, linear_specs
 from .ops.lkd import LinearSpec, TrainedBlock
@@ -40,32 +41,6 @@ Rows = Array | HiddenStates
 BATCH_TOKENS = 2048  # of a step, where the number of sequences is not given
 CHECKS = 10  # how often the held-out loss is looked at
 HELD_OUT = 8  # one sequence in so many
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How a block is trained; see :func:`lkd`."""
-
-    lr: float = 3e-4
-    steps: int = 100
-    batch_size: int | None = None
-    search: tuple[float, ...] = ()
-    kl: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "search", tuple(self.search))
-        _count("steps", self.steps, 0)
-        if self.batch_size is not None:
-            _count("batch_size", self.batch_size, 1)
-        for name, value in (("lr", self.lr), *(("search", factor) for factor in self.search)):
-            if not _is_number(value) or value <= 0:
-                raise ValueError(f"{name}: expected positive numbers, got {value!r}")
-        if not _is_number(self.kl) or self.kl < 0:
-            raise ValueError(f"kl: expected a number that is not negative, got {self.kl!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, eq=False)

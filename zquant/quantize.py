@@ -14,7 +14,7 @@ from .extras import Extras, static_range
 from .formats.safetensors import Stored
 from .linear import Linear
 from .mapped import release
-from .methods import PRESETS, Method, Preset, Recipe, Repair, Step, Transform, get_method
+from .methods import PRESETS, BlockMethod, Method, Preset, Recipe, Repair, Step, Transform, get_method
 from .qtensor import QTensor
 from .spec import QuantSpec, Scheme
 from .statistics import InputStatistics, Statistics
@@ -77,16 +77,7 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
     for step in recipe.transforms:
         model, scheme = _transform(model, step, data, scheme, show_progress_bar)
     quantizer = Quantizer(model, scheme, recipe)
-    needs = quantizer.needs
-    if isinstance(data.given, Statistics) and needs:
-        data.given.check(model, needs, quantizer.specs)
-        quantizer.layer_by_layer(data.given, show_progress_bar)
-    elif needs and quantizer.specs:
-        begin = quantizer.start if mode == "sequential" else quantizer.network
-        walk(begin, data.sequences.ids, needs, quantizer.visit, sequential=mode == "sequential", wanted=quantizer.specs,
-             seed=seed, reference=quantizer.network, progress=show_progress_bar)
-    else:
-        quantizer.layer_by_layer(None, show_progress_bar)
+    quantizer.run(data, mode, seed, show_progress_bar)
     return quantizer.finish()
 
 
@@ -119,10 +110,9 @@ class _Data:
         if not needs_data(recipe, scheme):
             return
         if calib is None:
-            what = ", ".join(sorted(recipe.needs or {"minmax"}))
-            who = f"method {recipe.name}" if recipe.needs else f"scheme {scheme.name}, whose activations have static ranges,"
-            raise ValueError(f"{who} needs {what} of the layers' inputs: give calib=, a text of the kind that the model "
-                             "will see")
+            raise ValueError(f"{_wanting(recipe, scheme)}: give calib=, a text of the kind that the model will see")
+        if isinstance(calib, Statistics) and isinstance(recipe.method, BlockMethod):
+            raise ValueError(f"calib: {recipe.name} trains on hidden states, which statistics do not hold: give the text itself")
         after = frozenset[str]().union(*(step.needs for step in recipe.steps[1:]))
         if isinstance(calib, Statistics) and recipe.transforms and (after or _static(scheme)):
             raise ValueError(f"calib: {recipe.name} calibrates again after {recipe.steps[0].registered}, and statistics of the "
@@ -148,7 +138,16 @@ def needs_data(recipe: Recipe, scheme: Scheme) -> bool:
     >>> needs_data(Recipe.of("gptq"), Scheme.parse("w4a16")), needs_data(Recipe.of("rtn"), Scheme.parse("w4a16"))
     (True, False)
     """
-    return bool(recipe.needs) or _static(scheme)
+    return bool(recipe.needs) or isinstance(recipe.method, BlockMethod) or _static(scheme)
+
+
+def _wanting(recipe: Recipe, scheme: Scheme) -> str:
+    """Who needs what data, for an error."""
+    if isinstance(recipe.method, BlockMethod):
+        return f"method {recipe.name} trains blocks on hidden states"
+    if recipe.needs:
+        return f"method {recipe.name} needs {', '.join(sorted(recipe.needs))} of the layers' inputs"
+    return f"scheme {scheme.name}, whose activations have static ranges, needs minmax of the layers' inputs"
 
 
 def _static(scheme: Scheme) -> bool:
@@ -201,6 +200,7 @@ class Quantizer:
         specs = {name: scheme.weights_for(name) for name in self._layers}
         self.specs = {name: spec for name, spec in specs.items() if spec is not None}
         self._linears: dict[str, Linear] = {}
+        self._norms: dict[str, np.ndarray] = {}
 
     @cached_property
     def needs(self) -> frozenset[str]:
@@ -219,6 +219,39 @@ class Quantizer:
         return {name: _quantize_table(name, table, self.scheme.embeddings, method)
                 for name, table in self.network.embeddings.items()
                 if self.scheme.embeddings is not None and table is self.network.word_embeddings}
+
+    def run(self, data: _Data, mode: str, seed: int, show: bool | None) -> None:
+        """Quantize all layers."""
+        needs = self.needs
+        if isinstance(self.method, BlockMethod):
+            self._block_by_block(self.method, data, mode, seed, show)
+        elif isinstance(data.given, Statistics) and needs:
+            data.given.check(self.model, needs, self.specs)
+            self.layer_by_layer(data.given, show)
+        elif needs and self.specs:
+            begin = self.start if mode == "sequential" else self.network
+            walk(begin, data.sequences.ids, needs, self.visit, sequential=mode == "sequential", wanted=self.specs, seed=seed,
+                 reference=self.network, progress=show)
+        else:
+            self.layer_by_layer(None, show)
+
+    def _block_by_block(self, method: BlockMethod, data: _Data, mode: str, seed: int, show: bool | None) -> None:
+        """Blocks are trained; other layers round to nearest."""
+        from .distill import distill
+
+        if self.recipe.repairs:
+            raise ValueError(f"recipe {self.recipe.name}: {self.recipe.repairs[0].registered} repairs what rounding took from a "
+                             f"layer's weights, and {method.registered} has trained them to others")
+        first = Quantizer(self.model, self.scheme, Recipe.of(method.start))
+        if first.needs:
+            first.run(data, mode, seed, show)
+        trained, _ = distill(self.network, self.start, self.scheme, data.sequences.ids, method.options, seed=seed,
+                             inputs=method.inputs, start=first._linears, progress=show)
+        self._linears = {name: layer for name, layer in trained.named_linears() if layer is not self._layers[name]}
+        self._norms = {name: tensor for name, tensor in trained.tensors.items()
+                       if tensor is not self.start.tensors[name]}
+        for name in self.specs.keys() - self._linears.keys():
+            self._linears[name] = self._quantize(name, None)
 
     def visit(self, stats: InputStatistics) -> dict[str, Linear]:
         """The layers that ``stats`` is about, quantized; see :func:`zquant.calibrate.walk`."""
@@ -248,7 +281,7 @@ class Quantizer:
 
     def finish(self) -> Any:
         """The quantized model, of the kind that was given."""
-        small = self.start.replace(linears=self._linears)
+        small = self.start.replace(linears=self._linears, norms=self._norms)
         return small if self.network is self.model else self.model.replace(model=small)
 
 

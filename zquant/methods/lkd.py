@@ -1,0 +1,123 @@
+"""Layer-by-layer knowledge distillation as a step of a recipe: LKD (ZeroQuant, Yao et al., 2022, arXiv 2206.01861, section 4.3)
+and ZQ-Global (ZeroQuant-V2, Yao et al., 2023, arXiv 2303.08302). zquant/distill.py does the training.
+
+    LKD          min |L_k(h) - L^_k(h)|^2        h: the float model's hidden states before block k
+    ZQ-Global    min |L_k(h) - L^_k(h^)|^2       h^: those of the quantized blocks before it
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..qtensor import QTensor
+from ..spec import QuantSpec
+from .base import Method, get_method, register
+from .rtn import RTN
+
+__all__ = ["BlockMethod", "LKD", "TrainOptions", "ZQGlobal"]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a block is trained; see :func:`zquant.lkd`."""
+
+    lr: float = 3e-4
+    steps: int = 100
+    batch_size: int | None = None
+    search: tuple[float, ...] = ()
+    kl: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "search", tuple(self.search))
+        check_descent(self.lr, self.steps, self.search)
+        if self.batch_size is not None:
+            _check_count("batch_size", self.batch_size, 1)
+        if not _is_number(self.kl) or self.kl < 0:
+            raise ValueError(f"kl: expected a number that is not negative, got {self.kl!r}")
+
+
+def check_descent(lr: float, steps: int, search: tuple[float, ...]) -> None:
+    """ValueError on options that no gradient descent can have."""
+    _check_count("steps", steps, 0)
+    for name, value in (("lr", lr), *(("search", factor) for factor in search)):
+        if not _is_number(value) or value <= 0:
+            raise ValueError(f"{name}: expected positive numbers, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer, at least {least}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class BlockMethod(Method):
+    """A solver that works on whole blocks of a model, not on one layer after another. What lies outside the blocks rounds to
+    nearest.
+
+    Attributes
+    ----------
+    inputs : whose hidden states a block reads: "teacher", the float model's; "student", the quantized blocks' before it
+    """
+
+    inputs: ClassVar[str] = "teacher"
+    lr: float = 3e-4
+    steps: int = 100
+    batch_size: int | None = None
+    start: str = "rtn"
+    search: tuple[float, ...] = ()
+    kl: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "search", tuple(self.search))
+        self.options  # checks them
+        if isinstance(get_method(self.start), BlockMethod):
+            raise ValueError(f"start: {self.start!r} trains blocks itself; name a solver of single layers")
+
+    @property
+    def options(self) -> TrainOptions:
+        """Those of the training."""
+        return TrainOptions(self.lr, self.steps, self.batch_size, self.search, self.kl)
+
+    def quantize(self, w: np.ndarray, spec: QuantSpec, stats: Mapping[str, np.ndarray] | None = None) -> QTensor:
+        """A matrix outside the blocks: round to nearest."""
+        return RTN().quantize(w, spec, stats)
+
+
+@register
+@dataclass(frozen=True)
+class LKD(BlockMethod):
+    """Train each block, quantized, on the float model's hidden states before and after it.
+
+    Attributes
+    ----------
+    lr : of AdamW; it falls to 0 along half a cosine
+    steps : for each block; 0 gives what ``start`` gives
+    batch_size : sequences of a step; None for as many as hold about 2048 tokens
+    start : the solver whose codes training begins with: "rtn"; or another ("gptq"), whose scales then stay
+    search : factors of ``lr`` that are tried besides 1 on each block; see :func:`zquant.lkd`
+    kl : weight of the Kullback-Leibler divergence in the loss, beside the squared error
+
+    >>> LKD(lr=1e-4).inputs
+    'teacher'
+    """
+
+
+@register("zq-global")
+@dataclass(frozen=True)
+class ZQGlobal(BlockMethod):
+    """As :class:`LKD`, one block after the other: each reads the hidden states of the quantized blocks before it and learns
+    what the float model makes of its own, and so makes up for their errors as well.
+
+    >>> ZQGlobal(start="gptq").inputs
+    'student'
+    """
+
+    inputs: ClassVar[str] = "student"
