@@ -5,7 +5,9 @@ import os
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-__all__ = ["Resources"]
+__all__ = ["MEMORY", "Resources"]
+
+MEMORY = 1 << 31  # bytes
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Resources:
     """
 
     work_dir: str | os.PathLike[str] | None = None
-    memory: int = 1 << 31
+    memory: int = MEMORY
     executor: Executor | None = None
 
     def __post_init__(self) -> None:
