@@ -25,7 +25,7 @@ from .generate import _count
 from .hidden_states import HiddenStates, remove_stale
 from .linear import Linear
 from .methods.lkd import TrainOptions
-from .models.steps import Batch, Unit, steps_of
+from .models.steps import Unit, steps_of
 from .models.trainable import FloatBlock, block_of, given_scales, linear_specs
 from .ops.lkd import LinearSpec, TrainedBlock
 from .ops.quantize import _array
@@ -157,8 +157,8 @@ def lkd(block: FloatBlock, inputs: Any, targets: Any, scheme: str | Scheme, *, l
     if lengths != [len(part) for part in y]:
         raise ValueError("targets: expected sequences as long as those of inputs")
     options = TrainOptions(lr, steps, batch_size, tuple(search), kl)
-    job = BlockJob("block", block, linear_specs(block, Scheme.parse(scheme)), options, (_count("seed", seed, 0),), weights or {},
-                   scales or {})
+    job = BlockJob("block", block, linear_specs(block, Scheme.parse(scheme)), options, (_count("seed", seed, 0),),
+                   weights or {}, scales or {})
     return train_block(job, np.concatenate(x), np.concatenate(y), np.cumsum([0, *lengths]))
 
 
@@ -322,8 +322,8 @@ def distill(teacher: Any, student: Any, scheme: Scheme, ids: Sequence[Array], op
     options, seed
         Of the training; every block draws batches of its own.
     inputs
-        What a student's block reads: "teacher", the float model's hidden states; "student", those of the quantized blocks before
-        it.
+        What a student's block reads: "teacher", the float model's hidden states; "student", those of the quantized blocks
+        before it.
     start
         Layers that another solver has quantized, by name; None for round to nearest.
     resources
@@ -374,8 +374,8 @@ class _Run:
         """What there is to do for one block."""
         block = block_of(self.teacher, index, int(np.diff(self.offsets).max()))
         weights, scales = given_scales(block, self.start) if self.start else ({}, {})
-        return BlockJob(self._unit(index).name, block, linear_specs(block, self.scheme), self.options, (self.seed, index), weights,
-                        scales)
+        return BlockJob(self._unit(index).name, block, linear_specs(block, self.scheme), self.options, (self.seed, index),
+                        weights, scales)
 
     def _unit(self, index: int) -> Unit:
         return self.steps.units[1 + index]

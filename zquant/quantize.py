@@ -131,7 +131,8 @@ class _Data:
         if calib is None:
             raise ValueError(f"{_wanting(recipe, scheme)}: give calib=, a text of the kind that the model will see")
         if isinstance(calib, Statistics) and isinstance(recipe.method, BlockMethod):
-            raise ValueError(f"calib: {recipe.name} trains on hidden states, which statistics do not hold: give the text itself")
+            raise ValueError(f"calib: {recipe.name} trains on hidden states, which statistics do not hold: give the text "
+                             "itself")
         after = frozenset[str]().union(*(step.needs for step in recipe.steps[1:]))
         if isinstance(calib, Statistics) and recipe.transforms and (after or _static(scheme)):
             raise ValueError(f"calib: {recipe.name} calibrates again after {recipe.steps[0].registered}, and statistics of the "
@@ -259,8 +260,8 @@ class Quantizer:
         from .distill import distill
 
         if self.recipe.repairs:
-            raise ValueError(f"recipe {self.recipe.name}: {self.recipe.repairs[0].registered} repairs what rounding took from a "
-                             f"layer's weights, and {method.registered} has trained them to others")
+            raise ValueError(f"recipe {self.recipe.name}: {self.recipe.repairs[0].registered} repairs what rounding took from "
+                             f"a layer's weights, and {method.registered} has trained them to others")
         first = Quantizer(self.model, self.scheme, Recipe.of(method.start))
         if first.needs:
             first.run(data, mode, seed, show)

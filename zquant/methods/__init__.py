@@ -5,8 +5,9 @@ from .base import METHODS, STEPS, Method, Repair, Step, Transform, get_method, r
 from .recipe import PRESETS, Preset, Recipe, preset
 
 __all__ = [
-    "AWQClip", "AWQScale", "BlockMethod", "FPTQ", "GPTAQ", "GPTQ", "LLMInt8", "LKD", "LoRC", "METHODS", "Method", "OutlierSuppression", "PRESETS",
-    "Preset", "RTN", "Recipe", "Repair", "STEPS", "SmoothQuant", "Step", "Transform", "ZQGlobal", "ZQLocal", "get_method", "preset", "register",
+    "AWQClip", "AWQScale", "BlockMethod", "FPTQ", "GPTAQ", "GPTQ", "LLMInt8", "LKD", "LoRC", "METHODS", "Method",
+    "OutlierSuppression", "PRESETS", "Preset", "RTN", "Recipe", "Repair", "STEPS", "SmoothQuant", "Step", "Transform",
+    "ZQGlobal", "ZQLocal", "get_method", "preset", "register",
 ]
 
 from .awq import AWQClip, AWQScale  # noqa: E402  (needs register)

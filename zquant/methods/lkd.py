@@ -77,7 +77,7 @@ class BlockMethod(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "search", tuple(self.search))
-        self.options  # checks them
+        assert self.options  # making them checks them
         if isinstance(get_method(self.start), BlockMethod):
             raise ValueError(f"start: {self.start!r} trains blocks itself; name a solver of single layers")
 

@@ -3,15 +3,15 @@
     loss(W) = mean over tokens of |x Q(W)^T - x W_0^T|^2 = tr D C D^T,     D = Q(W) - W_0,   C = mean of x x^T
     gradient = 2 D C                                                        with d Q(W) / d W = 1
 
-C holds all that the loss says of the data, so that every step is one on all tokens. Adam (Kingma and Ba, arXiv 1412.6980) does the
-steps. Rows do not depend on each other where they have scales of their own: the best of every row is kept.
+C holds all that the loss says of the data, so that every step is one on all tokens. Adam (Kingma and Ba, arXiv 1412.6980) does
+the steps. Rows do not depend on each other where they have scales of their own: the best of every row is kept.
 """
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -142,11 +142,12 @@ class _Descent:
         if better.all():
             self.best, self.least = tensor, losses
         elif better.any():
-            def pick(new: Array, old: Array) -> Array:
-                return np.where(better[:, None], new, old)
+            def pick(new: Any, old: Any) -> Any:
+                return None if new is None else np.where(better[:, None], new, old)
 
-            zeros = None if tensor.zeros is None else pick(tensor.zeros, self.best.zeros)
-            self.best = QTensor(pick(tensor.codes, self.best.codes), pick(tensor.scales, self.best.scales), zeros, self.spec)
+            old = self.best
+            self.best = QTensor(pick(tensor.codes, old.codes), pick(tensor.scales, old.scales), pick(tensor.zeros, old.zeros),
+                                self.spec)
             self.least = np.where(better, losses, self.least)
 
 
@@ -201,7 +202,7 @@ class ZQLocal(Method):
         check_descent(self.lr, self.steps, self.search)
         first = get_method(self.start)
         if isinstance(first, (BlockMethod, ZQLocal)) or not first.needs <= self.needs:
-            raise ValueError(f"start: expected a solver of single layers that needs no more than a Gram matrix, got {self.start!r}")
+            raise ValueError(f"start: expected a solver of single layers that needs no more than gram, got {self.start!r}")
 
     def quantize(self, w: Array, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> QTensor:
         """Quantize w (n, k) float32 to ``spec``; ``stats["gram"]`` is (k, k)."""

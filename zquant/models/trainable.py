@@ -1,4 +1,4 @@
-"""The blocks of a model as :class:`zquant.ops.lkd.TrainedBlock` wants them, and what was trained as layers of the model again."""
+"""The blocks of a model as :class:`zquant.ops.lkd.TrainedBlock` wants them."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ __all__ = ["FloatBlock", "block_of", "given_scales", "linear_specs"]
 
 Array = np.ndarray
 
-_NAMES = {"qkv": "attention.qkv", "o": "attention.o", "gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down"}
+_NAMES = {"qkv": ("attention.qkv",), "o": ("attention.o",), "gate": ("mlp.gate",), "up": ("mlp.up",), "down": ("mlp.down",)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class FloatBlock:
     shape: BlockShape
     tensors: Mapping[str, Array] = field(repr=False)
     rotary: tuple[Array, Array] | None = field(default=None, repr=False)
-    names: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {key: (name,) for key, name in _NAMES.items()}, repr=False)
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(_NAMES), repr=False)
     norms: Mapping[str, str] = field(default_factory=dict, repr=False)
     order: Array | None = field(default=None, repr=False)
 
@@ -69,8 +69,8 @@ def block_of(model: Any, index: int, positions: int) -> FloatBlock:
     Raises
     ------
     ValueError
-        A block that cannot be trained: norms of queries and keys (Qwen3), frequencies that depend on a sequence's length, layers
-        with extras; each error names the block or layer.
+        A block that cannot be trained: norms of queries and keys (Qwen3), frequencies that depend on a sequence's length,
+        layers that scale their input; each error names the block or layer.
     """
     a, prefix, names = model.dims, model.prefix + model.family.layer.format(index), model.family.block
     decoder = isinstance(a, Architecture)
@@ -78,7 +78,8 @@ def block_of(model: Any, index: int, positions: int) -> FloatBlock:
         _check_decoder(prefix.rstrip("."), a, positions)
     up, down, mlp_norm = ("up", "down", "mlp_norm") if decoder else ("intermediate", "output", "output_norm")
     inputs = ("query", "key", "value") if not decoder or a.qkv == "split" else ("qkv",)
-    roles = {"qkv": inputs, "o": ("attention",), **({"gate": ("gate",)} if decoder and a.gated else {}), "up": (up,), "down": (down,)}
+    gate = {"gate": ("gate",)} if decoder and a.gated else {}
+    roles = {"qkv": inputs, "o": ("attention",), **gate, "up": (up,), "down": (down,)}
     modules = {linear: tuple(prefix + names[role] for role in found) for linear, found in roles.items()}
     order = per_head_rows(a) if decoder and a.qkv == "heads" else None
     norms = {f"norm{i}{end}": prefix + names[role] + part for i, role in ((1, "attention_norm"), (2, mlp_norm))
@@ -88,8 +89,10 @@ def block_of(model: Any, index: int, positions: int) -> FloatBlock:
         tensors.update(_joined(linear, [model.linears[name] for name in found], order if linear == "qkv" else None))
     shape = _decoder_shape(a, index) if decoder else BlockShape(
         a.hidden, a.heads, tensors["up"].shape[0], activation=a.activation, eps=a.eps)
-    rope = a.rope if decoder else None
-    rotary = None if rope is None else tuple(np.ascontiguousarray(table[:positions]) for table in rope.tables(positions, positions))
+    rotary = None
+    if decoder and a.rope is not None:
+        cos, sin = a.rope.tables(positions, positions)
+        rotary = cos[:positions].copy(), sin[:positions].copy()
     return FloatBlock(shape, tensors, rotary, modules, norms, order)
 
 
@@ -174,8 +177,9 @@ def given_scales(block: FloatBlock, linears: Mapping[str, Linear]) -> tuple[dict
     """Weights and scales, by linear layer, of layers that another solver has quantized: where training starts."""
     weights, scales = {}, {}
     for linear in block.linears:
-        found = [linears[name]._weight for name in block.names[linear]]
-        if not all(isinstance(tensor, QTensor) for tensor in found):
+        layers = [linears[name]._weight for name in block.names[linear] if name in linears]
+        found = [weight for weight in layers if isinstance(weight, QTensor)]
+        if len(found) < len(block.names[linear]):
             continue
         order = slice(None) if block.order is None or linear != "qkv" else block.order
         weights[linear] = np.ascontiguousarray(np.concatenate([tensor.dequantize() for tensor in found])[order])
