@@ -362,7 +362,7 @@ class _Run:
         self.names = [unit.name for unit in self.steps.units[1:1 + self.blocks]]
         self.executor, self.work_dir = resources.executor, resources.work_dir
         if self.executor is not None and inputs == "student":
-            raise ValueError("executor: blocks that read the hidden states of quantized blocks wait for those; train them without")
+            raise ValueError("executor: blocks that read what quantized blocks give wait for those; train them without one")
         alive = 4 if self.executor is None else workers_of(self.executor)[0] + 3  # hidden states that are there at a time
         self.bound = resources.memory // alive
         self.finished = Finished(self.work_dir, teacher, scheme, ids, dict(
