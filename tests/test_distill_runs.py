@@ -22,6 +22,7 @@ import tiny_decoders
 import tiny_models
 
 import zquant as zq
+from zquant import cli
 from zquant import distill as module
 from zquant._executors import run_all, workers_of
 from zquant.distill import TrainOptions, distill
@@ -390,3 +391,97 @@ def test_a_file_says_what_it_is_of(model, tmp_path):
     size = int.from_bytes((head := (tmp_path / f"{BLOCKS[0]}.safetensors").read_bytes())[:8], "little")
     data = json.loads(json.loads(head[8:8 + size])["__metadata__"]["zquant.part"])
     assert data["run"]["options"]["steps"] == 1 and re.fullmatch("[0-9a-f]{64}", data["run"]["model"])
+
+
+# -- quantize and the command
+
+def quantized(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def run_command(model, out, *argv) -> int:
+    return cli.main(["quantize", str(model.path), "-o", str(out), "--scheme", "w4/8a8-g16", "--method", "lkd", "--calib", "random",
+                     *map(str, argv)])
+
+
+@pytest.fixture
+def ten_steps(monkeypatch):
+    """Methods that train blocks do so for ten steps by default."""
+    monkeypatch.setattr(TrainOptions, "steps", 10)
+    real = zq.LKD.options
+
+    def short(self):
+        found = real.fget(self)
+        return TrainOptions(found.lr, 10, found.batch_size, found.search, found.kl)
+
+    monkeypatch.setattr(zq.LKD, "options", property(short))
+
+
+def test_the_command_continues(model, tmp_path, capsys, count_steps, ten_steps, monkeypatch):
+    assert run_command(model, tmp_path / "whole") == cli.DONE
+    real = TrainedBlock.step
+    count_steps(15)
+    assert run_command(model, tmp_path / "out", "--work-dir", tmp_path / "work") == cli.INTERRUPTED
+    assert capsys.readouterr().err.endswith("zquant: interrupted\n") and not (tmp_path / "out").exists()
+    assert files(tmp_path / "work") == [f"{BLOCKS[0]}.safetensors"]
+    monkeypatch.setattr(TrainedBlock, "step", real)
+    seen = count_steps()
+    assert run_command(model, tmp_path / "out", "--work-dir", tmp_path / "work") == cli.DONE and len(seen) == 20
+    assert quantized(tmp_path / "out") == quantized(tmp_path / "whole")
+
+
+def test_the_command_in_processes(model, tmp_path, ten_steps):
+    assert run_command(model, tmp_path / "one") == run_command(model, tmp_path / "two", "--jobs", 2) == cli.DONE
+    assert quantized(tmp_path / "one") == quantized(tmp_path / "two")
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C of all", "SIGINT to one"])
+def test_interrupted_processes_end(tmp_path, how):
+    """The command with two processes, interrupted while blocks are trained: the exit code, and nothing is left running."""
+    path = Path(__file__).parent / "data" / "tiny-llama-5m"
+    environment = {**os.environ, "PYTHONPATH": str(Path(zq.__file__).parent.parent), "TMPDIR": str(tmp_path)}
+    argv = [path, "-o", tmp_path / "out", "--scheme", "w4/8a8", "--method", "lkd", "--calib", "random", "--jobs", "2"]
+    child = subprocess.Popen([sys.executable, "-m", "zquant", "quantize", *map(str, argv)], text=True, stderr=subprocess.PIPE,
+                             env=environment, start_new_session=True)
+    try:
+        workers = wait_for(lambda: busy_children(child.pid), 2)
+        os.killpg(child.pid, signal.SIGINT) if how.startswith("Ctrl-C") else child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=30)
+        assert (child.returncode, err) == (cli.INTERRUPTED, "zquant: interrupted\n")
+        assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    finally:
+        child.kill()
+
+
+def busy_children(parent: int) -> list[int]:
+    """Those that have computed for half a second since they began."""
+    found = []
+    for line in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        used = sum(map(int, Path(f"/proc/{line}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        if used > 0.5 * os.sysconf("SC_CLK_TCK") + 20:
+            found.append(int(line))
+    return found
+
+
+def wait_for(condition, count: int, seconds: float = 60):
+    end = time.monotonic() + seconds
+    while len(found := condition()) < count:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+@pytest.mark.parametrize("name, value", [("work_dir", "work"), ("executor", ThreadPoolExecutor(1))], ids=["work_dir", "executor"])
+def test_only_methods_that_train_blocks_take_them(model, name, value):
+    with pytest.raises(ValueError, match=f"{name}: method gptq trains no blocks"):
+        zq.quantize(model, "w4a16-g16", "gptq", calib="random", **{name: value})
+
+
+def test_quantize_on_an_executor(model, tmp_path):
+    options = dict(scheme="w4a8-g16", method=zq.LKD(steps=STEPS), calib=ids_of())
+    plain = zq.quantize(model, **options)
+    with ThreadPoolExecutor(2) as executor:
+        other = zq.quantize(model, **options, executor=executor, work_dir=tmp_path, memory=0)
+    for name in (f"{block}.mlp.{layer}_proj" for block in BLOCKS for layer in ("gate", "down")):
+        np.testing.assert_array_equal(plain.linears[name].weight.codes, other.linears[name].weight.codes, err_msg=name)
+    np.testing.assert_array_equal(plain(ids_of(1))[0], other(ids_of(1))[0])
