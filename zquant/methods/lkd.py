@@ -18,7 +18,7 @@ from ..spec import QuantSpec
 from .base import Method, get_method, register
 from .rtn import RTN
 
-__all__ = ["BlockMethod", "LKD", "TrainOptions", "ZQGlobal"]
+__all__ = ["BlockMethod", "LKD", "TrainOptions", "ZQGlobal", "check_descent"]
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class _Descent:
         self.w0, self.spec = w, spec
         self.gram = _core.linear_pack_f32(np.ascontiguousarray(gram, np.float32), None)
         self.quantize: Callable[[Array], QTensor] = self._round if start is None else _with_scales(start)
-        self.first = w if start is None else start.dequantize()
+        self.first = w if start is None else inside_cells(w, start)
         self.best = self._round(w) if start is None else start
         self.unit = self.best.scales.mean(1, keepdims=True)
         self.least, _ = self._losses(self.best)
@@ -149,6 +149,15 @@ class _Descent:
             self.best = QTensor(pick(tensor.codes, old.codes), pick(tensor.scales, old.scales), pick(tensor.zeros, old.zeros),
                                 self.spec)
             self.least = np.where(better, losses, self.least)
+
+
+def inside_cells(w: Array, tensor: QTensor) -> Array:
+    """The weights nearest to w (n, k) float32 that round to the codes of ``tensor``: where its training starts. Those whose
+    codes are not the nearest lie next to a border, and a small step takes them across."""
+    centre = tensor.dequantize()
+    size = min(tensor.spec.group_size or w.shape[1], w.shape[1])
+    reach = np.float32(0.49) * np.repeat(tensor.scales, size, axis=1)[:, :w.shape[1]]
+    return np.clip(w, centre - reach, centre + reach)
 
 
 def _with_scales(start: QTensor) -> Callable[[Array], QTensor]:
