@@ -400,14 +400,13 @@ def quantized(directory: Path) -> dict[str, bytes]:
 
 
 def run_command(model, out, *argv) -> int:
-    return cli.main(["quantize", str(model.path), "-o", str(out), "--scheme", "w4/8a8-g16", "--method", "lkd", "--calib", "random",
-                     *map(str, argv)])
+    options = ["--scheme", "w4/8a8-g16", "--method", "lkd", "--calib", "random", *map(str, argv)]
+    return cli.main(["quantize", str(model.path), "-o", str(out), *options])
 
 
 @pytest.fixture
 def ten_steps(monkeypatch):
     """Methods that train blocks do so for ten steps by default."""
-    monkeypatch.setattr(TrainOptions, "steps", 10)
     real = zq.LKD.options
 
     def short(self):
@@ -471,7 +470,7 @@ def wait_for(condition, count: int, seconds: float = 60):
     return found
 
 
-@pytest.mark.parametrize("name, value", [("work_dir", "work"), ("executor", ThreadPoolExecutor(1))], ids=["work_dir", "executor"])
+@pytest.mark.parametrize("name, value", [("work_dir", "work"), ("executor", ThreadPoolExecutor(1))])
 def test_only_methods_that_train_blocks_take_them(model, name, value):
     with pytest.raises(ValueError, match=f"{name}: method gptq trains no blocks"):
         zq.quantize(model, "w4a16-g16", "gptq", calib="random", **{name: value})
