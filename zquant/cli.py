@@ -8,7 +8,8 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,7 @@ def _add_quantize(commands: Any) -> None:
         "zquant quantize all-MiniLM-L6-v2 -o minilm-w4 --scheme w4/8a8-g32\n"
         "zquant quantize Llama-3.2-1B -o llama-w4 --scheme w4a8\n"
         "zquant quantize Llama-3.2-1B -o llama-gptq --scheme w4a16 --method gptq --calib wiki.valid.raw\n"
+        "zquant quantize Llama-3.2-1B -o llama-lkd --scheme w4/8a8 --method lkd --calib wiki.valid.raw --work-dir lkd-run\n"
         "zquant quantize bert-base -o mixed --scheme w4a8 --override '*.value=8' --override 'encoder.layer.0.*=float'",
     )
     parser.epilog = f"{_SCHEMES}\n{_METHODS}\n{parser.epilog}"
@@ -223,7 +225,21 @@ def _add_quantize(commands: Any) -> None:
         metavar="FILE",
         type=Path,
         help="for methods that look at data, and static activations: text (encoders read its lines), or statistics that "
-        "zquant.calibrate saved (.safetensors); not what the model is evaluated on",
+        "zquant.calibrate saved (.safetensors), not what the model is evaluated on; or random, for tokens drawn from the "
+        "vocabulary",
+    )
+    parser.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        type=Path,
+        help="for methods that train blocks (lkd, zq-global): finished blocks are files there, and a run that was interrupted "
+        "or killed continues",
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=_whole(1),
+        help="for lkd: train N blocks side by side, each in a process of its own (default: one after the other)",
     )
     parser.add_argument("--force", action="store_true", help="write into OUT although it is not empty")
 
@@ -478,7 +494,7 @@ def _network(model: Any) -> Any:
 
 
 def _calibration(path: Path | None, recipe: Any, scheme: Any) -> Any:
-    """Statistics from a file of them, the path of a text, or None."""
+    """Statistics from a file of them, the path of a text, "random", or None."""
     from .quantize import needs_data
     from .statistics import Statistics
 
@@ -486,7 +502,31 @@ def _calibration(path: Path | None, recipe: Any, scheme: Any) -> Any:
         return None
     if not needs_data(recipe, scheme):
         raise ValueError(f"--calib: method {recipe.name} needs no calibration data")
+    if path == Path("random") and not path.exists():
+        return "random"
     return Statistics.load(path) if path.suffix == ".safetensors" else path
+
+
+@contextmanager
+def _processes(count: int | None) -> Iterator[Any]:
+    """An executor of so many processes; None for None. They leave Ctrl-C to this one, and end with it."""
+    if count is None:
+        yield None
+        return
+    import multiprocessing
+    import signal
+    from concurrent.futures import ProcessPoolExecutor
+
+    spawn = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(count, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield executor
+    except BaseException:
+        for process in (executor._processes or {}).values():  # what they are at is lost anyway
+            process.terminate()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
@@ -498,7 +538,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
     model = _open(arguments.model)
     recipe = arguments.method
     scheme = choose_scheme(arguments.scheme, recipe).with_overrides(dict(arguments.override))
-    quantized = quantize(model, scheme, recipe, calib=_calibration(arguments.calib, recipe, scheme))
+    calib = _calibration(arguments.calib, recipe, scheme)
+    with _processes(arguments.jobs) as executor:
+        quantized = quantize(model, scheme, recipe, calib=calib, work_dir=arguments.work_dir, executor=executor)
     quantized.save(arguments.output)
     before, after = _network(model).nbytes, _network(quantized).nbytes
     print(

@@ -9,15 +9,20 @@ weights straight through their quantizers, biases and norms. zquant/ops/lkd.py d
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ._executors import run_all, workers_of
 from ._progress import bar
 from .calibrate import _advance, _packed
+from .distill_files import Finished
 from .generate import _count
+from .hidden_states import HiddenStates, remove_stale
 from .linear import Linear
 from .methods.lkd import TrainOptions
 from .models.steps import Unit, steps_of
@@ -25,11 +30,13 @@ from .models.trainable import FloatBlock, block_of, given_scales, linear_specs
 from .ops.lkd import LinearSpec, TrainedBlock
 from .ops.quantize import _array
 from .qtensor import QTensor
+from .resources import Resources
 from .spec import Scheme
 
 __all__ = ["BlockJob", "BlockResult", "TrainOptions", "distill", "layers_of", "lkd", "train_block"]
 
 Array = np.ndarray
+Rows = Array | HiddenStates
 
 BATCH_TOKENS = 2048  # of a step, where the number of sequences is not given
 CHECKS = 10  # how often the held-out loss is looked at
@@ -164,7 +171,7 @@ def _states(value: Any, name: str) -> list[Array]:
 
 # -- one block
 
-def train_block(job: BlockJob, inputs: Array, targets: Array, offsets: Array) -> BlockResult:
+def train_block(job: BlockJob, inputs: Rows, targets: Rows, offsets: Array) -> BlockResult:
     """Train a block on packed hidden states (tokens, width): sequence i is rows ``offsets[i]`` to ``offsets[i + 1] - 1``.
     The same arguments give the same bits, for any number of threads and in any process."""
     steps = _training(job, inputs, targets, offsets)
@@ -175,7 +182,7 @@ def train_block(job: BlockJob, inputs: Array, targets: Array, offsets: Array) ->
             return end.value
 
 
-def _training(job: BlockJob, inputs: Array, targets: Array, offsets: Array) -> Generator[float, None, BlockResult]:
+def _training(job: BlockJob, inputs: Rows, targets: Rows, offsets: Array) -> Generator[float, None, BlockResult]:
     """As :func:`train_block`; yields the loss of each step."""
     try:
         return (yield from _Training(job, inputs, targets, offsets).run())
@@ -186,7 +193,7 @@ def _training(job: BlockJob, inputs: Array, targets: Array, offsets: Array) -> G
 class _Training:
     """One block while it is trained."""
 
-    def __init__(self, job: BlockJob, inputs: Array, targets: Array, offsets: Array) -> None:
+    def __init__(self, job: BlockJob, inputs: Rows, targets: Rows, offsets: Array) -> None:
         self.options, block = job.options, job.block
         self.block = TrainedBlock(block.shape, {**block.tensors, **job.weights}, job.specs, block.rotary, job.scales)
         self.x, self.y, self.offsets = inputs, targets, np.asarray(offsets, np.int64)
@@ -298,7 +305,7 @@ def layers_of(model: Any, scheme: Scheme, block: FloatBlock, result: BlockResult
 
 
 def distill(teacher: Any, student: Any, scheme: Scheme, ids: Sequence[Array], options: TrainOptions, *, seed: int = 0,
-            inputs: str = "teacher", start: Mapping[str, Linear] | None = None,
+            inputs: str = "teacher", start: Mapping[str, Linear] | None = None, resources: Resources | None = None,
             progress: bool | None = None) -> tuple[Any, dict[str, BlockResult]]:
     """Train every block of a model.
 
@@ -319,31 +326,49 @@ def distill(teacher: Any, student: Any, scheme: Scheme, ids: Sequence[Array], op
         before it.
     start
         Layers that another solver has quantized, by name; None for round to nearest.
+    resources
+        A directory for finished blocks, a bound of the memory, an executor; see :class:`zquant.resources.Resources`.
 
     Returns
     -------
     (Model or CausalLM, dict)
         The student with trained blocks, and what was trained by the block's name.
+
+    Raises
+    ------
+    ValueError
+        Blocks or formats that cannot be trained; an executor where blocks depend on each other; a work_dir of another run.
     """
-    run = _Run(teacher, student, scheme, ids, options, seed, inputs, start or {})
+    run = _Run(teacher, student, scheme, ids, options, seed, inputs, start or {}, resources or Resources())
     per_block = options.steps + len(options.search) * max(1, options.steps // CHECKS) * bool(options.steps)
-    for _ in bar(run.ticks(), "distill", progress, total=max(1, per_block) * run.blocks, unit="step",
-                 note=lambda loss: f"loss {loss:.2e}"):
-        pass
-    return run.student, run.results
+    with closing(run.ticks()) as ticks:  # where Ctrl-C comes, what is under way ends before it goes on
+        for _ in bar(ticks, "distill", progress, total=max(1, per_block) * run.blocks, unit="step",
+                     note=lambda loss: f"loss {loss:.2e}"):
+            pass
+    return run.student, dict(sorted(run.results.items(), key=lambda item: run.names.index(item[0])))
 
 
 class _Run:
     """A model while its blocks are trained."""
 
     def __init__(self, teacher: Any, student: Any, scheme: Scheme, ids: Sequence[Array], options: TrainOptions, seed: int,
-                 inputs: str, start: Mapping[str, Linear]) -> None:
+                 inputs: str, start: Mapping[str, Linear], resources: Resources) -> None:
         self.teacher, self.student, self.scheme, self.options, self.seed = teacher, student, scheme, options, seed
         self.inputs, self.start = inputs, start
         self.blocks = teacher.dims.layers
         self.steps = steps_of(teacher, ids, BATCH_TOKENS)
         self.offsets = self.steps.packed.offsets
         self.results: dict[str, BlockResult] = {}
+        self.names = [unit.name for unit in self.steps.units[1:1 + self.blocks]]
+        self.executor, self.work_dir = resources.executor, resources.work_dir
+        if self.executor is not None and inputs == "student":
+            raise ValueError("executor: blocks that read what quantized blocks give wait for those; train them without one")
+        alive = 4 if self.executor is None else workers_of(self.executor)[0] + 3  # hidden states that are there at a time
+        self.bound = resources.memory // alive
+        self.finished = Finished(self.work_dir, teacher, scheme, ids, dict(
+            options=asdict(options), seed=seed, inputs=inputs), student if inputs == "student" else None, self.start)
+        if self.work_dir is not None:
+            remove_stale(self.work_dir)
 
     def job(self, index: int) -> BlockJob:
         """What there is to do for one block."""
@@ -355,19 +380,57 @@ class _Run:
     def _unit(self, index: int) -> Unit:
         return self.steps.units[1 + index]
 
-    def ticks(self) -> Iterator[float]:
+    def ticks(self) -> Generator[float, None, None]:
         """Yields the loss of each step, of one block after another."""
-        for index in range(self.blocks):
+        there: dict[int, BlockResult] = {}
+        for index, name in enumerate(self.names):
             self.job(index)  # formats and shapes that cannot be trained, before hours have passed
-        x = self._hidden(self.teacher, self.steps.units[0], None)
+            if (result := self.finished.load(name)) is not None:
+                there[index] = result
+        if self.executor is not None:
+            yield from self._side_by_side(there, self.executor)
+        else:
+            yield from self._one_by_one(there)
+
+    def _one_by_one(self, there: Mapping[int, BlockResult]) -> Iterator[float]:
         own = self._hidden(self.student, self.steps.units[0], None) if self.inputs == "student" else None
-        for index in range(self.blocks):
-            unit, job = self._unit(index), self.job(index)
-            y = self._hidden(self.teacher, unit, x)
-            result = yield from _training(job, x if own is None else own, y, self.offsets)
-            self.put(job, result)
+        for index, x, y in self._teacher(there):
+            job = self.job(index)
+            if index in there:
+                yield from self._again(job, there[index])
+            else:
+                assert x is not None and y is not None
+                result = yield from _training(job, x if own is None else own, y, self.offsets)
+                self.finished.save(job.name, result)
+                self.put(job, result)
+            x = y = None
             if own is not None and index + 1 < self.blocks:
-                own = self._hidden(self.student, unit, own)
+                own = self._hidden(self.student, self._unit(index), own)
+
+    def _side_by_side(self, there: Mapping[int, BlockResult], executor: Executor) -> Iterator[float]:
+        """The same on an executor; losses come block by block."""
+        def keep(index: int, result: BlockResult) -> None:
+            self.finished.save(self.names[index], result)
+            self.put(self.job(index), result)
+
+        for index, result in there.items():
+            yield from self._again(self.job(index), result)
+        calls = ((index, (self.job(index), x, y, self.offsets)) for index, x, y in self._teacher(there) if index not in there)
+        for index in run_all(train_block, calls, executor, keep):
+            yield from self.results[self.names[index]].losses.tolist()
+
+    def _again(self, job: BlockJob, result: BlockResult) -> Iterator[float]:
+        """A block that an earlier run has finished."""
+        self.put(job, result)
+        yield from result.losses.tolist()
+
+    def _teacher(self, there: Collection[int]) -> Iterator[tuple[int, HiddenStates | None, HiddenStates | None]]:
+        """Number of each block, and the float model's hidden states before and after it as far as there are blocks to train."""
+        last = max(set(range(self.blocks)).difference(there), default=-1)
+        x = self._hidden(self.teacher, self.steps.units[0], None) if last >= 0 else None
+        for index in range(self.blocks):
+            y = self._hidden(self.teacher, self._unit(index), x) if index <= last else None
+            yield index, x, y
             x = y
 
     def put(self, job: BlockJob, result: BlockResult) -> None:
@@ -376,14 +439,15 @@ class _Run:
         self.student = self.student.replace(linears=linears, norms=norms)
         self.results[job.name] = result
 
-    def _hidden(self, model: Any, unit: Unit, x: Array | None) -> Array:
+    def _hidden(self, model: Any, unit: Unit, x: HiddenStates | None) -> HiddenStates:
         """The unit's output (tokens, width) of all sequences."""
-        y = np.empty((int(self.offsets[-1]), self.teacher.dims.hidden), np.float32)
+        y = HiddenStates(int(self.offsets[-1]), self.teacher.dims.hidden, bound=self.bound, directory=self.work_dir)
+        nothing = np.empty((0, self.teacher.dims.hidden), np.float32)
         with _packed(model, unit) as packed:
             run = unit.prepare(packed)
             for batch in self.steps.batches:
                 part = slice(batch.first, batch.last)
-                y[part] = _output(unit, run(batch, y[:0] if x is None else x[part]))
+                y[part] = _output(unit, run(batch, nothing if x is None else x[part]))
         return y
 
 

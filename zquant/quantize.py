@@ -1,7 +1,9 @@
 """quantize: a model in, a quantized model out."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from .linear import Linear
 from .mapped import release
 from .methods import PRESETS, BlockMethod, Method, Preset, Recipe, Repair, Step, Transform, get_method
 from .qtensor import QTensor
+from .resources import MEMORY, Resources
 from .spec import QuantSpec, Scheme
 from .statistics import InputStatistics, Statistics
 
@@ -28,6 +31,7 @@ M = TypeVar("M")
 
 def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", *, calib: Any = None,
              mode: str = "sequential", samples: int = 128, seq_len: int | None = None, seed: int = 0,
+             work_dir: str | os.PathLike[str] | None = None, memory: int = MEMORY, executor: Executor | None = None,
              show_progress_bar: bool | None = None) -> M:
     """Quantize a model's linear layers (and, if the scheme says so, its word embeddings).
 
@@ -53,6 +57,10 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
         Statistics that are given are used as they are.
     samples, seq_len, seed
         What is taken of ``calib``; see :func:`zquant.calibrate`.
+    work_dir, memory, executor
+        For methods that train whole blocks ("lkd", "zq-global"): a directory in which every finished block is a file, from
+        which a run that was killed or interrupted continues; bytes that hidden states may take in memory; a
+        ``concurrent.futures.Executor`` on which blocks are trained side by side. See :class:`zquant.resources.Resources`.
     show_progress_bar
         True or False; None shows one in a terminal or notebook, when the work takes more than two seconds.
 
@@ -66,14 +74,16 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
     ValueError
         Unknown scheme or method, steps out of order; NaN or Inf in a weight, a layer that cannot run in the format, a model
         that is quantized already (each names the layer); an override that matches no layer; a method that needs data
-        without ``calib``, data without tokens, statistics of another model or for a recipe that needs several passes.
+        without ``calib``, data without tokens, statistics of another model or for a recipe that needs several passes; a
+        work_dir of another run, or for a method that trains no blocks.
     """
     recipe = Recipe.of(method)
+    resources = _resources(recipe, work_dir, memory, executor)
     scheme = choose_scheme(scheme, method)
     _one_of("mode", mode, MODES)
     check_float(model, scheme)
     _check_overrides(scheme, dict(inner_network(model).named_linears()))
-    data = _Data(model, recipe, scheme, calib, dict(samples=samples, seq_len=seq_len, seed=seed))
+    data = _Data(model, recipe, scheme, calib, dict(samples=samples, seq_len=seq_len, seed=seed), resources)
     for step in recipe.transforms:
         model, scheme = _transform(model, step, data, scheme, show_progress_bar)
     quantizer = Quantizer(model, scheme, recipe)
@@ -96,16 +106,25 @@ def choose_scheme(scheme: str | Scheme | None, method: Any) -> Scheme:
     return found.scheme if found is not None and found.recipe == recipe else Scheme.parse("w8a8")
 
 
+def _resources(recipe: Recipe, work_dir: str | os.PathLike[str] | None, memory: int, executor: Executor | None) -> Resources:
+    for name, value in (("work_dir", work_dir), ("executor", executor)):
+        if value is not None and not isinstance(recipe.method, BlockMethod):
+            raise ValueError(f"{name}: method {recipe.name} trains no blocks; lkd and zq-global do")
+    return Resources(work_dir, memory, executor)
+
+
 class _Data:
     """Calibration data of a recipe: checked at once, read when a step asks for it.
 
     Attributes
     ----------
     given : the Statistics or whatever else the caller gave; None where no step needs data
+    resources : for training on it
     """
 
-    def __init__(self, model: Any, recipe: Recipe, scheme: Scheme, calib: Any, options: dict[str, Any]) -> None:
-        self._model, self._network, self._options = model, inner_network(model), options
+    def __init__(self, model: Any, recipe: Recipe, scheme: Scheme, calib: Any, options: dict[str, Any],
+                 resources: Resources) -> None:
+        self._model, self._network, self._options, self.resources = model, inner_network(model), options, resources
         self.given = calib if needs_data(recipe, scheme) else None
         if not needs_data(recipe, scheme):
             return
@@ -251,7 +270,8 @@ class Quantizer:
         if first.needs:
             first.run(data, mode, seed, show)
         trained, _ = distill(self.network, self.start, self.scheme, data.sequences.ids, method.options, seed=seed,
-                             inputs=method.inputs, start=first._linears, progress=show)
+                             inputs=method.inputs, start=first._linears, resources=data.resources,
+                             progress=show)
         self._linears = {name: layer for name, layer in trained.named_linears() if layer is not self._layers[name]}
         self._norms = {name: tensor for name, tensor in trained.tensors.items()
                        if tensor is not self.start.tensors[name]}
