@@ -1,10 +1,10 @@
 """Decoders: tokens a second of prompts and of single steps, beside llama.cpp with --peers.
 
 Models have random weights in the shapes of GPT-2 124M and 350M and of a 1.1B Llama; they are written once as Hugging Face
-folders (and as GGUF files of the same values for llama.cpp) into ZQUANT_BENCH_CACHE. "prefill N" takes N tokens into an
-empty cache and computes the logits of the last token (llama.cpp and zquant then leave out of the last block what only other
-tokens need; the percentages count it in full for both); "decode @N" is one token after N others, and is forgotten again, so
-that every step has the same context. Percentages: of prefill, the time that the linear layers' products would take at the peak of
+folders (and as GGUF files of the same values for llama.cpp) into ZQUANT_BENCH_CACHE. "prefill N" takes N tokens into an empty
+cache and computes the logits of the last token (llama.cpp and zquant then leave out of the last block what only other tokens
+need; the percentages count it in full for both); "decode @N" is one token after N others, and is forgotten again, so that
+every step has the same context. Percentages: of prefill, the time that the linear layers' products would take at the peak of
 the exact int8 instructions (float32: of vfmadd231ps); of decode, the time to read the weights and the keys and values at the
 bandwidth from memory. Both are measured in the same run with as many threads. What fits into the caches can exceed 100 %.
 Each engine runs in its own process and they take turns, case by case and round by round; see harness.py for the gating.
