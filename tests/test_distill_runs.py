@@ -136,7 +136,7 @@ t.train(t.load(sys.argv[1]), work_dir=sys.argv[2], memory=0)
 """
     work = tmp_path / "work"
     environment = {**os.environ, "PYTHONPATH": str(Path(zq.__file__).parent.parent)}
-    run = subprocess.run([sys.executable, "-c", child, model.path, work], env=environment, timeout=60)
+    run = subprocess.run([sys.executable, "-c", child, model.path, work], env=environment, timeout=120)
     assert run.returncode == -signal.SIGKILL
     left = files(work)
     assert left[-2:] == [f"{name}.safetensors" for name in BLOCKS[:2]]
@@ -445,7 +445,7 @@ def test_interrupted_processes_end(tmp_path, how):
     try:
         workers = wait_for(lambda: busy_children(child.pid), 2)
         os.killpg(child.pid, signal.SIGINT) if how.startswith("Ctrl-C") else child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=120)
         assert (child.returncode, err) == (cli.INTERRUPTED, "zquant: interrupted\n")
         assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     finally:
@@ -462,7 +462,7 @@ def busy_children(parent: int) -> list[int]:
     return found
 
 
-def wait_for(condition, count: int, seconds: float = 60):
+def wait_for(condition, count: int, seconds: float = 120):
     end = time.monotonic() + seconds
     while len(found := condition()) < count:
         assert time.monotonic() < end
