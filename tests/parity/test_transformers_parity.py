@@ -87,7 +87,7 @@ def test_minilm_embeddings(minilm):
     ids = token_ids(minilm)
     encoder = SentenceEncoder(minilm)
     assert [row.tolist() for row in encoder.tokenize(SENTENCES)] == ids
-    assert np.abs(encoder.encode(SENTENCES) - embed(minilm, ids)).max() <= 2e-6
+    assert np.abs(encoder.encode(SENTENCES) - embed(minilm, ids)).max() <= 3e-6
 
 
 def test_the_golden_file_is_what_make_golden_computes(minilm):
@@ -103,4 +103,4 @@ def test_minilm_against_sentence_transformers(minilm):
     from make_golden import SENTENCES
 
     want = library.SentenceTransformer(str(minilm), device="cpu").encode(SENTENCES)
-    assert np.abs(SentenceEncoder(minilm).encode(SENTENCES) - want).max() <= 2e-6
+    assert np.abs(SentenceEncoder(minilm).encode(SENTENCES) - want).max() <= 3e-6
