@@ -2,9 +2,11 @@
 
     python tests/bench/bench_methods.py --models tiny-llama-5m --json FILE
     python tests/bench/bench_methods.py --models minilm --schemes w8a8+e32,w4a8+e32 --json FILE
+    python tests/bench/bench_methods.py --models gpt2-30m --schemes w4/8a8-row+e32 --methods RTN,GPTQ,LKD --json FILE
     python tests/bench/bench_methods.py --table --json FILE
 
-Language models are calibrated on WikiText-2's validation text without its "<unk>" (the first --samples windows of 512 tokens)
+Language models are calibrated on WikiText-2's validation text without its "<unk>" (the first --samples windows of 512 tokens;
+or on twelve books, or on tokens drawn at random)
 and measured on the first --windows windows of its test text and a quarter as many of the text of Python's own pydoc topics.
 MiniLM is calibrated on sentences of STS-B's training set (--samples of them, drawn with seed 0) and measured on its test set.
 Embeddings and heads stay float32 in the default schemes. Each cell is quantized once for all of its losses, and statistics of
@@ -39,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("ZQUANT_SHARED") or ROOT.parent / "shared")
 WIKI = SHARED / "data" / "wikitext2"
 STSB = SHARED / "data" / "stsb"
+BOOKS = SHARED / "data" / "english-pd-nltk" / "gutenberg"
 MODELS = {"tiny-llama-5m": ROOT / "tests" / "data" / "tiny-llama-5m", "gpt2-30m": SHARED / "models" / "gpt2-30m"}
 SCHEMES = ("w4a16-row+e32", "w4a16-g64+e32", "w4a16-g128+e32", "w3a16-row+e32", "w3a16-g64+e32", "w4a8+e32", "w8a8+e32")
 _PLAIN: dict[str, Any] = {
@@ -48,14 +51,19 @@ _PLAIN: dict[str, Any] = {
 }
 METHODS = {name: Recipe.of(recipe) for name, recipe in _PLAIN.items()}
 METHODS |= {f"{name} + LoRC": Recipe.of([*recipe.steps, LoRC()]) for name, recipe in METHODS.items() if name != "LLM.int8()"}
+PLAIN = list(METHODS)
+# Methods that train: they take minutes, and are computed where --methods names them.
+METHODS |= {name: Recipe.of(recipe) for name, recipe in
+            {"ZQ-Local": "zq-local", "LKD": "lkd", "ZQ-Global": "zq-global", "GPTQ+LKD": "gptq+lkd"}.items()}
+CALIB = ("wikitext2", "books", "random")
 LENGTH = 512
 
 
 class Setting:
     """A model with its calibration data and its losses; the float model's values are measured at once."""
 
-    def __init__(self, name: str, samples: int, windows: int) -> None:
-        self.model, data, texts = _encoder() if name == "minilm" else _language_model(MODELS[name], samples, windows)
+    def __init__(self, name: str, samples: int, windows: int, calib: str) -> None:
+        self.model, data, texts = _encoder() if name == "minilm" else _language_model(MODELS[name], samples, windows, calib)
         self.calib = Shared(self.model, data, samples=samples, seed=0)
         self.losses = {what: loss_for(self.model, text, seq_len=LENGTH, max_tokens=count)
                        for what, (text, count) in texts.items()}
@@ -68,11 +76,16 @@ class Setting:
         return {"values": {what: loss(small) for what, loss in self.losses.items()}, "seconds": seconds}
 
 
-def _language_model(path: Path, samples: int, windows: int) -> tuple[Any, Any, dict[str, tuple[Any, int | None]]]:
+def _language_model(path: Path, samples: int, windows: int,
+                    calib: str) -> tuple[Any, Any, dict[str, tuple[Any, int | None]]]:
     """Model, calibration data, and name -> (text, tokens) that it is measured on."""
     lm = zq.load(path)
-    text = (WIKI / "wiki.valid.tokens").read_text(encoding="utf-8").replace(" <unk>", "")
-    ids = np.array(text_ids(lm, text))[:samples * LENGTH].reshape(-1, LENGTH)
+    ids: Any = "random"
+    if calib != "random":
+        text = (WIKI / "wiki.valid.tokens").read_text(encoding="utf-8").replace(" <unk>", "")
+        text = text if calib == "wikitext2" else "\n".join(
+            book.read_text(encoding="utf-8", errors="replace") for book in sorted(BOOKS.rglob("*.txt"))[:12])
+        ids = np.array(text_ids(lm, text))[:samples * LENGTH].reshape(-1, LENGTH)
     topics = "\n".join(pydoc_data.topics.topics.values())
     return lm, ids, {"wikitext2": (WIKI / "wiki.test.raw", windows * LENGTH), "pydoc": (topics, max(1, windows // 4) * LENGTH)}
 
@@ -103,11 +116,12 @@ def key(*parts: Any) -> str:
 def run(args: argparse.Namespace, found: dict[str, Any], save: Callable[[], None]) -> None:
     """Compute what ``found`` does not hold yet; ``save`` after every cell."""
     for model in args.models:
-        settings = (model, args.samples, args.windows)
+        samples = args.samples if args.calib == CALIB[0] else f"{args.samples} of {args.calib}"
+        settings = (model, samples, args.windows)
         wanted = [job for job in jobs(args.schemes, args.methods) if key(*settings, *job) not in found]
         if not wanted:
             continue
-        setting = Setting(*settings)
+        setting = Setting(model, args.samples, args.windows, args.calib)
         found[key(*settings, "", "float32")] = {"values": {what: loss.reference for what, loss in setting.losses.items()}}
         for number, (scheme, name) in enumerate(wanted, 1):
             try:
@@ -163,7 +177,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=listed([*MODELS, "minilm"]), default=["tiny-llama-5m"])
     parser.add_argument("--schemes", type=lambda text: text.split(","), default=list(SCHEMES))
-    parser.add_argument("--methods", type=listed(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", type=listed(METHODS), default=PLAIN)
+    parser.add_argument("--calib", choices=CALIB, default=CALIB[0], help="of language models (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=128, help="sequences of calibration")
     parser.add_argument("--windows", type=int, default=60, help="windows of 512 tokens that perplexity is measured on")
     parser.add_argument("--threads", type=int, default=1)
