@@ -17,6 +17,7 @@ from zquant.methods.zq_local import inside_cells
 from zquant.models.trainable import FloatBlock, block_of, linear_specs
 from zquant.ops.lkd import BlockShape, TrainedBlock
 from zquant.qtensor import QTensor
+from zquant.resources import Resources
 
 TINY_LLAMA = Path(__file__).parent / "data" / "tiny-llama-5m"
 VARIANTS = ["llama", "gpt2", "gpt2, scale by layer", "opt", "opt, norm after, projections", "opt, no bias", "gpt_neox",
@@ -31,11 +32,11 @@ def make(tmp_path, variant, **changes):
 
 def hidden_states(model, ids):
     """Of every block's input, and of the last block's output."""
-    run = distilling._Run(model, model, zq.Scheme.parse("w8a8"), ids, TrainOptions(), 0, "teacher", {})
+    run = distilling._Run(model, model, zq.Scheme.parse("w8a8"), ids, TrainOptions(), 0, "teacher", {}, Resources())
     states = [run._hidden(model, run.steps.units[0], None)]
     for index in range(run.blocks):
         states.append(run._hidden(model, run._unit(index), states[-1]))
-    return states, run.offsets
+    return [state[:] for state in states], run.offsets
 
 
 # -- blocks of models
@@ -70,7 +71,7 @@ def test_the_model_computes_what_the_trained_block_does(tmp_path, variant):
     scheme = zq.Scheme.parse("w3a16+e32").replace(weights=zq.QuantSpec(3))
     student, results = distill(model, model, scheme, ids, TrainOptions(lr=2e-3, steps=10, batch_size=4))
     states, offsets = hidden_states(model, ids)
-    run = distilling._Run(model, student, scheme, ids, TrainOptions(), 0, "teacher", {})
+    run = distilling._Run(model, student, scheme, ids, TrainOptions(), 0, "teacher", {}, Resources())
     for index, (result, x) in enumerate(zip(results.values(), states)):
         block = block_of(model, index, 20)
         assert result.best_step > 0  # or nothing has changed, and nothing is tested
