@@ -376,6 +376,7 @@ def test_training_of_a_block(tmp_path: Path) -> None:
 
 def test_methods(tmp_path: Path, shared: Path) -> None:
     """Cells are the perplexities of quantizing by hand, and are not computed twice."""
+    pytest.importorskip("safetensors")
     import zquant as zq
 
     options = ["--schemes", "w3a16-row+e32,w8a8+e32", "--methods", "RTN,FPTQ,RTN + LoRC", "--samples", "1", "--windows", "1"]
