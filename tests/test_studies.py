@@ -2,7 +2,7 @@
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,7 @@ def test_encoders_have_no_classes(tmp_path):
 
 def test_a_solver_and_float_activations(tmp_path):
     lm, ids = decoder(tmp_path), documents()
-    found = zq.sensitivity(lm, ids, "w3a16", method=GPTQ(), calib=documents(9), parts=["all"], seq_len=30)
+    found = zq.sensitivity(lm, ids, "w3a16", method=GPTQ(), calib=documents(9), parts="all", seq_len=30)
     assert [(f.part, f.mode) for f in found.findings] == [("all", "weights")] and found.method == "gptq"
     small = zq.quantize(lm, "w3a16+e32", GPTQ(), calib=documents(9), mode="parallel")
     assert found.findings[0].value == zq.perplexity(small, ids, 30).ppl
@@ -167,6 +167,21 @@ def test_rows_are_what_quantizing_by_hand_gives():
     assert f"{100 * share:.0f} %" in repr(table)
 
 
+def test_what_is_recovered_does_not_depend_on_the_order():
+    methods = {"better": ("w3a16", "lorc"), "plain": ("w3a16", "rtn")}
+    table = zq.compare_methods(zq.load(TINY), methods, None, documents(), seq_len=30)
+    assert [r.name for r in table] == list(methods) and len(table) == 2
+    assert table["better"].recovered == 1 - table["better"].increase / table["plain"].increase
+    with pytest.raises(KeyError, match="'none' is not among better, plain"):
+        table["none"]
+
+
+def test_losses_without_a_number_are_written(tmp_path):
+    table = zq.compare_methods(decoder(tmp_path), ["rtn"], None, documents(), seq_len=30)
+    worse = replace(table, results=(replace(table["rtn"], value=np.inf, increase=np.inf), replace(table["rtn"], value=np.nan)))
+    assert [r["value"] for r in json.loads(worse.to_json())["results"]] == ["inf", "nan"]
+
+
 def test_round_to_nearest_is_added_to_each_scheme(tmp_path):
     table = zq.compare_methods(decoder(tmp_path), ["gptq", ("w3a8", "gptq"), ("w3a8", "gptq+lorc"), "zeroquant"], documents(9),
                                documents(), seq_len=30)
@@ -210,6 +225,7 @@ def test_results_are_kept_on_ctrl_c(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("methods, evaluation, error, message", [
     ([], 1, ValueError, "methods: expected"), ("gptq", 1, ValueError, "methods: expected"),
+    (GPTQ(), 1, ValueError, "methods: expected"), (zq.PRESETS["awq"], 1, ValueError, "methods: expected"),
     (["gptqq"], 1, ValueError, "unknown"),
     ({"a": ("w8a8", "rtn+gptq")}, 1, ValueError, "both turn"), (["rtn"], None, ValueError, "evaluation: expected"),
     ({"a": 3}, 1, TypeError, "int")])

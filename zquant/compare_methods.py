@@ -6,19 +6,19 @@ import html
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ._progress import bar
 from .calibrate import Shared, _rss
 from .language_report import MAX_TOKENS
-from .losses import Loss, loss_for
-from .methods import Recipe
+from .losses import Loss, Measured, loss_for
+from .methods import Preset, Recipe, Step
 from .quantize import choose_scheme, quantize
 from .report import _size
 from .spec import Scheme
 from .statistics import Statistics
-from .tables import Written, html_table, text_table
+from .tables import html_table, text_table
 
 __all__ = ["MethodResult", "MethodsTable", "compare_methods"]
 
@@ -55,8 +55,9 @@ class MethodResult:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MethodsTable(Written):
-    """The result of :func:`compare_methods`; printed, shown in Jupyter, plotted, saved.
+class MethodsTable(Measured):
+    """The result of :func:`compare_methods`; printed, shown in Jupyter, plotted (the increase of the loss by recipe and
+    scheme), saved. ``table[name]`` is the first result of that name.
 
     Attributes
     ----------
@@ -66,21 +67,23 @@ class MethodsTable(Written):
     interrupted : whether it was stopped before its end; what was found until then is here
     """
 
+    figure = "methods_figure"
     loss: Loss
     results: tuple[MethodResult, ...]
     nbytes: int
     interrupted: bool = False
 
-    @property
-    def metric(self) -> str:
-        return self.loss.name
-
-    @property
-    def reference(self) -> float:
-        return self.loss.reference
-
     def __getitem__(self, name: str) -> MethodResult:
-        return next(result for result in self.results if result.name == name)
+        for result in self.results:
+            if result.name == name:
+                return result
+        raise KeyError(f"{name!r} is not among {', '.join(result.name for result in self.results)}")
+
+    def __iter__(self) -> Iterator[MethodResult]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         header = ["method", "scheme", self.metric, "increase", "of RTN's loss regained", "seconds", "peak MB", "MB"]
@@ -105,22 +108,9 @@ class MethodsTable(Written):
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
         return html_table(*self._table(), left=2) + notes
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain Python objects, ready for JSON."""
+    def _contents(self) -> dict[str, Any]:
         return {"metric": self.metric, "reference": self.reference, "bytes": self.nbytes, "interrupted": self.interrupted,
                 "results": [dict(vars(result)) for result in self.results]}
-
-    def plot(self) -> Any:
-        """One picture, a ``matplotlib.figure.Figure``: the increase of the loss by recipe and scheme.
-
-        Raises
-        ------
-        ImportError
-            matplotlib is not installed.
-        """
-        from .plot import methods_figure
-
-        return methods_figure(self)
 
 
 @dataclass(frozen=True)
@@ -193,19 +183,18 @@ def compare_methods(
         calib = Shared(model, calib, samples=samples, seed=seed)
     options = dict(calib=calib, mode=mode, samples=samples, seed=seed, show_progress_bar=False)
     results: list[MethodResult] = []
-    costs: dict[Scheme, float] = {}  # of round to nearest
     interrupted = False
     try:
         for job in bar(jobs, "methods", show_progress_bar, unit="recipe"):
-            results.append(_measured(model, job, loss, options, costs))
+            results.append(_measured(model, job, loss, options))
     except KeyboardInterrupt:
         interrupted = True
-    return MethodsTable(loss, tuple(results), _size(model), interrupted)
+    return MethodsTable(loss, tuple(_with_recovered(jobs, results)), _size(model), interrupted)
 
 
 def _jobs(methods: Any, default: str | Scheme | None) -> Iterator[_Job]:
     """Every recipe, and before the first of each scheme round to nearest where it is not among them."""
-    if isinstance(methods, (str, Recipe)) or not methods:
+    if isinstance(methods, (str, Recipe, Preset, Step)) or not methods:
         raise ValueError("methods: expected a mapping from names to recipes, or a list of recipes")
     found = []
     for name, method in methods.items() if isinstance(methods, Mapping) else ((None, method) for method in methods):
@@ -213,13 +202,29 @@ def _jobs(methods: Any, default: str | Scheme | None) -> Iterator[_Job]:
         scheme, what = method if pair else (default, method)
         recipe = Recipe.of(what)
         found.append(_Job(recipe.name if name is None else str(name), recipe, choose_scheme(scheme, what)))
-    rtn, seen = Recipe.of("rtn"), list[Scheme]()
-    plain = [job.scheme for job in found if job.recipe.steps == rtn.steps]
+    has_baseline = {job.scheme for job in found if _is_plain(job)}
     for job in found:
-        if job.scheme not in seen and job.scheme not in plain:
-            yield _Job("rtn", rtn, job.scheme)
-        seen.append(job.scheme)
+        if job.scheme not in has_baseline:
+            has_baseline.add(job.scheme)
+            yield _Job("rtn", Recipe.of("rtn"), job.scheme)
         yield job
+
+
+def _is_plain(job: _Job) -> bool:
+    """Whether it is round to nearest alone, what others are compared with."""
+    return job.recipe.steps == Recipe.of("rtn").steps
+
+
+def _with_recovered(jobs: Sequence[_Job], results: Sequence[MethodResult]) -> Iterator[MethodResult]:
+    """The results, each with its share of what round to nearest costs in its scheme."""
+    costs: dict[Scheme, float] = {}
+    for job, result in zip(jobs, results):
+        if _is_plain(job) and result.increase is not None:
+            costs.setdefault(job.scheme, result.increase)
+    for job, result in zip(jobs, results):
+        cost = costs.get(job.scheme, 0.0)
+        known = cost > 0 and result.increase is not None and not _is_plain(job)
+        yield replace(result, recovered=1 - result.increase / cost) if known else result  # type: ignore[operator]
 
 
 def _is_scheme(value: Any) -> bool:
@@ -230,7 +235,7 @@ def _is_scheme(value: Any) -> bool:
     return True
 
 
-def _measured(model: Any, job: _Job, loss: Loss, options: dict[str, Any], costs: dict[Scheme, float]) -> MethodResult:
+def _measured(model: Any, job: _Job, loss: Loss, options: dict[str, Any]) -> MethodResult:
     known: dict[str, Any] = dict(name=job.name, scheme=job.scheme.name, recipe=job.recipe.to_dict())
     calib = options["calib"]
     start, peak, before = time.perf_counter(), _PeakMemory(), getattr(calib, "spared", 0.0)
@@ -246,13 +251,8 @@ def _measured(model: Any, job: _Job, loss: Loss, options: dict[str, Any], costs:
     except Exception as error:  # whatever a recipe fails of, the others go on
         return MethodResult(**known, seconds=seconds(),
                             error=str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
-    increase, plain = loss.increase(value), job.recipe.steps == Recipe.of("rtn").steps
-    if plain:
-        costs[job.scheme] = increase
-    cost = costs.get(job.scheme, 0.0)
-    recovered = 1 - increase / cost if cost > 0 and not plain else None
-    return MethodResult(**known, value=value, increase=increase, recovered=recovered, seconds=spent,
-                        peak_bytes=peak.bytes, nbytes=_size(small))
+    return MethodResult(**known, value=value, increase=loss.increase(value), seconds=spent, peak_bytes=peak.bytes,
+                        nbytes=_size(small))
 
 
 class _PeakMemory:

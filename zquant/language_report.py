@@ -117,8 +117,7 @@ class LanguageReport(ReportBase):
                 facts.append((name, values))
         return facts
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain Python objects, ready for JSON; infinite ratios become the strings "inf" and "-inf"."""
+    def _contents(self) -> dict[str, Any]:
         return {
             "scheme": self.scheme,
             "threads": self.threads,

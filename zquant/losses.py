@@ -10,8 +10,9 @@ from .evaluate import Pairs, _as_pairs, cosine_fidelity, sts
 from .language_report import MAX_TOKENS, _some
 from .perplexity import cut, perplexity
 from .report import _run, _token_ids
+from .tables import Written
 
-__all__ = ["Loss", "loss_for"]
+__all__ = ["Loss", "Measured", "loss_for"]
 
 
 class Loss(ABC):
@@ -39,6 +40,29 @@ class Loss(ABC):
     def increase(self, value: float) -> float:
         """How much worse than the float model; negative where it is better."""
         return self.sign * (value - self.reference)
+
+
+class Measured(Written):
+    """What results share that are values of one loss.
+
+    Attributes
+    ----------
+    loss : the :class:`Loss`
+    interrupted : whether the measurement was stopped before its end
+    """
+
+    loss: Loss
+    interrupted: bool
+
+    @property
+    def metric(self) -> str:
+        """The loss's name: "perplexity", "cosine to float32" or "Spearman x 100"."""
+        return self.loss.name
+
+    @property
+    def reference(self) -> float:
+        """The float model's value."""
+        return self.loss.reference
 
 
 class PerplexityLoss(Loss):
@@ -108,6 +132,15 @@ def loss_for(model: Any, data: Any, *, seq_len: int = 512, max_tokens: int | Non
         Language models: tokens of a window, and of the text that are used (None: all).
     batch_size
         Windows (None: 8) or sentences (None: 32) per forward pass.
+
+    Returns
+    -------
+    Loss
+
+    Raises
+    ------
+    ValueError
+        No tokens, no sentences, one text for an encoder; a file that is not of scored pairs.
 
     >>> import zquant as zq
     >>> from zquant.demo_model import find_minilm

@@ -88,6 +88,7 @@ class LayerError:
 class ReportBase(Written):
     """What the reports on encoders and on language models share: text, HTML, JSON, a picture."""
 
+    figure = "report_figure"
     scheme: str
     layers: tuple[LayerError, ...]
     bytes_before: int
@@ -126,8 +127,8 @@ class ReportBase(Written):
                 "name": x.name,
                 "kind": x.kind,
                 "weights": x.weights,
-                "weight_db": _plain(x.weight_db),
-                "output_db": _plain(x.output_db),
+                "weight_db": x.weight_db,
+                "output_db": x.output_db,
             }
             for x in self.layers
         ]
@@ -168,18 +169,6 @@ class ReportBase(Written):
             "<th style='text-align:left'>weights</th><th>weight (dB)</th><th>output (dB)</th></tr></thead>"
             f"<tbody>{rows}</tbody></table></div></details>"
         )
-
-    def plot(self) -> Any:
-        """One picture of the report, a ``matplotlib.figure.Figure`` (``.savefig(path)`` writes it; Jupyter shows it).
-
-        Raises
-        ------
-        ImportError
-            matplotlib is not installed.
-        """
-        from .plot import report_figure
-
-        return report_figure(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -241,8 +230,7 @@ class Report(ReportBase):
             facts.append(("sentences/s", rates))
         return facts
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain Python objects, ready for JSON; infinite ratios become the strings "inf" and "-inf"."""
+    def _contents(self) -> dict[str, Any]:
         return {
             "scheme": self.scheme,
             "threads": self.threads,
@@ -266,10 +254,6 @@ def _db(value: float | None) -> str:
     if value is None:
         return "-"
     return "exact" if value == math.inf else f"{value:.1f}"
-
-
-def _plain(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(value)
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ from ._progress import bar
 from .extras import Extras
 from .language_report import MAX_TOKENS
 from .linear import Linear
-from .losses import Loss, loss_for
+from .losses import Loss, Measured, loss_for
 from .methods import Recipe
 from .qtensor import QTensor
 from .quantize import inner_network, quantize
 from .report import KINDS, layer_kind
 from .spec import QuantSpec, Scheme
-from .tables import Written, html_table, text_table
+from .tables import html_table, text_table
 
 __all__ = ["BLOCKS", "MODES", "PARTS", "BlockSize", "Finding", "Sensitivity", "sensitivity", "sensitivity_class"]
 
@@ -82,8 +82,8 @@ class BlockSize:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sensitivity(Written):
-    """The result of :func:`sensitivity`; printed, shown in Jupyter, plotted, saved.
+class Sensitivity(Measured):
+    """The result of :func:`sensitivity`; printed, shown in Jupyter, plotted (layers, kinds and block sizes), saved.
 
     Attributes
     ----------
@@ -103,6 +103,7 @@ class Sensitivity(Written):
         Whether it was stopped before its end; what was found until then is here.
     """
 
+    figure = "sensitivity_figure"
     scheme: str
     method: str
     loss: Loss = field(repr=False)
@@ -110,14 +111,6 @@ class Sensitivity(Written):
     blocks: tuple[BlockSize, ...] = ()
     seconds: float = 0.0
     interrupted: bool = False
-
-    @property
-    def metric(self) -> str:
-        return self.loss.name
-
-    @property
-    def reference(self) -> float:
-        return self.loss.reference
 
     def increases(self, part: str, mode: str) -> dict[str, float]:
         """Name -> increase of the loss, in the order of the network."""
@@ -164,27 +157,15 @@ class Sensitivity(Written):
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self._title())}</p>" + "".join(html_table(*table) for table in self._tables())
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain Python objects, ready for JSON; the class is None where the loss is not a perplexity."""
-        def plain(found: Finding | BlockSize) -> dict[str, Any]:
+    def _contents(self) -> dict[str, Any]:
+        """The class is None where the loss is not a perplexity."""
+        def ranked(found: Finding | BlockSize) -> dict[str, Any]:
             rank = sensitivity_class(found.increase) if self.metric == "perplexity" else None
             return {**vars(found), "class": rank}
 
         return {"scheme": self.scheme, "method": self.method, "metric": self.metric, "reference": self.reference,
-                "findings": [plain(f) for f in self.findings], "blocks": [plain(b) for b in self.blocks],
+                "findings": [ranked(f) for f in self.findings], "blocks": [ranked(b) for b in self.blocks],
                 "sums": self.sums(), "seconds": self.seconds, "interrupted": self.interrupted}
-
-    def plot(self) -> Any:
-        """One picture, a ``matplotlib.figure.Figure``: layers, kinds and block sizes.
-
-        Raises
-        ------
-        ImportError
-            matplotlib is not installed.
-        """
-        from .plot import sensitivity_figure
-
-        return sensitivity_figure(self)
 
 
 def sensitivity(
@@ -219,7 +200,7 @@ def sensitivity(
         For methods and schemes that need data, as in :func:`zquant.quantize`; not ``data``.
     parts
         What is studied: "all" layers at once, each "kind" of layer, each "layer", and "blocks", the sizes of groups
-        (``BLOCKS``) and one scale per row, for weights of the scheme's number of bits.
+        (``BLOCKS``) and one scale per row, for weights of the scheme's number of bits. One of these names, or several.
     seq_len, max_tokens, batch_size
         Of the loss.
     show_progress_bar
@@ -246,7 +227,8 @@ def sensitivity(
     recipe, scheme = Recipe.of(method), Scheme.parse(scheme).replace(embeddings="float")
     if recipe.transforms:
         raise ValueError(f"method: {recipe.name} changes the float model; study what it made of it with the solver alone")
-    if unknown := sorted(set(parts) - set(PARTS)):
+    parts = {parts} if isinstance(parts, str) else set(parts)
+    if unknown := sorted(parts - set(PARTS)):
         raise ValueError(f"parts: unknown {', '.join(unknown)}; known: {', '.join(PARTS)}")
     study = _Study(model, scheme, recipe, calib, show_progress_bar)
     loss = loss_for(model, data, seq_len=seq_len, max_tokens=max_tokens, batch_size=batch_size)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-__all__ = ["Written", "html_table", "page", "text_table", "write_text"]
+__all__ = ["Written", "html_table", "page", "plain", "text_table", "write_text"]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -55,6 +56,19 @@ def page(title: str, body: str) -> str:
     )
 
 
+def plain(value: Any) -> Any:
+    """A tree of dicts, lists and values with what JSON has no number for as the strings "inf", "-inf" and "nan".
+
+    >>> plain({"a": [1.5, float("inf")], "b": float("nan")})
+    {'a': [1.5, 'inf'], 'b': 'nan'}
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 file, beside it first and then renamed."""
     path = Path(path)
@@ -67,11 +81,35 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 class Written(ABC):
-    """What results share that can be written to files."""
+    """What results share that can be written to files.
+
+    Attributes
+    ----------
+    figure : name of the function of ``zquant.plot`` that draws them
+    """
+
+    figure: ClassVar[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain Python objects, ready for JSON; what is infinite or NaN becomes the string "inf", "-inf" or
+        "nan"."""
+        return plain(self._contents())  # type: ignore[no-any-return]
 
     @abstractmethod
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain Python objects, ready for JSON; infinite ratios become the strings "inf" and "-inf"."""
+    def _contents(self) -> dict[str, Any]:
+        """What :meth:`as_dict` gives, with numbers as they are."""
+
+    def plot(self) -> Any:
+        """One picture, a ``matplotlib.figure.Figure`` (``.savefig(path)`` writes it; Jupyter shows it).
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed.
+        """
+        from . import plot
+
+        return getattr(plot, self.figure)(self)
 
     def to_json(self, indent: int | None = 2) -> str:
         """:meth:`as_dict` as JSON text."""
