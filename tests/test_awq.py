@@ -112,6 +112,21 @@ def test_a_folded_model_computes_the_same(family, tmp_path):
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
+def test_inputs_whose_first_reader_stays_float_are_scaled_too(tmp_path):
+    model = zq.load(write(tmp_path / "model", config_of("llama"), tensors_of(config_of("llama"))))
+    stats = zq.calibrate(model, list(np.random.default_rng(0).integers(0, model.dims.vocabulary, (3, 12))), AWQScale.needs)
+    folded, _ = AWQScale(grid=5).transform(model, stats, Scheme.parse("w3a16-g8").with_overrides({"*q_proj": "float"}))
+    name = "model.layers.0.self_attn.k_proj"
+    assert not np.array_equal(folded.linears[name].weight, model.linears[name].weight)
+
+
+def test_numpy_s_integers_are_integers():
+    w, x, gram = problem()
+    scale = zq.awq(w, np.abs(x).mean(0), gram, np.int64(3), np.int32(16), grid=np.int64(5))[0]
+    assert np.array_equal(scale, zq.awq(w, np.abs(x).mean(0), gram, 3, 16, grid=5)[0])
+    assert type(AWQScale(grid=np.int64(5)).to_dict()["grid"]) is int
+
+
 REFUSED = [
     (lambda w, x, g: zq.awq([], x, g), "weights: expected matrices"),
     (lambda w, x, g: zq.awq([w, w[:, :3].copy()], x, g), "same k"),
@@ -121,6 +136,10 @@ REFUSED = [
     (lambda w, x, g: zq.awq(w, x, g, grid=0), "grid"),
     (lambda w, x, g: zq.awq(w, x, g, duo="none"), "duo"),
     (lambda w, x, g: zq.awq_clip(w, g[:3]), r"got \(24, 64\) and \(3, 64\)"),
+    (lambda w, x, g: zq.awq_clip(w, g, grid=0), "grid: expected an integer of 1"),
+    (lambda w, x, g: zq.awq_clip(w, g, most=1.5), "most: expected a number from 0 to 1, got 1.5"),
+    (lambda w, x, g: AWQClip(grid=0), "grid"), (lambda w, x, g: AWQClip(most=np.nan), "most"),
+    (lambda w, x, g: AWQScale(grid=0), "grid"),
     (lambda w, x, g: AWQClip().quantize(w, QuantSpec(4)), "needs calibration"),
     (lambda w, x, g: AWQClip().quantize(w, QuantSpec(4, granularity="row_block", blocks=2), {"gram": g}), "per channel or in"),
     (lambda w, x, g: AWQScale().transform(None, None, Scheme.parse("w4a16")), "needs calibration"),

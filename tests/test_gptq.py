@@ -403,6 +403,12 @@ def test_bad_input(changes, exception, message):
         zq.gptq(given.pop("w"), given.pop("hessian"), **given)
 
 
+def test_numpy_s_numbers_are_numbers():
+    w, h = problem()
+    given = zq.gptq(w, h, np.int64(4), np.int32(16), np.True_, act_order=np.False_)[0]
+    assert same(given, zq.gptq(w, h, 4, 16, True, act_order=False)[0])
+
+
 def test_the_core_checks_its_arguments():
     w, h, order = np.ones((2, 4), np.float32), np.eye(4), np.arange(4)
     rest = (4, True, None, None, 2, False, False, True, 128, 0.01, 1.0)

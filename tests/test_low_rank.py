@@ -291,9 +291,12 @@ def test_factors_of_two_kinds_do_not_stack():
 REFUSED = [
     (lambda: zq.lorc(np.ones((2, 2), F), np.ones((2, 3), F)), ValueError, "one shape"),
     (lambda: zq.lorc(np.ones((2, 2), F), np.full((2, 2), np.inf, F)), ValueError, "w_hat: NaN or Inf"),
-    (lambda: zq.lorc(np.ones((2, 2), F), np.ones((2, 2), F), 0), ValueError, "rank: expected a whole number from 1, got 0"),
+    (lambda: zq.lorc(np.ones((2, 2), F), np.ones((2, 2), F), 0), ValueError, "rank: expected an integer of 1 or more, got 0"),
     (lambda: zq.llm_int8_matmul(np.ones((2, 2), F), np.ones((2, 3), F)), ValueError, "expected shapes"),
     (lambda: zq.llm_int8_matmul(np.ones((2, 2), F), np.ones((2, 2), F), 0), ValueError, "threshold"),
+    (lambda: zq.LoRC(rank=0), ValueError, "rank: expected an integer of 1 or more, got 0"),
+    (lambda: zq.llm_int8_matmul(np.ones((2, 0), F), np.ones((3, 0), F)), ValueError, "expected shapes"),
+    (lambda: LLMInt8(threshold=-1), ValueError, "threshold: expected a number above 0, got -1"),
     (lambda: LLMInt8().repair(np.ones((2, 2), F), None, QuantSpec(4)), ValueError, "symmetric 8-bit weights"),
     (lambda: LLMInt8().repair(np.ones((2, 2), F), None, QuantSpec(8)), ValueError, "needs calibration"),
 ]

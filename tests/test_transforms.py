@@ -287,7 +287,7 @@ def test_output_error_is_what_it_says():
     x, w = matrices()
     s = zq.smoothquant_scales(np.abs(x).max(0), w)
     for spec in (TOKEN_SYMMETRIC, TENSOR):
-        got = output_error(x, [w[:5], w[5:]], QuantSpec(), spec)(s, None, np.abs(x / s).max())
+        got = output_error(x, [w[:5], w[5:]], QuantSpec(), spec)(s, np.abs(x / s).max())
         assert got == pytest.approx(loss_of(x, w, spec, s)**2 * len(w), rel=1e-3)
 
 
@@ -310,8 +310,8 @@ def test_the_search_keeps_the_best(activations, outlier):
     most = np.abs(x).max(0).astype(np.float64)
     alpha, scale = search_alpha(most, x, [w[:5], w[5:]], QuantSpec(4), activations)
     loss = output_error(x, [w], QuantSpec(4), activations)
-    tried = {a: loss(s, None, (most / s).max()) for a in ALPHAS for s in [zq.smoothquant_scales(most, w, a)]}
-    tried[None] = loss(np.ones(48), None, most.max())
+    tried = {a: loss(s, (most / s).max()) for a in ALPHAS for s in [zq.smoothquant_scales(most, w, a)]}
+    tried[None] = loss(np.ones(48), most.max())
     assert tried[alpha] == min(tried.values())
     np.testing.assert_array_equal(scale, np.ones(48) if alpha is None else zq.smoothquant_scales(most, w, alpha))
 
@@ -352,10 +352,16 @@ def test_the_threshold_loses_least(activations, shift):
     x, w, ends = spread()
     z, s = zq.outlier_suppression(ends, samples=x, weights=[w[:3], w[3:]], activations=activations, shift=shift)
     half = np.abs(ends - z).max(0)
-    loss = output_error(x, [w], QuantSpec(), activations)
-    tried = [loss(np.maximum(1, half / t), z if shift else None, t) for t in thresholds(half.max())]
-    chosen = loss(s, z if shift else None, (half / s).max())
+    loss = output_error(x, w, QuantSpec(), activations, z if shift else None)
+    tried = [loss(np.maximum(1, half / t), t) for t in thresholds(half.max())]
+    chosen = loss(s, (half / s).max())
     assert chosen <= min(tried) * (1 + 1e-6) and chosen < tried[0]
+
+
+@pytest.mark.parametrize("step", [zq.SmoothQuant(), zq.OutlierSuppression(), zq.FPTQ(), zq.AWQScale()], ids=repr)
+def test_transforms_without_statistics_say_so(step):
+    with pytest.raises(ValueError, match=f"{type(step).__name__} needs calibration: .* {sorted(step.needs)[-1]}"):
+        step.transform(None, None, zq.Scheme.parse("w8a8"))
 
 
 def test_small_inputs_are_left_alone():
@@ -367,6 +373,11 @@ def test_small_inputs_are_left_alone():
 @pytest.mark.parametrize(("minmax", "options", "message"), [
     ([[1, 2]], {"threshold": 1}, "minmax"), ([[1], [0]], {"threshold": 1}, "above the second"),
     ([[0], [np.nan]], {"threshold": 1}, "finite"), ([[0], [1]], {"threshold": 0}, "positive"), ([[0], [1]], {}, "samples"),
+    ([[0], [1]], {"samples": np.ones((3, 2)), "weights": np.ones((4, 2))}, r"expected shape \(m, 1\) as minmax has"),
+    ([[0], [1]], {"samples": np.ones((3, 1)), "weights": np.ones((4, 2))}, "with the same k"),
+    ([[0], [1]], {"samples": np.ones((3, 1)), "weights": []}, "with the same k"),
+    ([[0], [1]], {"samples": np.full((3, 1), np.nan), "weights": np.ones((4, 1))}, "NaN"),
+    ([[0], [1]], {"samples": np.ones((3, 1)), "weights": np.ones((4, 1)), "steps": 0}, "steps"),
 ])
 def test_outlier_suppression_bad_input(minmax, options, message):
     with pytest.raises(ValueError, match=message):

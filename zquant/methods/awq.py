@@ -15,12 +15,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import _core
-from ..models.foldings import Folding, fold, foldings
+from ..generate import _count, _real
+from ..models.foldings import STAGES, fold
 from ..ops.quantize import _array
 from ..qtensor import QTensor
 from ..spec import QuantSpec, Scheme
 from ..statistics import Statistics
-from .base import Method, Transform, register
+from .base import Method, Transform, calibrated, check_by_rows, register, weight_spec
+from .folded import consumers, matrices, targets
 from .rtn import RTN
 
 __all__ = ["AWQClip", "AWQInfo", "AWQScale", "awq", "awq_clip"]
@@ -132,13 +134,12 @@ def awq(weights: Array | Sequence[Array], mean_abs: Array, gram: Array, bits: in
     >>> bool(scale[3] > 2 * scale[0]), info.loss < 0.5 * info.rtn_loss
     (True, True)
     """
-    parts = [_array(w, "weights", "float32") for w in ([weights] if isinstance(weights, np.ndarray) else weights)]
+    parts = [_array(w, "weights", "float32") for w in matrices(weights)]
     size, gram32 = np.asarray(mean_abs, np.float64), np.asarray(gram, np.float32)
-    _check_awq(parts, size, gram32, grid, duo)
-    spec = QuantSpec(bits, symmetric=symmetric) if group_size is None else QuantSpec(
-        bits, granularity="group", group_size=group_size, symmetric=symmetric)
+    _check_awq(parts, size, gram32, duo)
+    grid, spec = _count("grid", grid, 1), weight_spec(bits, group_size, symmetric)
     k = parts[0].shape[1]
-    weight_size = _weight_size(parts, min(group_size or k, k)) if duo else None
+    weight_size = _weight_size(parts, min(spec.group_size or k, k)) if duo else None
     packed = _core.linear_pack_f32(gram32, None)
     best, plain = np.ones(k, np.float32), _loss(parts, packed, spec, None)
     info = AWQInfo(None, False, plain, plain)
@@ -152,7 +153,7 @@ def awq(weights: Array | Sequence[Array], mean_abs: Array, gram: Array, bits: in
     return best, info
 
 
-def _check_awq(parts: Sequence[Array], size: Array, gram: Array, grid: object, duo: object) -> None:
+def _check_awq(parts: Sequence[Array], size: Array, gram: Array, duo: object) -> None:
     if not parts or any(w.ndim != 2 or w.shape[1] != parts[0].shape[1] or not w.size for w in parts):
         raise ValueError(f"weights: expected matrices (n, k) with the same k, got {[w.shape for w in parts]}")
     k = parts[0].shape[1]
@@ -160,8 +161,6 @@ def _check_awq(parts: Sequence[Array], size: Array, gram: Array, grid: object, d
         raise ValueError(f"mean_abs, gram: expected shapes {(k,)} and {(k, k)}, got {size.shape} and {gram.shape}")
     if not np.isfinite(size).all() or not np.isfinite(gram).all() or (size < 0).any():
         raise ValueError("mean_abs, gram: NaN, Inf or negative")
-    if isinstance(grid, bool) or not isinstance(grid, int) or grid < 1:
-        raise ValueError(f"grid: expected a positive number of values, got {grid!r}")
     if duo not in (True, False, "both"):
         raise ValueError(f"duo: expected True, False or 'both', got {duo!r}")
 
@@ -199,7 +198,7 @@ def awq_clip(w: Array, gram: Array, bits: int = 4, group_size: int | None = None
     TypeError
         An array of another type.
     ValueError
-        Shapes that do not fit, NaN or Inf.
+        Shapes that do not fit, NaN or Inf, a grid below 1, ``most`` outside 0..1.
 
     >>> import numpy as np
     >>> w = np.float32([[0.1, 0.2, -0.3, 1.0]])
@@ -211,10 +210,9 @@ def awq_clip(w: Array, gram: Array, bits: int = 4, group_size: int | None = None
         raise ValueError(f"w, gram: expected shapes (n, k) and (k, k), got {w.shape} and {gram32.shape}")
     if not np.isfinite(gram32).all():
         raise ValueError("gram: NaN or Inf")
-    k = w.shape[1]
-    group = min(group_size or k, k)
-    spec = QuantSpec(bits, symmetric=symmetric) if group_size is None else QuantSpec(
-        bits, granularity="group", group_size=group_size, symmetric=symmetric)
+    grid, most = _checked_ranges(grid, most)
+    k, spec = w.shape[1], weight_spec(bits, group_size, symmetric)
+    group = min(spec.group_size or k, k)
     column = np.arange(k) // group
     largest = np.maximum.reduceat(np.abs(w), np.arange(0, k, group), axis=1)
     bound, least = largest.copy(), np.full(largest.shape, np.inf)
@@ -225,6 +223,11 @@ def awq_clip(w: Array, gram: Array, bits: int = 4, group_size: int | None = None
         better = error < least
         bound[better], least[better] = limit[better], error[better]
     return np.clip(w, -bound[:, column], bound[:, column])
+
+
+def _checked_ranges(grid: Any, most: Any) -> tuple[int, float]:
+    """The options of :func:`awq_clip`; ValueError where they are none."""
+    return _count("grid", grid, 1), _real("most", most, 0, 1, "a number from 0 to 1")
 
 
 @register("awq-scale")
@@ -241,21 +244,21 @@ class AWQScale(Transform):
     duo: bool | str = "both"
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "mean_abs"})
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", _count("grid", self.grid, 1))
+
     def transform(self, model: Any, statistics: Statistics | None, scheme: Scheme) -> tuple[Any, Scheme]:
         """The folded model; see :meth:`Transform.transform`."""
-        if statistics is None:
-            raise ValueError("AWQ needs calibration: mean_abs and gram of the layers' inputs")
-        for folding in foldings(model):
-            spec = scheme.weights_for(folding.consumers[0])
-            if folding.exact and spec is not None and spec.granularity in ("channel", "group"):
-                model = self._folded(model, folding, statistics[folding.consumers[0]], spec)
+        statistics = calibrated(self, statistics)
+        for folding in targets(model, scheme, STAGES, branch=False):
+            weights, spec, _ = consumers(model, scheme, folding)
+            if spec.granularity not in ("channel", "group"):
+                continue
+            stats = statistics[folding.consumers[0]]
+            scale, info = awq(weights, stats["mean_abs"], stats["gram"], spec.bits, spec.group_size, spec.symmetric,
+                              grid=self.grid, duo=self.duo, tie=folding.tied)
+            model = model if info.ratio is None else fold(model, folding, scale)
         return model, scheme
-
-    def _folded(self, model: Any, folding: Folding, stats: Mapping[str, Array], spec: QuantSpec) -> Any:
-        weights = [model.linears[name].dense() for name in folding.consumers]
-        scale, info = awq(weights, stats["mean_abs"], stats["gram"], spec.bits, spec.group_size, spec.symmetric, grid=self.grid,
-                          duo=self.duo, tie=folding.tied)
-        return model if info.ratio is None else fold(model, folding, scale)
 
 
 @register("awq-clip")
@@ -268,6 +271,10 @@ class AWQClip(Method):
     most: float = 0.5
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
+    def __post_init__(self) -> None:
+        for name, value in zip(("grid", "most"), _checked_ranges(self.grid, self.most)):
+            object.__setattr__(self, name, value)
+
     def quantize(self, w: Array, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> QTensor:
         """Quantize w (n, k) float32 to ``spec``, one scale per channel or group.
 
@@ -276,9 +283,7 @@ class AWQClip(Method):
         ValueError
             No ``stats["gram"]``; another granularity; what :func:`awq_clip` refuses.
         """
-        if spec.granularity not in ("channel", "group"):
-            raise ValueError(f"AWQ quantizes per channel or in groups, not {spec}")
-        if stats is None or "gram" not in stats:
-            raise ValueError("AWQ needs calibration: stats['gram'], the mean over tokens of x x^T")
+        check_by_rows(self, spec)
+        stats = calibrated(self, stats)
         return RTN().quantize(awq_clip(w, stats["gram"], spec.bits, spec.group_size, spec.symmetric, grid=self.grid,
                                        most=self.most), spec)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ..spec import QuantSpec
+
 if TYPE_CHECKING:
     from ..qtensor import QTensor
-    from ..spec import QuantSpec, Scheme
+    from ..spec import Scheme
     from ..statistics import Statistics
 
 __all__ = ["METHODS", "STEPS", "Method", "Repair", "Step", "Transform", "get_method", "register"]
@@ -112,6 +114,35 @@ class Repair(Step):
 
 
 S = TypeVar("S", bound=type[Step])
+G = TypeVar("G", bound=Mapping[str, Any])
+
+
+def calibrated(step: Step, found: G | None) -> G:
+    """``found``, statistics of all layers or of one, where they hold what the step needs; ValueError otherwise."""
+    names = () if found is None else getattr(found, "needs", found)
+    if found is None or not step.needs <= set(names):
+        raise ValueError(f"{type(step).__name__} needs calibration: statistics of the layers' inputs with "
+                         f"{' and '.join(sorted(step.needs))}, see zquant.InputStatistics")
+    return found
+
+
+def check_by_rows(method: Method, spec: QuantSpec) -> None:
+    """ValueError where rows of a matrix share scales."""
+    if spec.granularity not in ("channel", "group"):
+        raise ValueError(f"{type(method).__name__} quantizes per channel or in groups, not {spec}")
+
+
+def weight_spec(bits: int, group_size: int | None, symmetric: bool) -> QuantSpec:
+    """The format with a scale per row, or per group of a row.
+
+    >>> print(weight_spec(4, 64, True), weight_spec(4, None, False), sep="; ")
+    int4, groups of 64; uint4, per channel
+    """
+    def python(value: Any) -> Any:
+        return int(value) if isinstance(value, np.integer) else value
+
+    granularity = "channel" if group_size is None else "group"
+    return QuantSpec(python(bits), granularity=granularity, group_size=python(group_size), symmetric=bool(symmetric))
 
 
 def register(name: Any) -> Any:

@@ -17,10 +17,10 @@ from ..ops.quantize import (
 from ..spec import QuantSpec, Scheme
 from .rtn import RTN
 
-__all__ = ["Loss", "checked_stages", "consumers", "output_error", "rounded_inputs", "targets"]
+__all__ = ["Loss", "checked_stages", "consumers", "matrices", "output_error", "rounded_inputs", "targets"]
 
-#: Error of a layer's outputs: of a scale (k,), a shift (k,) or None, and the largest magnitude in (x - shift) / scale.
-Loss = Callable[[np.ndarray, "np.ndarray | None", float], float]
+#: Error of a layer's outputs: of a scale (k,), and the largest magnitude in the scaled input.
+Loss = Callable[[np.ndarray, float], float]
 
 
 def checked_stages(what: str, stages: Any) -> tuple[str, ...]:
@@ -48,6 +48,11 @@ def consumers(model: Any, scheme: Scheme, folding: Folding) -> tuple[list[np.nda
     return [model.linears[name].weight for name in names], spec, scheme.activations_for(names[0])
 
 
+def matrices(weights: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
+    """One matrix, or several, as a list."""
+    return [weights] if isinstance(weights, np.ndarray) else list(weights)
+
+
 def rounded_inputs(x: np.ndarray, activations: QuantSpec | None, limit: float) -> np.ndarray:
     """x (m, k) float32 after rounding as ``activations`` says; None returns it as it is.
 
@@ -64,21 +69,28 @@ def rounded_inputs(x: np.ndarray, activations: QuantSpec | None, limit: float) -
     return dequantize_linear(quantize_linear(np.clip(x, -limit, limit), scale), scale)
 
 
-def output_error(x: np.ndarray, weights: Sequence[np.ndarray], spec: QuantSpec, activations: QuantSpec | None) -> Loss:
+def output_error(x: np.ndarray, weights: np.ndarray | Sequence[np.ndarray], spec: QuantSpec, activations: QuantSpec | None,
+                 shift: np.ndarray | None = None) -> Loss:
     """How far layers are from float on rows x (m, k), once they read (x - z) / s and inputs and weights are rounded:
 
         mean over rows of  sum over layers of  |Q((x - z) / s) Q(W diag(s))^T - (x - z) W^T|^2
 
-    The bias b + W z cancels. Weights round to nearest.
+    z is ``shift`` (k,), or 0; s is what the loss is a function of. The bias b + W z cancels. Weights round to nearest.
+    ValueError where shapes do not fit, or x is not finite.
     """
-    x = np.ascontiguousarray(x, np.float32)
-    stacked = np.concatenate([np.asarray(w, np.float32) for w in weights])
-    method = RTN()
+    x, parts = np.ascontiguousarray(x, np.float32), [np.asarray(w, np.float32) for w in matrices(weights)]
+    if x.ndim != 2 or not parts or any(w.ndim != 2 or w.shape[1] != x.shape[1] for w in parts):
+        raise ValueError("samples, weights: expected shapes (m, k) and (n, k) with the same k, got "
+                         f"{x.shape} and {[w.shape for w in parts]}")
+    if not np.isfinite(x).all():
+        raise ValueError("samples: NaN or Inf")
+    stacked, method = np.concatenate(parts), RTN()
+    moved = x if shift is None else (x - shift).astype(np.float32)
+    wanted = moved @ stacked.T
 
-    def loss(scale: np.ndarray, shift: np.ndarray | None, limit: float) -> float:
-        moved = x if shift is None else (x - shift).astype(np.float32)
+    def loss(scale: np.ndarray, limit: float) -> float:
         inputs = rounded_inputs((moved / scale).astype(np.float32), activations, limit)
         rounded = method.quantize((stacked * scale).astype(np.float32), spec).dequantize()
-        return float(np.square(inputs @ rounded.T - moved @ stacked.T, dtype=np.float64).sum() / max(1, len(x)))
+        return float(np.square(inputs @ rounded.T - wanted, dtype=np.float64).sum() / max(1, len(x)))
 
     return loss

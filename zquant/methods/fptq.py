@@ -19,7 +19,7 @@ import numpy as np
 from ..models.foldings import fold, foldings
 from ..spec import TOKEN_ASYMMETRIC, QuantSpec, Scheme
 from ..statistics import Statistics
-from .base import Transform, register
+from .base import Transform, calibrated, register
 from .smoothquant import _channels
 
 __all__ = ["FPTQ", "STATIC", "FPTQPolicy", "fptq"]
@@ -102,7 +102,7 @@ class FPTQ(Transform):
         ValueError
             A scheme that leaves activations as they are.
         """
-        assert statistics is not None
+        statistics = calibrated(self, statistics)
         if scheme.activations is None:
             raise ValueError(f"FPTQ decides how activations are quantized; scheme {scheme.name} leaves them float")
         token = scheme.activations if scheme.activations.granularity == "token" else TOKEN_ASYMMETRIC

@@ -19,7 +19,7 @@ from .. import _core
 from ..ops.quantize import _array, quantize_weight
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from . import Method, register
+from .base import Method, calibrated, check_by_rows, register, weight_spec
 
 __all__ = ["FP4", "GPTAQ", "GPTQ", "NF4", "GridTensor", "SolveInfo", "gptq"]
 
@@ -124,9 +124,9 @@ def _grid(grid: str | Sequence[float] | Array) -> tuple[Array, Array]:
 def _order(diagonal: Array, act_order: bool | str, group: int) -> Array:
     """The columns in the order in which they are quantized."""
     k = len(diagonal)
-    if act_order is False:
+    if not act_order:
         return np.arange(k, dtype=np.int64)
-    if act_order is True:
+    if act_order != "group":
         return np.argsort(-diagonal, kind="stable").astype(np.int64)
     number, most = np.arange(k) // group, np.maximum.reduceat(diagonal, np.arange(0, k, group))
     last = number == k // group  # a short group stays last
@@ -138,7 +138,7 @@ def _check(symmetric: object, act_order: object, static_groups: object, mse: obj
     for name, value in named.items():
         if not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"{name}: expected True or False, got {value!r}")
-    if not isinstance(act_order, bool) and act_order != "group":
+    if not isinstance(act_order, (bool, np.bool_)) and act_order != "group":
         raise ValueError(f"act_order: expected True, False or 'group', got {act_order!r}")
 
 
@@ -241,11 +241,9 @@ def gptq(w: Array, hessian: Array, bits: int = 4, group_size: int | None = None,
     if w.ndim != 2:
         raise ValueError(f"w: expected 2 dimensions, got {w.ndim}")
     k = w.shape[1]
-    symmetric = bool(symmetric)
-    spec = QuantSpec(bits, symmetric=symmetric) if group_size is None else QuantSpec(
-        bits, granularity="group", group_size=group_size, symmetric=symmetric)
-    group = max(1, min(group_size or k, k))
-    if not static_groups and act_order is True and group < k:
+    spec = weight_spec(bits, group_size, symmetric)
+    group = max(1, min(spec.group_size or k, k))
+    if not static_groups and act_order and act_order != "group" and group < k:
         raise ValueError("static_groups=False needs act_order=False or 'group': act_order=True tears groups apart")
     hessian = _square(hessian, "hessian", k)
     if deviation is not None:
@@ -256,8 +254,8 @@ def gptq(w: Array, hessian: Array, bits: int = 4, group_size: int | None = None,
         return _tensor(codes, scales, zeros, spec, table, group), SolveInfo(0.0, 0.0, float(damping), 0, 0, 0, None)
     order = _order(np.diagonal(hessian), act_order, group)
     values, borders = table if table is not None else (None, None)
-    solved = _core.gptq(w, hessian, deviation, order, bits, symmetric, values, borders, group, not static_groups, bool(mse),
-                        bool(compare) and deviation is None, block, damping, alpha)
+    solved = _core.gptq(w, hessian, deviation, order, spec.bits, spec.symmetric, values, borders, group,
+                        not static_groups, bool(mse), bool(compare) and deviation is None, block, damping, alpha)
     if solved is None:
         return _fallen_back(w, hessian, deviation, alpha, spec, table, group)
     (codes, scales, zeros, loss, rtn_loss, is_rtn), used, rank, dead = solved
@@ -325,11 +323,8 @@ class GPTQ(Method):
 
     def solve(self, w: Array, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> tuple[QTensor, SolveInfo]:
         """As :meth:`quantize`, with what the solver has to say."""
-        if spec.granularity not in ("channel", "group"):
-            raise ValueError(f"GPTQ quantizes per channel or in groups, not {spec}")
-        if stats is None or not self.needs <= stats.keys():
-            raise ValueError(f"{type(self).__name__} needs calibration: stats with {' and '.join(sorted(self.needs))}, "
-                             "the mean over tokens of x x^T and, for GPTAQ, of (x_float - x) x^T")
+        check_by_rows(self, spec)
+        stats = calibrated(self, stats)
         tensor, info = gptq(w, stats["gram"], spec.bits, spec.group_size, spec.symmetric, act_order=self.act_order,
                             static_groups=self.static_groups, damping=self.damping, block=self.block, mse=self.mse,
                             **self._further(stats))

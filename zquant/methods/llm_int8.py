@@ -18,7 +18,7 @@ from ..extras import Outliers
 from ..ops.quantize import _array, quantize_weight
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .base import Repair, register
+from .base import Repair, calibrated, register
 
 __all__ = ["LLMInt8", "llm_int8_matmul"]
 
@@ -66,15 +66,19 @@ def llm_int8_matmul(x: Array, w: Array, threshold: float = 6.0, bias: Array | No
     (True, True)
     """
     x, w = _array(x, "x", "float32"), _array(w, "w", "float32")
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or not w.shape[1]:
         raise ValueError(f"x, w: expected shapes (m, k) and (n, k), got {x.shape} and {w.shape}")
-    if not threshold > 0:
-        raise ValueError(f"threshold: expected a number above 0, got {threshold!r}")
+    _check_threshold(threshold)
     codes, scales, _ = quantize_weight(w, 8)
     columns = np.flatnonzero((np.abs(x) >= threshold).any(axis=0))
     handle = _core.linear_pack_s8(codes, scales[:, 0], bias)
     _core.linear_outliers(handle, float(threshold), columns, np.ascontiguousarray(w[:, columns]))
     return _core.linear_forward(handle, x, SYMMETRIC if symmetric else ASYMMETRIC, 0, None, 0)
+
+
+def _check_threshold(threshold: Any) -> None:
+    if isinstance(threshold, (bool, str)) or not threshold > 0:
+        raise ValueError(f"threshold: expected a number above 0, got {threshold!r}")
 
 
 @register("llm.int8")
@@ -98,11 +102,13 @@ class LLMInt8(Repair):
     needs: ClassVar[frozenset[str]] = frozenset({"absmax"})
     fills: ClassVar[str] = "outliers"
 
+    def __post_init__(self) -> None:
+        _check_threshold(self.threshold)
+
     def repair(self, w: Array, tensor: QTensor, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> Any:
         """The outlier columns of calibration with their weights."""
         if not (spec.bits == 8 and spec.symmetric and spec.granularity in ("channel", "row_block", "tensor")):
             raise ValueError(f"LLM.int8() is for symmetric 8-bit weights with a scale per channel, not {spec}")
-        if stats is None or "absmax" not in stats:
-            raise ValueError("LLM.int8() needs calibration: stats['absmax'], the largest abs(x) of each channel")
+        stats = calibrated(self, stats)
         columns = np.flatnonzero(stats["absmax"] >= self.threshold).astype(np.int64)
         return Outliers(float(self.threshold), columns, np.ascontiguousarray(w[:, columns], np.float32))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..extras import LowRank
+from ..generate import _count
 from ..ops.quantize import _array, quantize_weight
 from ..qtensor import QTensor
 from ..spec import QuantSpec
@@ -109,8 +110,7 @@ def lorc(w: Array, w_hat: Array, rank: int = 8, int8: bool = False) -> LowRank:
     w, w_hat = _array(w, "w", "float32"), _array(w_hat, "w_hat", "float32")
     if w.ndim != 2 or w.shape != w_hat.shape or not w.size:
         raise ValueError(f"w, w_hat: expected two matrices of one shape, got {w.shape} and {w_hat.shape}")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank: expected a whole number from 1, got {rank!r}")
+    rank = _count("rank", rank, 1)
     for name, array in (("w", w), ("w_hat", w_hat)):
         if not np.isfinite(array).all():
             raise ValueError(f"{name}: NaN or Inf")
@@ -135,6 +135,9 @@ class LoRC(Repair):
 
     rank: int = 8
     int8: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", _count("rank", self.rank, 1))
 
     def repair(self, w: Array, tensor: QTensor, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> Any:
         """The low-rank part of w - tensor."""

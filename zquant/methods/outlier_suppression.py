@@ -19,10 +19,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..generate import _count
 from ..models.foldings import fold
 from ..spec import TOKEN_ASYMMETRIC, QuantSpec, Scheme
 from ..statistics import Statistics
-from .base import Transform, register
+from .base import Transform, calibrated, register
 from .folded import Loss, checked_stages, consumers, output_error, targets
 
 __all__ = ["OutlierSuppression", "outlier_suppression", "thresholds"]
@@ -42,11 +43,11 @@ def _scale(half: np.ndarray, threshold: float) -> np.ndarray:
     return np.maximum(1.0, half / threshold)
 
 
-def _search(half: np.ndarray, shift: np.ndarray | None, loss: Loss, steps: int) -> np.ndarray:
+def _search(half: np.ndarray, loss: Loss, steps: int) -> np.ndarray:
     best, chosen = np.inf, np.ones(len(half))
     for t in thresholds(float(half.max(initial=0)), steps).tolist():
         scale = _scale(half, t)
-        error = loss(scale, shift, t)
+        error = loss(scale, t)
         if error < best:
             best, chosen = error, scale
     return chosen
@@ -99,8 +100,10 @@ def outlier_suppression(minmax: Any, threshold: float | None = None, *, samples:
         return z, _scale(half, threshold)
     if samples is None or weights is None:
         raise ValueError("outlier_suppression: give a threshold, or samples and weights to search it with")
-    parts = [weights] if isinstance(weights, np.ndarray) else list(weights)
-    return z, _search(half, z if shift else None, output_error(samples, parts, spec, activations), steps)
+    if np.shape(samples)[1:] != half.shape:
+        raise ValueError(f"samples: expected shape (m, {len(half)}) as minmax has, got {np.shape(samples)}")
+    loss = output_error(samples, weights, spec, activations, z if shift else None)
+    return z, _search(half, loss, _count("steps", steps, 1))
 
 
 @register("outlier_suppression")
@@ -135,12 +138,11 @@ class OutlierSuppression(Transform):
     def __post_init__(self) -> None:
         if self.stages is not None:
             object.__setattr__(self, "stages", checked_stages("OutlierSuppression", self.stages))
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"OutlierSuppression: steps must be an integer, at least 1; got {self.steps!r}")
+        object.__setattr__(self, "steps", _count("OutlierSuppression: steps", self.steps, 1))
 
     def transform(self, model: Any, statistics: Statistics | None, scheme: Scheme) -> tuple[Any, Scheme]:
         """See :meth:`Transform.transform`; the scheme stays as it is."""
-        assert statistics is not None
+        statistics = calibrated(self, statistics)
         gated = getattr(model.dims, "gated", False)
         stages = ("qkv", "mlp", "down")[:3 if gated else 2] if self.stages is None else self.stages
         for folding in targets(model, scheme, stages, self.branch):

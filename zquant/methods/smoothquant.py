@@ -17,8 +17,8 @@ import numpy as np
 from ..models.foldings import fold
 from ..spec import QuantSpec, Scheme
 from ..statistics import Statistics
-from .base import Transform, register
-from .folded import checked_stages, consumers, output_error, targets
+from .base import Transform, calibrated, register
+from .folded import checked_stages, consumers, matrices, output_error, targets
 
 __all__ = ["ALPHAS", "LEAST", "SmoothQuant", "search_alpha", "smoothquant_scales"]
 
@@ -29,7 +29,7 @@ LEAST = 1e-5
 
 
 def _column_maxima(weights: np.ndarray | Sequence[np.ndarray], k: int) -> np.ndarray:
-    parts = [weights] if isinstance(weights, np.ndarray) else list(weights)
+    parts = matrices(weights)
     if not parts:
         raise ValueError("weights: expected a matrix or a list of matrices, got none")
     for w in parts:
@@ -38,10 +38,10 @@ def _column_maxima(weights: np.ndarray | Sequence[np.ndarray], k: int) -> np.nda
     return np.max([np.abs(w).max(axis=0, initial=0) for w in parts], axis=0).astype(np.float64)
 
 
-def _channels(absmax: Any, name: str = "absmax") -> np.ndarray:
+def _channels(absmax: Any) -> np.ndarray:
     values = np.asarray(absmax, np.float64)
     if values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
-        raise ValueError(f"{name}: expected finite magnitudes of shape (k,), none below 0")
+        raise ValueError("absmax: expected finite magnitudes of shape (k,), none below 0")
     return values
 
 
@@ -100,13 +100,14 @@ def search_alpha(absmax: Any, samples: np.ndarray, weights: np.ndarray | Sequenc
     spec, activations
         Formats of the weights and of the inputs.
     """
-    parts = [weights] if isinstance(weights, np.ndarray) else list(weights)
-    loss, most = output_error(samples, parts, spec, activations), _channels(absmax)
-    best, chosen = loss(np.ones(len(most)), None, float(most.max(initial=0))), None
-    scales = np.ones(len(most))
+    most = _channels(absmax)
+    if np.shape(samples)[1:] != most.shape:
+        raise ValueError(f"samples: expected shape (m, {len(most)}) as absmax has, got {np.shape(samples)}")
+    loss, scales = output_error(samples, weights, spec, activations), np.ones(len(most))
+    best, chosen = loss(scales, float(most.max(initial=0))), None
     for alpha in ALPHAS:
-        scale = smoothquant_scales(most, parts, alpha)
-        error = loss(scale, None, float((most / scale).max(initial=0)))
+        scale = smoothquant_scales(most, weights, alpha)
+        error = loss(scale, float((most / scale).max(initial=0)))
         if error < best:
             best, chosen, scales = error, alpha, scale
     return chosen, scales
@@ -148,13 +149,13 @@ class SmoothQuant(Transform):
 
     def transform(self, model: Any, statistics: Statistics | None, scheme: Scheme) -> tuple[Any, Scheme]:
         """See :meth:`Transform.transform`; the scheme stays as it is."""
-        assert statistics is not None
+        statistics = calibrated(self, statistics)
         for folding in targets(model, scheme, self.stages, self.branch):
             stats = statistics[folding.consumers[0]]
-            weights = [model.linears[name].weight for name in folding.consumers]
             if isinstance(self.alpha, str):
                 scale = search_alpha(stats["absmax"], stats["samples"], *consumers(model, scheme, folding))[1]
             else:
+                weights = [model.linears[name].weight for name in folding.consumers]
                 scale = smoothquant_scales(stats["absmax"], weights, self.alpha)
             model = fold(model, folding, folding.tied(scale), branch=self.branch)
         return model, scheme
