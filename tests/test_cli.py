@@ -186,7 +186,9 @@ def fake(monkeypatch):
 def test_compare(capsys, tmp_path, fake):
     sentences = tmp_path / "sentences.txt"
     sentences.write_text("first sentence\n\nanother one\n")
-    code, out, _ = call(capsys, "compare", "float", "int8", "--sentences", sentences, "--json", tmp_path / "r.json")
+    code, out, _ = call(capsys, "compare", "float", "int8", "--sentences", sentences, "--json", tmp_path / "r.json",
+                        "--html", tmp_path / "r.html")
+    assert "Signal to noise" in (tmp_path / "r.html").read_text()
     assert code == 0 and "2 sentences" in out and Model.names[0] in out
     assert json.loads((tmp_path / "r.json").read_text())["scheme"] == "w8a8"
 

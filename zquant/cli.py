@@ -245,7 +245,7 @@ def _add_quantize(commands: Any) -> None:
 
 
 def _add_loss(parser: argparse.ArgumentParser) -> None:
-    """What the loss is measured on, and where the results go."""
+    """What the loss is measured on, and where the results go; see :func:`_loss_data`."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text for the perplexity of a language model")
     source.add_argument("--sentences", metavar="FILE", type=Path, help="one a line, for the fidelity of an encoder")
@@ -260,9 +260,14 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
         default=16384,
         help="tokens of the text that are used (default: %(default)s)",
     )
+    _add_files(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    """Where results go besides the terminal; see :func:`_write_files`."""
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results as JSON")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write their picture (.png, .svg, .pdf)")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write their table as HTML")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write their tables as HTML")
 
 
 def _add_sweep(commands: Any) -> None:
@@ -332,8 +337,7 @@ def _add_compare(commands: Any) -> None:
     )
     source.add_argument("--text", metavar="FILE", type=Path, help="text that language models are compared on")
     parser.add_argument("--all", action="store_true", help="print every layer, not the ten worst")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the report as JSON")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="write the report's picture (.png, .svg, .pdf)")
+    _add_files(parser)
 
 
 def _add_eval(commands: Any) -> None:
@@ -563,8 +567,7 @@ def _sentences(path: Path) -> list[str]:
 def _compare(arguments: argparse.Namespace) -> None:
     from .report import compare
 
-    if arguments.plot:
-        from . import plot  # noqa: F401  says at once that matplotlib is missing
+    _check_plot(arguments)
     given, pairs = _compared(arguments)
     model, quantized = _open(arguments.model), _open(arguments.quantized)
     if hasattr(_network(model), "new_cache") != isinstance(given, Path):
@@ -577,18 +580,28 @@ def _compare(arguments: argparse.Namespace) -> None:
         print("\nSTS (Spearman, Pearson x100)")
         for name, encoder in (("float32", model), (report.scheme, quantized)):
             print(f"  {name:<10} {sts(encoder, pairs)}")
-    if arguments.json:
-        report.save_json(arguments.json)
+    _write_files(report, arguments)
+
+
+def _check_plot(arguments: argparse.Namespace) -> None:
     if arguments.plot:
-        report.plot().savefig(arguments.plot, dpi=130)
+        from . import plot  # noqa: F401  says at once that matplotlib is missing
+
+
+def _write_files(found: Any, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        found.save_json(arguments.json)
+    if arguments.plot:
+        found.plot().savefig(arguments.plot, dpi=130)
+    if arguments.html:
+        found.save_html(arguments.html)
 
 
 def _loss_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model, and what its loss is measured on."""
     from .evaluate import read_pairs
 
-    if arguments.plot:
-        from . import plot  # noqa: F401  says at once that matplotlib is missing
+    _check_plot(arguments)
     for path in (arguments.text, arguments.calib):
         if path is not None:
             path.stat()
@@ -602,12 +615,7 @@ def _loss_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
 def _write_results(found: Any, arguments: argparse.Namespace) -> None:
     """What was found, also where Ctrl-C ended it early."""
     print(found)
-    if arguments.json:
-        found.save_json(arguments.json)
-    if arguments.plot:
-        found.plot().savefig(arguments.plot, dpi=130)
-    if arguments.html:
-        found.save_html(arguments.html)
+    _write_files(found, arguments)
     if found.interrupted:
         raise KeyboardInterrupt
 

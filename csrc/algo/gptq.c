@@ -358,7 +358,7 @@ product(const solver *s, const triangle *t, const float *panel, int64_t c0, int6
     }
 }
 
-/* What columns j0..j1-1 lost, to columns c0..c1-1 of panel p; f lies c0's feedback. */
+/* What columns j0..j1-1 lost, to columns c0..c1-1 of panel p; f holds the feedback of c0 and those after it. */
 static void
 feed(const solver *s, const slab *b, int64_t p, int64_t c0, int64_t c1, int64_t j0, int64_t j1, float *f)
 {

@@ -95,6 +95,11 @@ def awq(weights: Array | Sequence[Array], mean_abs: Array, gram: Array, bits: in
         tie: Any = None) -> tuple[Array, AWQInfo]:
     """The scale of a layer's input channels with which its weights lose least when rounded to nearest.
 
+        minimise over r:  sum over layers of  tr E C E^T,   E = Q(W diag(s)) diag(1 / s) - W,   s = x^r  or  x^r / w^(1 - r)
+
+    Lin et al., 2023, arXiv 2306.00978, section 3.2; x is ``mean_abs``, C is ``gram``, w the mean of abs(W) relative to the
+    largest of its group.
+
     Parameters
     ----------
     weights : float32, shape (n, k), or a list of such
@@ -110,7 +115,7 @@ def awq(weights: Array | Sequence[Array], mean_abs: Array, gram: Array, bits: in
     duo
         False: s = x^r, as in the paper. True: divided by w^(1 - r), as in AutoAWQ. "both": whichever is better.
     tie
-        A function (k,) -> (k,) that makes scales equal which have to be.
+        None, or a function (k,) -> (k,) that makes scales equal which have to be.
 
     Returns
     -------
@@ -176,6 +181,10 @@ def _group_errors(error: Array, gram: Array, group: int) -> Array:
 def awq_clip(w: Array, gram: Array, bits: int = 4, group_size: int | None = None, symmetric: bool = True, *, grid: int = 20,
              most: float = 0.5) -> Array:
     """The weights clipped, group by group, to the range in which the output's error is least when they are rounded to nearest.
+
+        minimise over t, for each group g of a row:  e C_gg e^T,   e = Q(clip(w_g, -t, t)) - w_g
+
+    The second half of AWQ (Lin et al., 2023, arXiv 2306.00978), as in the authors' code.
 
     Parameters
     ----------

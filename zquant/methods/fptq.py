@@ -38,12 +38,21 @@ class FPTQPolicy(NamedTuple):
 def fptq(absmax: Any, v0: float = 15, v1: float = 150) -> FPTQPolicy:
     """How FPTQ quantizes an input, by the largest magnitude of each of its channels.
 
+        v = max m_k,   v <= v0: static;   v0 < v <= v1: equalize by s_k = m_k / log2(2 + m_k);   v1 < v: per token
+
+    Li et al., 2023, arXiv 2308.15987.
+
     Parameters
     ----------
-    absmax
-        (k,) over the calibration data.
+    absmax : shape (k,)
+        m, over the calibration data.
     v0, v1
         Up to v0 one scale will do, up to v1 with equalization; beyond, scales are per token.
+
+    Returns
+    -------
+    FPTQPolicy
+        The mode, and what the input is divided by.
 
     Raises
     ------

@@ -34,7 +34,7 @@ def _table(*values: float) -> Array:
 
 #: The values of float4 (E2M1).
 FP4 = _table(-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)
-#: NormalFloat4 (Dettmers et al., 2023, QLoRA): quantiles of the normal distribution.
+#: NormalFloat4 (Dettmers et al., 2023, QLoRA, arXiv 2305.14314): quantiles of the normal distribution.
 NF4 = _table(-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
              -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
              0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1)
@@ -177,7 +177,10 @@ def gptq(w: Array, hessian: Array, bits: int = 4, group_size: int | None = None,
          compare: bool = True) -> tuple[Union[QTensor, GridTensor], SolveInfo]:
     """GPTQ: quantize a layer's weights so that its outputs change least on the calibration data.
 
-    Layers with the same input (query, key and value) have the same H; their rows may be stacked and solved at once.
+        minimise tr (w - q) H (w - q)^T:    e_i = (w'_i - q_i) / U_ii,   w'_c -= e_i U_ic  for c > i,   H^-1 = U^T U
+
+    Frantar et al., 2022, arXiv 2210.17323, algorithm 1; with ``deviation`` GPTAQ, Li et al., 2025, arXiv 2504.02692. Layers
+    with the same input (query, key and value) have the same H; their rows may be stacked and solved at once.
 
     Parameters
     ----------

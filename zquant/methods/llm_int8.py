@@ -30,6 +30,10 @@ def llm_int8_matmul(x: Array, w: Array, threshold: float = 6.0, bias: Array | No
                     symmetric: bool = True) -> Array:
     """x w^T + bias with int8 codes, but for the columns of x that reach the threshold: those are multiplied in float32.
 
+        O = {h : |x_ih| >= threshold for some i},   y = x_O w_O^T + c_x c_w (x_int8 w_int8^T without O) + bias
+
+    LLM.int8() (Dettmers et al., 2022, arXiv 2208.07339, section 3.2).
+
     Parameters
     ----------
     x : float32, shape (m, k)

@@ -72,6 +72,10 @@ def _coded(factor: Array) -> QTensor:
 def lorc(w: Array, w_hat: Array, rank: int = 8, int8: bool = False) -> LowRank:
     """The low-rank part of a quantization error.
 
+        W - W_hat = U S V,   u = U_m S_m^1/2,   v = S_m^1/2 V_m
+
+    LoRC (Yao et al., 2023, ZeroQuant-V2, arXiv 2303.08302, section 5).
+
     Parameters
     ----------
     w : float32, shape (n, k)

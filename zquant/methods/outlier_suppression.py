@@ -59,18 +59,22 @@ def outlier_suppression(minmax: Any, threshold: float | None = None, *, samples:
                         steps: int = 40) -> tuple[np.ndarray, np.ndarray]:
     """The shift and the scale of a layer's input channels.
 
+        x' = (x - z) / s,   z_j = (max x_j + min x_j) / 2,   s_j = max(1, max|x_j - z_j| / t)
+
+    Outlier Suppression+ (Wei et al., 2023, arXiv 2304.09145).
+
     Parameters
     ----------
-    minmax
-        (2, k) least and greatest value of each channel over the calibration data.
+    minmax : shape (2, k)
+        Least and greatest value of each channel over the calibration data.
     threshold
         t; None searches the one with the least error, which needs samples and weights.
-    samples
-        (m, k) float32 rows of the input.
-    weights
-        (n, k), or those of all layers that read it.
+    samples : float32, shape (m, k)
+        Rows of the input.
+    weights : float32, shape (n, k), or a list of such
+        (out, in), of all layers that read it.
     spec, activations
-        Formats of the weights and of the inputs.
+        Formats of the weights and of the inputs: int8 per channel, and uint8 per token, by default.
     shift
         False leaves z at 0.
     steps
@@ -84,7 +88,8 @@ def outlier_suppression(minmax: Any, threshold: float | None = None, *, samples:
     Raises
     ------
     ValueError
-        A threshold that is not positive; shapes that do not fit; NaN; neither threshold nor samples and weights.
+        A threshold that is not positive; shapes that do not fit; NaN or Inf; steps below 1; neither threshold nor
+        samples and weights.
 
     >>> outlier_suppression([[-1.0, 2.0, -9.0], [3.0, 4.0, 9.0]], 3.0)
     (array([1., 3., 0.]), array([1., 1., 3.]))

@@ -48,12 +48,16 @@ def _channels(absmax: Any) -> np.ndarray:
 def smoothquant_scales(absmax: Any, weights: np.ndarray | Sequence[np.ndarray], alpha: float = 0.5) -> np.ndarray:
     """The scales that SmoothQuant divides a layer's input channels by.
 
+        s_j = max|x_j|^alpha / max|W_:j|^(1 - alpha)
+
+    Xiao et al., 2022, arXiv 2211.10438, equation 4; in float64.
+
     Parameters
     ----------
-    absmax
-        (k,) largest magnitude of each channel of the input over the calibration data.
-    weights
-        (n, k), or those of all layers that read this input.
+    absmax : shape (k,)
+        Largest magnitude of each channel of the input over the calibration data.
+    weights : shape (n, k), or a list of such
+        (out, in), of all layers that read this input.
     alpha
         How much of the activations' size goes to the weights: 0 to 1.
 
@@ -86,6 +90,8 @@ def search_alpha(absmax: Any, samples: np.ndarray, weights: np.ndarray | Sequenc
                  activations: QuantSpec | None) -> tuple[float | None, np.ndarray]:
     """The alpha of ALPHAS with which the layers' outputs lose least, and its scales; (None, ones) where none helps.
 
+        minimise over alpha:  |Q(x / s) Q(W diag(s))^T - x W^T|^2
+
     Both sides are rounded as they will be, on rows of the input: a Gram matrix tells what rounded weights do, but not how
     large the steps of per-token activations are, which depend on the largest channel of each token.
 
@@ -99,6 +105,18 @@ def search_alpha(absmax: Any, samples: np.ndarray, weights: np.ndarray | Sequenc
         (n, k), or those of all layers that read it.
     spec, activations
         Formats of the weights and of the inputs.
+
+    Raises
+    ------
+    ValueError
+        NaN, Inf, shapes that do not fit.
+
+    >>> rng = np.random.default_rng(0)
+    >>> x, w = rng.standard_normal((64, 16)).astype(np.float32), rng.standard_normal((8, 16)).astype(np.float32)
+    >>> x[:, 3] *= 50
+    >>> alpha, scale = search_alpha(np.abs(x).max(0), x, w, QuantSpec(8), QuantSpec(8, granularity="token", dynamic=True))
+    >>> alpha is not None and bool(scale[3] > 3 * np.delete(scale, 3).max())
+    True
     """
     most = _channels(absmax)
     if np.shape(samples)[1:] != most.shape:
