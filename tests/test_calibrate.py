@@ -539,6 +539,7 @@ def test_bad_data(tmp_path, data, message):
 @pytest.mark.parametrize("options, message", [
     (dict(needs={"hessian"}), "unknown statistics hessian; known: absmax"), (dict(needs=()), "no statistics"),
     (dict(needs=3), "expected names"), (dict(mode="serial"), "'parallel' or 'sequential', got 'serial'"),
+    (dict(mode="sequential", scheme="w8a8", method="lkd"), "lkd trains whole blocks"),
     (dict(mode="sequential"), "needs a scheme"), (dict(samples=0), "samples"), (dict(seq_len=41), "takes 40 tokens"),
     (dict(seq_len=0), "seq_len"), (dict(seed=-1), "seed"), (dict(rows=0), "rows"), (dict(batch_tokens=0), "batch_tokens"),
 ])

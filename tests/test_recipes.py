@@ -354,6 +354,8 @@ def test_step_from_dict_refuses_what_it_does_not_know():
     assert Step.from_dict({"method": "lorc", "rank": 3}) == LoRC(rank=3)
     with pytest.raises(ValueError, match="unknown options"):
         Step.from_dict({"method": "lorc", "ranks": 3})
+    with pytest.raises(ValueError, match="method: expected its name and options as a mapping, got 'lorc'"):
+        Step.from_dict("lorc")
 
 
 def test_preset_puts_a_name(monkeypatch):

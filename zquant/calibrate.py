@@ -20,7 +20,7 @@ from ._progress import bar
 from .evaluate import read_text
 from .generate import _count, text_ids
 from .linear import Linear
-from .methods import Method, Recipe
+from .methods import BlockMethod, Method, Recipe
 from .models.steps import Batch, Run, Steps, Unit, steps_of
 from .perplexity import _checked, _not_a_name
 from .spec import Scheme
@@ -158,6 +158,9 @@ def _quantizer(model: Any, mode: str, scheme: str | Scheme | None, method: Any) 
     recipe = Recipe.of(method)
     if recipe.transforms:
         raise ValueError(f"method: {recipe.name} transforms the model before it is calibrated; calibrate what it made of it")
+    if isinstance(recipe.method, BlockMethod):
+        raise ValueError(f"method: {recipe.name} trains whole blocks, which are not there before they are calibrated; name a "
+                         "solver of single layers")
     return Quantizer(model, Scheme.parse(scheme), recipe)
 
 

@@ -1,25 +1,24 @@
 """Quantization methods, one file per paper; each registers a frozen dataclass. Recipes combine them."""
 from __future__ import annotations
 
+from .awq import AWQClip, AWQScale
 from .base import METHODS, STEPS, Method, Repair, Step, Transform, get_method, register
+from .fptq import FPTQ
+from .gptq import GPTAQ, GPTQ
+from .lkd import LKD, BlockMethod, ZQGlobal
+from .llm_int8 import LLMInt8
+from .lorc import LoRC
+from .outlier_suppression import OutlierSuppression
 from .recipe import PRESETS, Preset, Recipe, preset
+from .rtn import RTN
+from .smoothquant import SmoothQuant
+from .zq_local import ZQLocal
 
 __all__ = [
     "AWQClip", "AWQScale", "BlockMethod", "FPTQ", "GPTAQ", "GPTQ", "LLMInt8", "LKD", "LoRC", "METHODS", "Method",
     "OutlierSuppression", "PRESETS", "Preset", "RTN", "Recipe", "Repair", "STEPS", "SmoothQuant", "Step", "Transform",
     "ZQGlobal", "ZQLocal", "get_method", "preset", "register",
 ]
-
-from .awq import AWQClip, AWQScale  # noqa: E402  (needs register)
-from .fptq import FPTQ  # noqa: E402
-from .gptq import GPTAQ, GPTQ  # noqa: E402
-from .lkd import LKD, BlockMethod, ZQGlobal  # noqa: E402
-from .llm_int8 import LLMInt8  # noqa: E402
-from .lorc import LoRC  # noqa: E402
-from .outlier_suppression import OutlierSuppression  # noqa: E402
-from .rtn import RTN  # noqa: E402
-from .smoothquant import SmoothQuant  # noqa: E402
-from .zq_local import ZQLocal  # noqa: E402
 
 preset("zeroquant", "rtn", "w8a8")
 preset("gptq", "gptq", "w4a16")

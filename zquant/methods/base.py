@@ -52,6 +52,8 @@ class Step:
         >>> Step.from_dict({"method": "rtn"})
         RTN()
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"method: expected its name and options as a mapping, got {data!r}")
         options = dict(data)
         cls = step_class(options.pop("method", None))
         if unknown := sorted(set(options) - {f.name for f in fields(cls)}):

@@ -16,7 +16,7 @@ import numpy as np
 from ..ops.quantize import quantize_weight, quantize_weight_blocks
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from . import Method, register
+from .base import Method, register
 
 __all__ = ["RTN"]
 
