@@ -140,7 +140,8 @@ def lkd(block: FloatBlock, inputs: Any, targets: Any, scheme: str | Scheme, *, l
     Raises
     ------
     ValueError
-        NaN or Inf, shapes that do not fit, formats that cannot be trained, options that no descent can have.
+        NaN or Inf, shapes that do not fit, formats that cannot be trained, options that no descent can have, a
+        learning rate at which float32 overflows.
     TypeError
         Hidden states, weights or scales that are not float32.
 
