@@ -1,6 +1,7 @@
 """Training of blocks as a run: finished blocks as files, hidden states in files, executors. The same bits in every case."""
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import multiprocessing
@@ -160,6 +161,17 @@ def test_files_of_another_run_are_refused(model, tmp_path, count_steps, what):
         train(other, work_dir=tmp_path / "work", **OTHERS[what])
 
 
+def test_seeds_of_numpy_are_seeds(model, tmp_path):
+    plain, other = (train(model, seed=seed, steps=1, work_dir=tmp_path) for seed in (3, np.int64(3)))
+    assert bits(plain) == bits(other)
+
+
+@pytest.mark.parametrize("wrong", [dict(inputs="studnet"), dict(seed=-1)])
+def test_what_a_run_refuses(model, wrong):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
+        train(model, **wrong)
+
+
 def test_the_starting_layers_are_part_of_the_run(model, tmp_path):
     ids, scheme = ids_of(), Scheme.parse("w4a16-g16")
     layers = {method: dict(zq.quantize(model, scheme, method, calib=ids).named_linears()) for method in ("rtn", "gptq")}
@@ -176,6 +188,8 @@ def test_a_work_directory_that_is_none(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file: is a file"):
         WorkDirectory(tmp_path / "file", {})
+    with pytest.raises(OSError, match="/proc/self/"):  # nobody writes there
+        WorkDirectory("/proc/self", {})
     directory = WorkDirectory(tmp_path, {"seed": 0})
     assert directory.load("a") is None
     write_safetensors(tmp_path / "a.safetensors", {"x": np.zeros(1)}, {"format": "np"})
@@ -234,6 +248,19 @@ def test_a_forked_child_leaves_the_file(tmp_path):
         gc.collect()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0 and x.path.exists()
+
+
+def test_a_full_disk_says_where(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device, for 4,000 bytes of hidden states: '.*/.hidden-") as found:
+        HiddenStates(100, 10, bound=0, directory=tmp_path)
+    assert found.value.errno == errno.ENOSPC
+    del found
+    gc.collect()
+    assert files(tmp_path) == []
 
 
 def test_files_of_killed_processes_are_removed(tmp_path):
@@ -351,6 +378,30 @@ def test_what_has_not_begun_is_cancelled():
     assert next(steps) == 0
     steps.close()  # as where Ctrl-C comes between two results
     assert [future.cancelled() for future, _ in executor.submitted] == [False, True] and kept == {0: 0}
+
+
+def test_ctrl_c_while_a_result_is_kept():
+    """What was complete is kept all the same, the one that was interrupted too."""
+    executor, kept, calls = _Manual(), {}, []
+
+    def keep(key, result):
+        calls.append(key)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        kept[key] = result
+
+    def work():
+        while len(executor.submitted) < 2:
+            time.sleep(0.001)
+        for _, compute in executor.submitted[::-1]:
+            compute()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        list(run_all(pow, ((i, (i, 2)) for i in range(5)), executor, keep))
+    thread.join()
+    assert calls[0] in kept and set(kept) <= {0, 1}
 
 
 def _threads() -> tuple[int, int]:

@@ -2,6 +2,9 @@
 rules, equal bits at every level and for any number of threads, bad input."""
 from __future__ import annotations
 
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -446,6 +449,26 @@ def test_bad_options(option, value):
     block, _, _, _, x, target = problem("bert")
     with pytest.raises(ValueError, match=option):
         block.step(x, target, OFFSETS, **{"lr": 1e-3, option: value})
+
+
+def test_calls_that_overlap_are_refused():
+    """And a call that raised does not hold the block."""
+    block, _, _, _, x, target = problem("bert", "w4a8-g8")
+
+    def outcome(_):
+        try:
+            block.step(x, target, OFFSETS, 0.0)
+        except RuntimeError as error:
+            return str(error)
+        return "done"
+
+    with ThreadPoolExecutor(4) as executor:
+        outcomes = Counter(executor.map(outcome, range(200)))
+    assert set(outcomes) == {"done", "block: another thread is using it"}
+    for wrong in ((x[:, 1:], target), (x, target[1:])):
+        with pytest.raises(ValueError, match="expected shape"):
+            block.step(*wrong, OFFSETS, 0.0)
+    assert outcome(None) == "done"
 
 
 def test_views_outlive_the_block():

@@ -77,7 +77,7 @@ def test_the_model_computes_what_the_trained_block_does(tmp_path, variant):
         assert result.best_step > 0  # or nothing has changed, and nothing is tested
         tensors = {**result.tensors, **{name: q * s for name, (q, s) in result.codes.items()}}
         want = TrainedBlock(block.shape, tensors, rotary=block.rotary).forward(x, offsets)
-        got = run._hidden(student, run._unit(index), x)
+        got = run._hidden(student, run._unit(index), x)[:]
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
         assert np.abs(got - states[index + 1]).max() > 1e-3 * np.abs(want).max()
 
@@ -368,6 +368,7 @@ def test_what_recipes_refuse(tmp_path, method, calib, message):
 @pytest.mark.parametrize("make_it, message", [
     (lambda: LKD(start="lkd"), "trains blocks itself"), (lambda: LKD(start="no"), "unknown method"), (lambda: LKD(lr=-1), "lr"),
     (lambda: LKD(steps=True), "steps"), (lambda: ZQGlobal(batch_size=0), "batch_size"), (lambda: ZQLocal(start="lkd"), "start"),
+    (lambda: LKD(start=zq.GPTQ()), "start: expected the name"), (lambda: ZQLocal(start=zq.GPTQ()), "start: expected the name"),
     (lambda: ZQLocal(start="gptaq"), "start"), (lambda: ZQLocal(search=(-1.0,)), "search")])
 def test_bad_options_of_steps(make_it, message):
     with pytest.raises(ValueError, match=message):
@@ -428,6 +429,8 @@ def test_local_training_from_gptq(tmp_path):
     assert info.start_loss == pytest.approx(output_error(w, start, x), rel=1e-4) and info.loss < info.start_loss
     with pytest.raises(ValueError, match="start: expected"):
         zq.zq_local(w, x, 4, 16, start=start)
+    with pytest.raises(TypeError, match="start: expected a QTensor, got str"):
+        zq.zq_local(w, x, 3, 16, start="gptq")
 
 
 def test_shared_scales_are_kept_together():

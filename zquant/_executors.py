@@ -80,11 +80,13 @@ def run_all(function: Callable[..., R], calls: Iterable[tuple[K, tuple[Any, ...]
                 if not pending:
                     return
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    key = pending.pop(future)[0]
-                    keep(key, future.result())
+                    key, result = pending[future][0], future.result()
+                    keep(key, result)  # while it is pending: where Ctrl-C comes now, it is kept below
+                    del pending[future]
                     yield key
     except BaseException:
-        for future, (key, _) in pending.items():
-            if not future.cancel() and future.done() and future.exception() is None:
+        begun = [(future, key) for future, (key, _) in pending.items() if not future.cancel()]
+        for future, key in begun:
+            if future.done() and future.exception() is None:
                 keep(key, future.result())
         raise

@@ -19,7 +19,7 @@ import numpy as np
 
 from ._executors import run_all, workers_of
 from ._progress import bar
-from .calibrate import _advance, _packed
+from .calibrate import _advance, _one_of, _packed
 from .distill_files import Finished
 from .generate import _count
 from .hidden_states import HiddenStates, remove_stale
@@ -101,7 +101,9 @@ class BlockResult:
 def lkd(block: FloatBlock, inputs: Any, targets: Any, scheme: str | Scheme, *, lr: float = 3e-4, steps: int = 100,
         batch_size: int | None = None, seed: int = 0, search: Sequence[float] = (), kl: float = 0.0,
         weights: Mapping[str, Array] | None = None, scales: Mapping[str, Array] | None = None) -> BlockResult:
-    """Train one block so that, quantized, it gives the targets.
+    """Train one block so that, quantized, it gives the targets: layer-by-layer knowledge distillation (ZeroQuant, arXiv
+    2206.01861, section 4.3). It lowers the mean of (L^(inputs) - targets)^2 over tokens and features, straight through the
+    quantizers of L^.
 
     Parameters
     ----------
@@ -126,7 +128,8 @@ def lkd(block: FloatBlock, inputs: Any, targets: Any, scheme: str | Scheme, *, l
     kl
         Weight of the Kullback-Leibler divergence of the softmax of the block's output, beside the squared error.
     weights, scales
-        Values of linear layers to start from, and scales of their codes that then stay: of GPTQ, for example.
+        By the names of linear layers in ``block.tensors``: float32 values (out, in) to start from, and float32 scales (out,
+        groups) of their codes that then stay, those of GPTQ for example.
 
     Returns
     -------
@@ -137,7 +140,10 @@ def lkd(block: FloatBlock, inputs: Any, targets: Any, scheme: str | Scheme, *, l
     Raises
     ------
     ValueError
-        NaN or Inf, shapes that do not fit, formats that cannot be trained.
+        NaN or Inf, shapes that do not fit, formats that cannot be trained, options that no descent can have, a
+        learning rate at which float32 overflows.
+    TypeError
+        Hidden states, weights or scales that are not float32.
 
     >>> from zquant.ops.lkd import BlockShape
     >>> rng = np.random.default_rng(0)
@@ -172,8 +178,23 @@ def _states(value: Any, name: str) -> list[Array]:
 # -- one block
 
 def train_block(job: BlockJob, inputs: Rows, targets: Rows, offsets: Array) -> BlockResult:
-    """Train a block on packed hidden states (tokens, width): sequence i is rows ``offsets[i]`` to ``offsets[i + 1] - 1``.
-    The same arguments give the same bits, for any number of threads and in any process."""
+    """As :func:`lkd`, on packed hidden states. The same arguments give the same bits, for any number of threads and in any
+    process.
+
+    Parameters
+    ----------
+    job
+        The block and how it is trained.
+    inputs, targets
+        (tokens, width) float32: of all sequences, one behind the other.
+    offsets
+        (sequences + 1,) integers: sequence i is rows ``offsets[i]`` to ``offsets[i + 1] - 1``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`lkd`; it begins with the job's name.
+    """
     steps = _training(job, inputs, targets, offsets)
     while True:
         try:
@@ -337,7 +358,12 @@ def distill(teacher: Any, student: Any, scheme: Scheme, ids: Sequence[Array], op
     Raises
     ------
     ValueError
-        Blocks or formats that cannot be trained; an executor where blocks depend on each other; a work_dir of another run.
+        Blocks or formats that cannot be trained; an executor where blocks depend on each other; a work_dir that is a file or
+        of another run; a seed below 0, other ``inputs``.
+    FormatError
+        A file in work_dir that has a block's name and is none.
+    OSError
+        No room for hidden states or finished blocks; those that were finished before stay.
     """
     run = _Run(teacher, student, scheme, ids, options, seed, inputs, start or {}, resources or Resources())
     per_block = options.steps + len(options.search) * max(1, options.steps // CHECKS) * bool(options.steps)
@@ -345,7 +371,7 @@ def distill(teacher: Any, student: Any, scheme: Scheme, ids: Sequence[Array], op
         for _ in bar(ticks, "distill", progress, total=max(1, per_block) * run.blocks, unit="step",
                      note=lambda loss: f"loss {loss:.2e}"):
             pass
-    return run.student, dict(sorted(run.results.items(), key=lambda item: run.names.index(item[0])))
+    return run.student, {name: run.results[name] for name in run.names}
 
 
 class _Run:
@@ -353,8 +379,9 @@ class _Run:
 
     def __init__(self, teacher: Any, student: Any, scheme: Scheme, ids: Sequence[Array], options: TrainOptions, seed: int,
                  inputs: str, start: Mapping[str, Linear], resources: Resources) -> None:
-        self.teacher, self.student, self.scheme, self.options, self.seed = teacher, student, scheme, options, seed
-        self.inputs, self.start = inputs, start
+        _one_of("inputs", inputs, ("teacher", "student"))
+        self.teacher, self.student, self.scheme, self.options = teacher, student, scheme, options
+        self.seed, self.inputs, self.start = _count("seed", seed, 0), inputs, start
         self.blocks = teacher.dims.layers
         self.steps = steps_of(teacher, ids, BATCH_TOKENS)
         self.offsets = self.steps.packed.offsets
@@ -366,7 +393,7 @@ class _Run:
         alive = 4 if self.executor is None else workers_of(self.executor)[0] + 3  # hidden states that are there at a time
         self.bound = resources.memory // alive
         self.finished = Finished(self.work_dir, teacher, scheme, ids, dict(
-            options=asdict(options), seed=seed, inputs=inputs), student if inputs == "student" else None, self.start)
+            options=asdict(options), seed=self.seed, inputs=inputs), student if inputs == "student" else None, self.start)
         if self.work_dir is not None:
             remove_stale(self.work_dir)
 

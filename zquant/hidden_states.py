@@ -30,6 +30,11 @@ class HiddenStates:
     bound : bytes that may be in memory; None for any number
     directory : where the file is made; None for the system's temporary directory
 
+    Raises
+    ------
+    OSError
+        No room on the disk, with the file's path and size.
+
     >>> x = HiddenStates(6, 2, bound=0)
     >>> x[:4] = np.ones((4, 2), np.float32); x[4:] = np.zeros((2, 2), np.float32)
     >>> x[3:5].tolist(), x.shape, x.path.exists()
@@ -48,7 +53,10 @@ class HiddenStates:
         self.path = Path(name)
         weakref.finalize(self, _remove, handle, name, os.getpid())
         fcntl.flock(handle, fcntl.LOCK_SH)  # while this process lives; see remove_stale
-        os.posix_fallocate(handle, 0, self.nbytes)  # a full disk says so here, and not by a signal at a write to the map
+        try:
+            os.posix_fallocate(handle, 0, self.nbytes)  # a full disk says so here, and not by a signal at a write to the map
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}, for {self.nbytes:,} bytes of hidden states", name) from None
 
     @property
     def nbytes(self) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,13 @@ class WorkDirectory:
         What decides the results, by name, ready for JSON: the model's fingerprint, the data's, options. Every file has it in
         its metadata, and files of another run are refused.
 
+    Raises
+    ------
+    ValueError
+        ``path`` is a file.
+    OSError
+        Nothing can be written there.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as path:
     ...     WorkDirectory(path, {"seed": 0}).save("block-0", {"loss": np.array([0.5, 0.25])}, {"best": 1})
@@ -44,6 +52,8 @@ class WorkDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path}: is a file; a run leaves its parts in a directory")
         self.path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=self.path):
+            pass  # a directory that cannot be written says so now, and not when the first part is finished
 
     def _file(self, part: str) -> Path:
         return self.path / f"{part}.safetensors"

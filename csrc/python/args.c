@@ -4,7 +4,7 @@
 #include "../zq_kernels.h"
 
 #include <math.h>
-
+#include <stdatomic.h>
 #include <string.h>
 
 static const struct {
@@ -328,6 +328,29 @@ zq_count(const char *function, Py_ssize_t got, Py_ssize_t want)
         return -1;
     }
     return 0;
+}
+
+void *
+zq_enter(PyObject *o, const char *kind, const char *name, const char *maker)
+{
+    if (!PyCapsule_IsValid(o, kind)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected what %s returned", name, maker);
+        return NULL;
+    }
+    atomic_flag *busy = PyCapsule_GetPointer(o, kind);
+    if (atomic_flag_test_and_set(busy)) {
+        PyErr_Format(PyExc_RuntimeError, "%s: another thread is using it", name);
+        return NULL;
+    }
+    return busy;
+}
+
+void
+zq_leave(void *claimed)
+{
+    if (claimed) {
+        atomic_flag_clear((atomic_flag *)claimed);
+    }
 }
 
 int

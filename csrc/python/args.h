@@ -55,6 +55,10 @@ PyObject *zq_give_tuple(int n, zq_arg *args);
 int zq_int(PyObject *o, const char *name, int64_t lo, int64_t hi, int64_t *out);
 int zq_float(PyObject *o, const char *name, double *out);
 int zq_count(const char *function, Py_ssize_t got, Py_ssize_t want);
+/* What the capsule `kind` of the argument `name`, which `maker` returns, points to: a struct whose first member is an
+ * atomic_flag that says whether a call uses it. Claimed for this call; give it back with zq_leave, which takes NULL too. */
+void *zq_enter(PyObject *o, const char *kind, const char *name, const char *maker);
+void zq_leave(void *claimed);
 
 /* Status to exception: NULL with the exception set, or `result` when ZQ_OK. `what` names the array. */
 int zq_check(zq_status status, const char *what, int64_t bad_row);

@@ -15,8 +15,8 @@ enum { MAX_LAYERS = 1 << 14, MAX_SEQUENCES = 1 << 20, MAX_TABLES = 1 << 24, MAX_
 #define MAX_WINDOW (INT64_C(1) << 40)
 
 typedef struct {
+    atomic_flag busy; /* first: see zq_enter */
     zq_kv kv;
-    atomic_flag busy;
 } cache;
 
 static void
@@ -48,28 +48,11 @@ give_cache(zq_kv *kv)
     return capsule;
 }
 
-/* The cache behind the capsule, claimed for this call; give it back with leave. */
+/* The cache behind the capsule, claimed for this call; give it back with zq_leave. */
 static cache *
 enter(PyObject *o)
 {
-    if (!PyCapsule_IsValid(o, KVCACHE)) {
-        PyErr_SetString(PyExc_TypeError, "cache: expected what kv_new returned");
-        return NULL;
-    }
-    cache *c = PyCapsule_GetPointer(o, KVCACHE);
-    if (atomic_flag_test_and_set(&c->busy)) {
-        PyErr_SetString(PyExc_RuntimeError, "cache: another thread is using it");
-        return NULL;
-    }
-    return c;
-}
-
-static void
-leave(cache *c)
-{
-    if (c) {
-        atomic_flag_clear(&c->busy);
-    }
+    return zq_enter(o, KVCACHE, "cache", "kv_new");
 }
 
 static int
@@ -107,13 +90,13 @@ py_kv_lengths(PyObject *self, PyObject *arg)
     zq_arg lengths = {0};
     cache *c = enter(arg);
     if (!c || zq_new(ZQ_I64, 1, &c->kv.sequences, &lengths) < 0) {
-        leave(c);
+        zq_leave(c);
         return NULL;
     }
     if (c->kv.sequences) {
         memcpy(lengths.data, c->kv.length, (size_t)c->kv.sequences * sizeof *c->kv.length);
     }
-    leave(c);
+    zq_leave(c);
     return zq_give(&lengths);
 }
 
@@ -123,7 +106,7 @@ py_kv_bytes(PyObject *self, PyObject *arg)
     (void)self;
     cache *c = enter(arg);
     PyObject *bytes = c ? PyLong_FromLongLong(zq_kv_bytes(&c->kv)) : NULL;
-    leave(c);
+    zq_leave(c);
     return bytes;
 }
 
@@ -143,7 +126,7 @@ py_kv_truncate(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     zq_kv_truncate(&c->kv, s, length);
     result = Py_NewRef(Py_None);
 cleanup:
-    leave(c);
+    zq_leave(c);
     return result;
 }
 
@@ -187,7 +170,7 @@ py_kv_select(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         result = give_cache(&kv);
     }
 cleanup:
-    leave(c);
+    zq_leave(c);
     zq_release(1, &rows);
     return result;
 }
@@ -420,7 +403,7 @@ py_kv_attend(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         result = zq_give_rows(quant, &a[OUT]);
     }
 cleanup:
-    leave(c);
+    zq_leave(c);
     zq_release(N, a);
     return result;
 }

@@ -12,40 +12,28 @@
 static const char LKD[] = "zquant.lkd";
 
 typedef struct {
+    atomic_flag busy; /* first: see zq_enter */
     zq_lkd *b;
-    atomic_flag busy;
 } holder;
 
 static void
-free_block(PyObject *capsule)
+free_holder(holder *h)
 {
-    holder *h = PyCapsule_GetPointer(capsule, LKD);
     zq_lkd_free(h->b);
     zq_free(h);
 }
 
-/* The block behind the capsule, claimed for this call; give it back with leave. */
+static void
+free_block(PyObject *capsule)
+{
+    free_holder(PyCapsule_GetPointer(capsule, LKD));
+}
+
+/* The block behind the capsule, claimed for this call; give it back with zq_leave. */
 static holder *
 enter(PyObject *o)
 {
-    if (!PyCapsule_IsValid(o, LKD)) {
-        PyErr_SetString(PyExc_TypeError, "block: expected what lkd_new returned");
-        return NULL;
-    }
-    holder *h = PyCapsule_GetPointer(o, LKD);
-    if (atomic_flag_test_and_set(&h->busy)) {
-        PyErr_SetString(PyExc_RuntimeError, "block: another thread is using it");
-        return NULL;
-    }
-    return h;
-}
-
-static void
-leave(holder *h)
-{
-    if (h) {
-        atomic_flag_clear(&h->busy);
-    }
+    return zq_enter(o, LKD, "block", "lkd_new");
 }
 
 /* ---- shape ------------------------------------------------------------------------------------------ */
@@ -171,22 +159,20 @@ read_specs(PyObject *o, zq_arg *a, zq_lkd_shape *s)
     return 0;
 }
 
+/* A capsule that owns b. */
 static PyObject *
 give_block(zq_lkd *b)
 {
     holder *h = zq_alloc(sizeof *h);
-    PyObject *capsule = NULL;
-    if (h) {
-        h->b = b;
-        atomic_flag_clear(&h->busy);
-        capsule = PyCapsule_New(h, LKD, free_block);
-    }
-    else {
-        PyErr_NoMemory();
-    }
-    if (!capsule) {
+    if (!h) {
         zq_lkd_free(b);
-        zq_free(h);
+        return PyErr_NoMemory();
+    }
+    h->b = b;
+    atomic_flag_clear(&h->busy);
+    PyObject *capsule = PyCapsule_New(h, LKD, free_block);
+    if (!capsule) {
+        free_holder(h);
     }
     return capsule;
 }
@@ -222,7 +208,7 @@ py_bytes(PyObject *self, PyObject *arg)
     (void)self;
     holder *h = enter(arg);
     PyObject *result = h ? PyLong_FromLongLong(zq_lkd_bytes(h->b)) : NULL;
-    leave(h);
+    zq_leave(h);
     return result;
 }
 
@@ -240,7 +226,7 @@ py_tensor(PyObject *self, PyObject *const *args, Py_ssize_t n)
         return NULL;
     }
     float *p = zq_lkd_tensor(h->b, (zq_lkd_kind)kind, (int)tensor, dims);
-    leave(h);
+    zq_leave(h);
     if (!p) {
         Py_RETURN_NONE;
     }
@@ -276,7 +262,7 @@ py_codes(PyObject *self, PyObject *const *args, Py_ssize_t n)
         memcpy(a[0].data, codes, (size_t)a[0].size);
         memcpy(a[1].data, scales, (size_t)a[1].size * sizeof *scales);
     }
-    leave(h);
+    zq_leave(h);
     if (!ok || PyErr_Occurred()) {
         zq_release(2, a);
         return NULL;
@@ -325,7 +311,7 @@ py_fix_scales(PyObject *self, PyObject *const *args, Py_ssize_t n)
     if (ok) {
         zq_lkd_fix_scales(h->b, (int)linear, a.data);
     }
-    leave(h);
+    zq_leave(h);
     zq_release(1, &a);
     return ok ? Py_NewRef(Py_None) : NULL;
 }
@@ -345,7 +331,7 @@ py_steps(PyObject *self, PyObject *const *args, Py_ssize_t n)
     int64_t *const count = zq_lkd_steps(h->b);
     *count = steps >= 0 ? steps : *count;
     steps = *count;
-    leave(h);
+    zq_leave(h);
     return PyLong_FromLongLong(steps);
 }
 
@@ -382,9 +368,32 @@ read_like(PyObject *o, const char *name, const zq_arg *x, zq_arg *a)
     return zq_in(o, name, ZQ_F32, 2, 2, a) < 0 || zq_shape(a, name, 2, x->dim) < 0 ? -1 : zq_finite(a, name);
 }
 
-static int
-check(zq_status status, zq_lkd_fault fault, int64_t bad_row)
+/* One computation: a step where there are options, gradients where there is dy, else the output. */
+typedef struct {
+    const zq_lkd_options *options;
+    const float *target, *dy;
+    float *out; /* y, or the gradient by x */
+    double loss;
+} task;
+
+static zq_status
+perform(zq_lkd *b, const zq_lkd_batch *batch, task *t, zq_lkd_fault *fault, int64_t *bad_row)
 {
+    if (t->options) {
+        return zq_lkd_step(b, batch, t->target, t->options, &t->loss, fault, bad_row);
+    }
+    return t->dy ? zq_lkd_gradients(b, batch, t->dy, t->out, fault, bad_row) : zq_lkd_forward(b, batch, t->out, fault, bad_row);
+}
+
+static int
+compute(zq_lkd *b, const zq_lkd_batch *batch, task *t)
+{
+    zq_lkd_fault fault;
+    zq_status status;
+    int64_t bad_row = 0;
+    Py_BEGIN_ALLOW_THREADS
+    status = perform(b, batch, t, &fault, &bad_row);
+    Py_END_ALLOW_THREADS
     if (status == ZQ_ENONFINITE && fault == ZQ_LKD_IN_RESULT) {
         PyErr_SetString(PyExc_ValueError, "x: finite, but something that the block makes of it is not: are all parameters?");
         return -1;
@@ -392,59 +401,34 @@ check(zq_status status, zq_lkd_fault fault, int64_t bad_row)
     return zq_check(status, "weight", bad_row);
 }
 
+/* forward(block, x, offsets), or gradients(block, x, offsets, dy) */
+static PyObject *
+rows_like_x(const char *name, PyObject *const *args, Py_ssize_t n, int gradients)
+{
+    enum { X, OFFSETS, DY, OUT, N };
+    zq_arg a[N] = {{0}};
+    zq_lkd_batch batch;
+    holder *h = zq_count(name, n, 3 + gradients) < 0 ? NULL : enter(args[0]);
+    int ok = h && read_batch(h->b, args + 1, a, &batch) == 0 &&
+             (!gradients || read_like(args[3], "dy", &a[X], &a[DY]) == 0) && zq_new(ZQ_F32, 2, a[X].dim, &a[OUT]) == 0;
+    ok = ok && compute(h->b, &batch, &(task){.dy = a[DY].data, .out = a[OUT].data}) == 0;
+    zq_leave(h);
+    zq_release(ok ? OUT : N, a);
+    return ok ? zq_give(&a[OUT]) : NULL;
+}
+
 static PyObject *
 py_forward(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
     (void)self;
-    enum { X, OFFSETS, Y, N };
-    zq_arg a[N] = {{0}};
-    zq_lkd_batch batch;
-    holder *h = zq_count("lkd_forward", n, 3) < 0 ? NULL : enter(args[0]);
-    int ok = h && read_batch(h->b, args + 1, a, &batch) == 0 && zq_new(ZQ_F32, 2, a[X].dim, &a[Y]) == 0;
-    if (ok) {
-        zq_lkd_fault fault;
-        zq_status status;
-        int64_t bad = 0;
-        Py_BEGIN_ALLOW_THREADS
-        status = zq_lkd_forward(h->b, &batch, a[Y].data, &fault, &bad);
-        Py_END_ALLOW_THREADS
-        ok = check(status, fault, bad) == 0;
-    }
-    leave(h);
-    zq_release(Y, a);
-    if (!ok) {
-        zq_release(N, a);
-        return NULL;
-    }
-    return zq_give(&a[Y]);
+    return rows_like_x("lkd_forward", args, n, 0);
 }
 
 static PyObject *
 py_gradients(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
     (void)self;
-    enum { X, OFFSETS, DY, DX, N };
-    zq_arg a[N] = {{0}};
-    zq_lkd_batch batch;
-    holder *h = zq_count("lkd_gradients", n, 4) < 0 ? NULL : enter(args[0]);
-    int ok = h && read_batch(h->b, args + 1, a, &batch) == 0 && read_like(args[3], "dy", &a[X], &a[DY]) == 0 &&
-             zq_new(ZQ_F32, 2, a[X].dim, &a[DX]) == 0;
-    if (ok) {
-        zq_lkd_fault fault;
-        zq_status status;
-        int64_t bad = 0;
-        Py_BEGIN_ALLOW_THREADS
-        status = zq_lkd_gradients(h->b, &batch, a[DY].data, a[DX].data, &fault, &bad);
-        Py_END_ALLOW_THREADS
-        ok = check(status, fault, bad) == 0;
-    }
-    leave(h);
-    zq_release(DX, a);
-    if (!ok) {
-        zq_release(N, a);
-        return NULL;
-    }
-    return zq_give(&a[DX]);
+    return rows_like_x("lkd_gradients", args, n, 1);
 }
 
 static int
@@ -480,22 +464,15 @@ py_step(PyObject *self, PyObject *const *args, Py_ssize_t n)
     zq_arg a[N] = {{0}};
     zq_lkd_batch batch;
     zq_lkd_options o;
-    double loss = 0;
+    task t = {.options = &o};
     holder *h = zq_count("lkd_step", n, 10) < 0 ? NULL : enter(args[0]);
     int ok = h && read_batch(h->b, args + 1, a, &batch) == 0 && read_like(args[3], "target", &a[X], &a[TARGET]) == 0 &&
              read_options(args + 4, &o) == 0;
-    if (ok) {
-        zq_lkd_fault fault;
-        zq_status status;
-        int64_t bad = 0;
-        Py_BEGIN_ALLOW_THREADS
-        status = zq_lkd_step(h->b, &batch, a[TARGET].data, &o, &loss, &fault, &bad);
-        Py_END_ALLOW_THREADS
-        ok = check(status, fault, bad) == 0;
-    }
-    leave(h);
+    t.target = a[TARGET].data;
+    ok = ok && compute(h->b, &batch, &t) == 0;
+    zq_leave(h);
     zq_release(N, a);
-    return ok ? PyFloat_FromDouble(loss) : NULL;
+    return ok ? PyFloat_FromDouble(t.loss) : NULL;
 }
 
 #define FAST(f) (PyCFunction)(void (*)(void))f

@@ -18,7 +18,7 @@ from ..spec import QuantSpec
 from .base import Method, get_method, register
 from .rtn import RTN
 
-__all__ = ["BlockMethod", "LKD", "TrainOptions", "ZQGlobal", "check_descent"]
+__all__ = ["BlockMethod", "LKD", "TrainOptions", "ZQGlobal", "check_descent", "starting_solver"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ def check_descent(lr: float, steps: int, search: tuple[float, ...]) -> None:
     for name, value in (("lr", lr), *(("search", factor) for factor in search)):
         if not _is_number(value) or value <= 0:
             raise ValueError(f"{name}: expected positive numbers, got {value!r}")
+
+
+def starting_solver(start: str) -> Method:
+    """The solver that ``start`` names, with its default options; ValueError on anything but a name."""
+    if not isinstance(start, str):
+        raise ValueError(f"start: expected the name of a solver, got {start!r}")
+    return get_method(start)
 
 
 def _is_number(value: object) -> bool:
@@ -78,7 +85,7 @@ class BlockMethod(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "search", tuple(self.search))
         assert self.options  # making them checks them
-        if isinstance(get_method(self.start), BlockMethod):
+        if isinstance(starting_solver(self.start), BlockMethod):
             raise ValueError(f"start: {self.start!r} trains blocks itself; name a solver of single layers")
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,8 +19,8 @@ from .. import _core
 from ..ops.quantize import _array
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .base import Method, get_method, register
-from .lkd import BlockMethod, check_descent
+from .base import Method, register
+from .lkd import BlockMethod, check_descent, starting_solver
 from .rtn import RTN
 
 __all__ = ["LocalInfo", "ZQLocal", "zq_local"]
@@ -40,14 +40,15 @@ class LocalInfo:
     start_loss, loss : of the weights it began with, and of the result; ``loss`` is never more
     """
 
-    losses: Array
+    losses: Array = field(repr=False)
     start_loss: float
     loss: float
 
 
 def zq_local(w: Array, x: Array, bits: int = 4, group_size: int | None = None, symmetric: bool = True, *, lr: float = 0.002,
              steps: int = 100, search: tuple[float, ...] = (), start: QTensor | None = None) -> tuple[QTensor, LocalInfo]:
-    """Quantize a layer's weights so that its outputs change least on some inputs, by gradient descent.
+    """Quantize a layer's weights so that its outputs change least on some inputs, by gradient descent: ZQ-Local
+    (ZeroQuant-V2, arXiv 2303.08302). It lowers the mean over tokens of |x Q(W)^T - x W_0^T|^2, straight through Q.
 
     Parameters
     ----------
@@ -73,7 +74,9 @@ def zq_local(w: Array, x: Array, bits: int = 4, group_size: int | None = None, s
     Raises
     ------
     ValueError
-        NaN or Inf, shapes that do not fit.
+        NaN or Inf, shapes that do not fit, unknown formats or options, a ``start`` of another shape or format.
+    TypeError
+        Arrays that are not float32; a ``start`` that is no QTensor.
 
     >>> rng = np.random.default_rng(0)
     >>> w, x = rng.standard_normal((8, 32), np.float32), rng.standard_normal((100, 32), np.float32)
@@ -84,6 +87,8 @@ def zq_local(w: Array, x: Array, bits: int = 4, group_size: int | None = None, s
     w, x = _array(w, "w", "float32"), _array(x, "x", "float32")
     if w.ndim != 2 or x.ndim != 2 or x.shape[1:] != w.shape[1:] or not len(x):
         raise ValueError(f"x: expected shape (tokens, k) and w (n, k), got {x.shape} and {w.shape}")
+    if start is not None and not isinstance(start, QTensor):
+        raise TypeError(f"start: expected a QTensor, got {type(start).__name__}")
     spec = QuantSpec(bits, granularity="group" if group_size else "channel", group_size=group_size, symmetric=symmetric)
     check_descent(lr, steps, tuple(search))
     return _solve(w, x.T @ x / np.float32(len(x)), spec, lr, steps, tuple(search), start)
@@ -212,7 +217,7 @@ class ZQLocal(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "search", tuple(self.search))
         check_descent(self.lr, self.steps, self.search)
-        first = get_method(self.start)
+        first = starting_solver(self.start)
         if isinstance(first, (BlockMethod, ZQLocal)) or not first.needs <= self.needs:
             raise ValueError(f"start: expected a solver of single layers that needs no more than gram, got {self.start!r}")
 
@@ -221,5 +226,5 @@ class ZQLocal(Method):
         if stats is None:
             raise ValueError("zq-local needs the Gram matrix of the layer's inputs")
         gram = np.asarray(stats["gram"])
-        start = None if self.start == "rtn" else get_method(self.start).quantize(w, spec, stats)
+        start = None if self.start == "rtn" else starting_solver(self.start).quantize(w, spec, stats)
         return _solve(w, gram, spec, self.lr, self.steps, self.search, start)[0]
