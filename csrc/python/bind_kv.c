@@ -257,7 +257,8 @@ py_rotary(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         PyErr_SetString(PyExc_TypeError, "cos: expected a NumPy array of float32, got NoneType");
         goto cleanup;
     }
-    if (check_indices(&a[POSITIONS], "positions", "rows of cos", rope.positions) < 0 || zq_new(ZQ_F32, 2, a[X].dim, &a[OUT]) < 0) {
+    if (check_indices(&a[POSITIONS], "positions", "rows of cos", rope.positions) < 0 ||
+        zq_new(ZQ_F32, 2, a[X].dim, &a[OUT]) < 0) {
         goto cleanup;
     }
     zq_status s;
