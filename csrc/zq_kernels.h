@@ -10,8 +10,8 @@
 #include "zq.h"
 #include "zq_common.h"
 
-/* Output channels per panel of packed weights, and the tallest tile any level computes. */
-enum { ZQ_NR = 32, ZQ_MR_MAX = 14, ZQ_KSTEP = 8 };
+/* Output channels per panel of packed weights; a group has a multiple of ZQ_KSTEP input features, but the last. */
+enum { ZQ_NR = 32, ZQ_KSTEP = 8 };
 
 /* One tile of y = act((a - zero) w^T * sx * sw + bias) + residual; mr rows by nr <= ZQ_NR columns.
  * The arrays that run over columns (colsum, scale, zcorr, bias) are padded to ZQ_NR. A kernel may change the description

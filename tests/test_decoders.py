@@ -153,6 +153,11 @@ def test_one_projection_may_differ(kind, tiny):
 
 # -- batches, chunks, threads, the cache
 
+def test_a_chunk_may_be_numpys_integer(tiny):
+    model, ids = tiny("llama"), prompts()
+    assert np.array_equal(model(ids, logits="last", chunk=np.int64(7)), model(ids, logits="last"))
+
+
 @pytest.mark.parametrize("scheme", [None, "w8a8", "w4a8-g16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_last_logits_are_the_last_of_all(variant, scheme, tiny):

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -81,6 +82,17 @@ def test_doctests(name, tmp_path, monkeypatch):
         runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
         failures += runner.run(test, out=report.append, clear_globs=False).failed
     assert failures == 0, "".join(report)
+
+
+@pytest.mark.parametrize("name", sorted(zquant.__all__))
+def test_public_names_are_documented(name):
+    """Functions with an example; classes, of which many are results, with what they are."""
+    item = getattr(zquant, name)
+    if inspect.isfunction(item):
+        assert ">>> " in (item.__doc__ or "")
+    elif inspect.isclass(item):
+        text = item.__dict__.get("__doc__") or ""
+        assert text and not text.startswith(f"{name}(")  # what a dataclass writes by itself
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

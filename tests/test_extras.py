@@ -435,6 +435,7 @@ def test_static_ranges_are_stored_as_compressed_tensors_names_them(tiny, tmp_pat
     ("input_zero_point", np.zeros(1, np.int32), "expected I8"),
     ("zquant_branch_scale", None, "zquant_branch_scale' is missing"),
     ("zquant_branch_scale", np.ones(47, np.float32), "Branch"),
+    ("zquant_branch_scale", np.ones((2, 24), np.float32), r"expected F32 of shape \(any,\)"),
     ("zquant_branch_shift", np.full(48, np.nan, np.float32), "NaN"),
     ("zquant_correction_u", None, "zquant_correction_u' is missing"),
     ("zquant_correction_v", np.ones((3, 48), np.float32), "rank"),

@@ -178,6 +178,9 @@ def test_replace_checks_norms(make):
     model, _ = make("llama")
     with pytest.raises(ValueError, match="no such norm: model.embed_tokens.weight"):
         model.replace(norms={"model.embed_tokens.weight": np.ones((61, 48), np.float32)})
+    with pytest.raises(ValueError, match="replace: model.norm.weight: NaN or Inf"):
+        model.replace(norms={"model.norm.weight": np.full(48, np.nan)})
+    assert model.replace(norms={"model.norm.weight": np.ones(48)}).tensors["model.norm.weight"].dtype == np.float32
 
 
 # -- transforms of whole models

@@ -246,6 +246,13 @@ def perplexity(
     ------
     ValueError
         Fewer than two tokens, ids out of the vocabulary, seq_len or stride out of range, NaN in weights or logits.
+
+    >>> from pathlib import Path
+    >>> import zquant as zq
+    >>> lm = zq.load(Path(zq.__file__).parents[1] / "tests" / "data" / "tiny-llama-5m")
+    >>> result = zq.perplexity(lm, "The sky is clear. There are no clouds.")
+    >>> result.ppl < lm.vocabulary, result.windows
+    (True, 1)
     """
     start = time.perf_counter()
     found = cut(lm, text, seq_len, stride)

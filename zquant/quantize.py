@@ -76,6 +76,12 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
         that is quantized already (each names the layer); an override that matches no layer; a method that needs data
         without ``calib``, data without tokens, statistics of another model or for a recipe that needs several passes; a
         work_dir of another run, or for a method that trains no blocks.
+
+    >>> import zquant as zq
+    >>> from zquant.demo_model import find_minilm
+    >>> encoder = zq.SentenceEncoder(find_minilm())
+    >>> zq.quantize(encoder, "w4/8a8", "smoothquant+gptq", calib=["The sky is clear.", "He sold the car."]).model
+    BERT(6 layers, hidden 384, 12 heads, 22.7 M parameters, w4/8a8 by smoothquant+gptq, 20.9 MB)
     """
     recipe = Recipe.of(method)
     resources = _resources(recipe, work_dir, memory, executor)

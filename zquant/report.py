@@ -447,6 +447,13 @@ def compare(
     ------
     ValueError
         No sentences, or the two are not versions of one model (the layer is named).
+
+    >>> import zquant as zq
+    >>> from zquant.demo_model import find_minilm
+    >>> encoder = zq.SentenceEncoder(find_minilm())
+    >>> report = zq.compare(encoder, zq.quantize(encoder, "w8a8"), ["The sky is clear.", "He sold the car."], rounds=0)
+    >>> bool(report.cosine.min() > 0.99), report.worst[0].output_db > 15
+    (True, True)
     """
     if hasattr(model, "new_cache"):
         from .language_report import compare_language

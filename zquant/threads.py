@@ -22,5 +22,10 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """The number of threads that kernels may use; see :func:`set_num_threads`."""
+    """The number of threads that kernels may use; see :func:`set_num_threads`.
+
+    >>> import zquant as zq
+    >>> zq.get_num_threads() >= 1
+    True
+    """
     return _core.threads()

@@ -206,20 +206,6 @@ read_rope(PyObject *const *args, int64_t head_dim, zq_arg a[2], zq_rope *rope)
 }
 
 static int
-check_positions(const zq_arg *a, int64_t positions)
-{
-    const int64_t *p = a->data;
-    for (int64_t i = 0; i < a->size; i++) {
-        if (p[i] < 0 || p[i] >= positions) {
-            PyErr_Format(PyExc_ValueError, "positions: cos has rows 0 to %lld, got %lld", (long long)positions - 1,
-                         (long long)p[i]);
-            return -1;
-        }
-    }
-    return 0;
-}
-
-static int
 check_shared_out(const char *name, int64_t columns, int64_t heads)
 {
     if (columns % heads != 0 || columns == 0) {
@@ -254,7 +240,8 @@ py_rotary(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         PyErr_SetString(PyExc_TypeError, "cos: expected a NumPy array of float32, got NoneType");
         goto cleanup;
     }
-    if (check_positions(&a[POSITIONS], rope.positions) < 0 || zq_new(ZQ_F32, 2, a[X].dim, &a[OUT]) < 0) {
+    if (check_indices(&a[POSITIONS], "positions", "rows of cos", rope.positions) < 0 ||
+        zq_new(ZQ_F32, 2, a[X].dim, &a[OUT]) < 0) {
         goto cleanup;
     }
     zq_status s;

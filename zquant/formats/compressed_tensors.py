@@ -376,7 +376,7 @@ class ModelTensors(Mapping[str, np.ndarray]):
         if self.checkpoint.dtype(full) not in dtypes or len(got) != len(shape) or any(
                 want not in (-1, n) for want, n in zip(shape, got)):
             raise self._error(module, f"tensor {full!r} is {self.checkpoint.dtype(full)} of shape "
-                              f"{got}; expected {' or '.join(dtypes)} of shape {shape}")
+                              f"{got}; expected {' or '.join(dtypes)} of shape {str(shape).replace('-1', 'any')}")
         return self.checkpoint[full]
 
     def _packed_shape(self, module: str) -> tuple[int, int]:

@@ -49,6 +49,11 @@ def load(path: str | os.PathLike[str], *, weights: str | None = None, embeddings
         No or unreadable config.json; an unknown ``model_type`` (the known are listed); missing or unexpected tensors (all
         named); wrong shapes or types; malformed weight files; NaN or Inf in small tensors. Weight matrices are checked
         when they are packed or quantized: the ValueError then names the layer.
+
+    >>> import zquant as zq
+    >>> from zquant.demo_model import find_minilm
+    >>> zq.load(find_minilm())
+    BERT(6 layers, hidden 384, 12 heads, 22.7 M parameters, float32, 90.9 MB)
     """
     from ..formats.compressed_tensors import ModelTensors
     from ..formats.safetensors import open_checkpoint

@@ -39,11 +39,10 @@ class Network:
     recipe : the :class:`zquant.Recipe` that did it, or None
     """
 
-    recipe: Any = None
-
     family: Any
     dims: Any
     path: Path
+    recipe: Any = None
     transposed: frozenset[str] = frozenset()
     """Linear layers whose float weights the checkpoint stores (in, out)."""
     unlisted: tuple[str, ...] = ()
@@ -113,19 +112,31 @@ class Network:
         ----------
         linears : module name -> Linear of the same shape
         embeddings : tensor name -> embedding table of the same shape
-        norms : tensor name -> weight or bias of a norm, of the same shape
+        norms : tensor name -> weight or bias of a norm, of the same shape; held in float32
         attributes : ``scheme``, ``recipe``, ``path``, ``config``
 
         Raises
         ------
         ValueError
-            Names that the model does not have, or shapes that differ.
+            Names that the model does not have, shapes that differ, NaN or Inf in a norm.
+
+        >>> import numpy as np
+        >>> import zquant as zq
+        >>> from zquant.demo_model import find_minilm
+        >>> model, name = zq.load(find_minilm()), "encoder.layer.0.output.LayerNorm.bias"
+        >>> zeros = model.replace(norms={name: np.zeros(384)})
+        >>> bool(zeros.tensors[name].any()), bool(model.tensors[name].any())
+        (False, True)
         """
-        linears, embeddings, norms = dict(linears or {}), dict(embeddings or {}), dict(norms or {})
+        linears, embeddings = dict(linears or {}), dict(embeddings or {})
+        norms = {name: np.ascontiguousarray(value, np.float32) for name, value in (norms or {}).items()}
         tables = self.embeddings
         _same_shapes("linear layer", self.linears, linears)
         _same_shapes("embedding table", tables, embeddings)
         _same_shapes("norm", {name: value for name, value in self.tensors.items() if name not in tables}, norms)
+        for name, value in norms.items():
+            if not np.isfinite(value).all():
+                raise ValueError(f"replace: {name}: NaN or Inf")
         known = {"scheme", "recipe", "path", "config"}
         if not attributes.keys() <= known:
             raise TypeError(f"replace() got {sorted(attributes.keys() - known)}; known: {sorted(known)}")
@@ -173,6 +184,12 @@ class Model(Network):
     has_head : whether calling gives logits of a sequence classification head in place of hidden states
 
     Those of :class:`Network` besides.
+
+    >>> import zquant as zq
+    >>> from zquant.demo_model import find_minilm
+    >>> model = zq.load(find_minilm())
+    >>> model([[101, 7592, 102], [101, 102]]).shape
+    (2, 3, 384)
     """
 
     def __init__(self, family: Family, config: Mapping[str, Any], dims: Dims, linears: Mapping[str, Linear],

@@ -89,6 +89,15 @@ class CausalLM(Network):
     Attributes are those of :class:`Network`; ``dims`` is an :class:`Architecture`. A head that is tied to the embedding
     table is not among ``linears``: it is float or int8 as the table is, and where that is int8 it reads 8-bit tokens if
     the other layers do.
+
+    >>> from pathlib import Path
+    >>> import zquant as zq
+    >>> lm = zq.load(Path(zq.__file__).parents[1] / "tests" / "data" / "tiny-llama-5m")
+    >>> cache = lm.new_cache(batch=2, dtype="int8")
+    >>> lm([[5, 6, 7], [8]], cache=cache, logits="last").shape, cache.lengths
+    ((2, 4096), array([3, 1]))
+    >>> lm([[9], [9]], cache=cache, logits="last").shape, cache.lengths
+    ((2, 4096), array([4, 2]))
     """
 
     family: DecoderFamily
@@ -268,7 +277,7 @@ class CausalLM(Network):
                  wanted: np.ndarray | None = None) -> Iterator[tuple[int, int, np.ndarray]]:
         """Chunk by chunk (start, stop, logits of all its tokens, or of those that are ``wanted``: indices of the packed batch
         that rise). If anything fails, the cache is as it was."""
-        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        if isinstance(chunk, bool) or not isinstance(chunk, (int, np.integer)) or chunk < 1:
             raise ValueError(f"chunk: expected a positive number of tokens, got {chunk!r}")
         cache = self.new_cache(packed.shape[0]) if cache is None else self._fitting(cache, packed.shape[0])
         before = cache.lengths
