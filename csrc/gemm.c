@@ -5,11 +5,9 @@
  * out) while it stays in its core's L2; no barrier, weights are read once per chunk. By columns, when there are
  * too few rows for that: quantize all rows, then panels are the jobs, then quantize the outputs.
  * Every element is computed by the same tile arithmetic either way, so the schedule never shows in the result. */
+#include "rows_in.h"
 #include "zq_kernels.h"
 
-#include <float.h>
-#include <math.h>
-#include <stdatomic.h>
 #include <string.h>
 
 enum {
@@ -22,7 +20,6 @@ enum {
     FAR_BYTES = 64 << 10,  /* weights that L2 does not keep from one call to the next */
     AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
     SMALL_JOBS = 8,        /* of panels, per thread, after one big one */
-    SHARED_ITEMS = 32768,  /* of rows: quantizing so many takes longer than a barrier */
 };
 
 /* Quantized (or given) activations of rows r0..r1: pointers such that index i * split is row r0 + i. */
@@ -64,16 +61,10 @@ typedef struct {
     int stream_out;
     int copy_in; /* float32 rows whose pitch aliases: move them */
     int quantize_out;
-    /* one scale for all rows: ZQ_QUANT_STATIC and TENSOR_* */
-    int one_scale;
-    float scale;
-    int32_t zero;
-    _Atomic(uint32_t) lowest, highest; /* TENSOR_*: bit patterns of -min(0, min x) and max(0, max x) */
     /* by columns: shared scratch */
     prepared shared;
     float *y;
-    _Atomic(int64_t) bad_row; /* lowest bad row seen, or m */
-    atomic_int no_memory;
+    zq_rows_in in;
 } gemm_job;
 
 /* Row tiles differ by at most one row: short tiles at the end would waste the kernel. */
@@ -91,57 +82,20 @@ set_tiles(gemm_job *g, int64_t tiles)
     g->longer = g->m % tiles;
 }
 
+/* One row of x into its `split` rows of codes. */
 static void
-note_bad_row(gemm_job *g, int64_t row)
-{
-    int64_t seen = atomic_load(&g->bad_row);
-    while (row < seen && !atomic_compare_exchange_weak(&g->bad_row, &seen, row)) {
-    }
-}
-
-/* Row r of x as the weights see it: itself, or in `branched` (k) behind shift and factor. */
-static const float *
-read_row(const gemm_job *g, int64_t r, float *branched)
-{
-    const float *x = g->x->f32 + r * g->x->ld_f32;
-    if (!g->w->in_factor) {
-        return x;
-    }
-    g->K->shift_scale_f32(x, g->w->k, g->w->in_shift, g->w->in_factor, branched);
-    return branched;
-}
-
-/* The same, in scratch of this thread; NULL without memory, which is noted. */
-static const float *
-read_row_scratch(gemm_job *g, int64_t r)
-{
-    float *branched = g->w->in_factor ? zq_scratch(ZQ_SCRATCH_ROW, (size_t)g->w->k * sizeof *branched) : NULL;
-    if (g->w->in_factor && !branched) {
-        atomic_store(&g->no_memory, 1);
-        return NULL;
-    }
-    return read_row(g, r, branched);
-}
-
-/* One row of x into its `split` rows of codes. Returns 0 where x is not finite. */
-static int
 quantize_row(gemm_job *g, int64_t r, uint8_t *q, float *sx, int32_t *zx)
 {
-    const int64_t k = g->w->k;
-    const float *x = read_row_scratch(g, r);
+    const float *x = zq_read_row_scratch(&g->in, r);
     if (!x) {
-        return 1;
+        return;
     }
-    if (g->split == 2) {
-        return zq_quantize_token16(g->K, x, k, q, q + g->lda, sx, zx);
+    if (g->split == 1) {
+        zq_code_row(&g->in, r, x, q, sx, zx);
     }
-    if (!g->one_scale) {
-        return zq_quantize_token(g->K, x, k, g->x->quant, q, sx, zx);
+    else if (!zq_quantize_token16(g->K, x, g->w->k, q, q + g->lda, sx, zx)) {
+        zq_note_bad_row(&g->in.trouble, r);
     }
-    *sx = g->scale;
-    *zx = g->zero;
-    g->K->quantize_div_f32_b8(x, k, g->scale, g->zero, 0, 255, q);
-    return g->K->absmax_f32(x, k) <= FLT_MAX;
 }
 
 static size_t
@@ -175,7 +129,7 @@ prepare_row(gemm_job *g, int64_t r, const prepared *p, int64_t at)
     const int64_t k = g->w->k;
     uint8_t *q = p->q + at * g->lda;
     if (g->w->kind == ZQ_W_F32) {
-        read_row(g, r, (float *)q);
+        zq_read_row(&g->in, r, (float *)q);
         return;
     }
     const uint8_t *codes = x->f32 ? q : x->u8 + r * x->ld_u8;
@@ -183,8 +137,8 @@ prepare_row(gemm_job *g, int64_t r, const prepared *p, int64_t at)
         p->sx[at] = x->scale[r];
         p->zx[at] = x->zero[r];
     }
-    else if (!quantize_row(g, r, q, p->sx + at, p->zx + at)) {
-        note_bad_row(g, r);
+    else {
+        quantize_row(g, r, q, p->sx + at, p->zx + at);
     }
     for (int64_t i = 0; i < g->split; i++, q += g->lda, codes += g->lda) {
         if (g->groups) {
@@ -306,7 +260,7 @@ quantize_outputs(gemm_job *g, int64_t r0, int64_t r1, const float *y, int64_t ld
         uint8_t *q = o->q + r * o->ld_q;
         if (o->quant != ZQ_QUANT_STATIC) {
             if (!zq_quantize_token(g->K, row, n, o->quant, q, o->q_scale + r, o->q_zero + r)) {
-                note_bad_row(g, r);
+                zq_note_bad_row(&g->in.trouble, r);
             }
         }
         else if (o->static_count == 1) {
@@ -330,7 +284,7 @@ chunk_job(void *ctx, int64_t c)
     if (g->prepare_in) {
         char *scratch = zq_scratch(ZQ_SCRATCH_A, prepared_bytes(g, rows));
         if (!scratch) {
-            atomic_store(&g->no_memory, 1);
+            atomic_store(&g->in.trouble.no_memory, 1);
             return;
         }
         const prepared p = prepared_at(g, rows, scratch);
@@ -340,7 +294,7 @@ chunk_job(void *ctx, int64_t c)
     else if (g->copy_in) {
         float *rows_in = zq_scratch(ZQ_SCRATCH_A, (size_t)(rows * g->lda));
         if (!rows_in) {
-            atomic_store(&g->no_memory, 1);
+            atomic_store(&g->in.trouble.no_memory, 1);
             return;
         }
         for (int64_t r = 0; r < rows; r++) {
@@ -357,7 +311,7 @@ chunk_job(void *ctx, int64_t c)
         ldy = zq_round_up(g->w->n, 16);
         y = zq_scratch(ZQ_SCRATCH_Y, (size_t)(rows * ldy) * sizeof *y);
         if (!y) {
-            atomic_store(&g->no_memory, 1);
+            atomic_store(&g->in.trouble.no_memory, 1);
             return;
         }
     }
@@ -426,42 +380,29 @@ requantize_job(void *ctx, int64_t r)
     quantize_outputs(g, r, r + 1, (g->out->y ? g->out->y : g->y) + r * ldy, ldy);
 }
 
-/* Rows are shared out when that is worth a barrier. */
-static void
-for_rows(gemm_job *g, int64_t row_items, zq_job_fn fn)
-{
-    if (g->m * row_items >= SHARED_ITEMS) {
-        zq_parallel_for(g->m, fn, g);
-        return;
-    }
-    for (int64_t r = 0; r < g->m; r++) {
-        fn(g, r);
-    }
-}
-
 static void
 run_by_columns(gemm_job *g)
 {
     if (g->prepare_in) {
         char *scratch = zq_scratch(ZQ_SCRATCH_A, prepared_bytes(g, g->m));
         if (!scratch) {
-            g->no_memory = 1;
+            atomic_store(&g->in.trouble.no_memory, 1);
             return;
         }
         g->shared = prepared_at(g, g->m, scratch);
-        for_rows(g, g->w->k, prepare_job);
+        zq_for_rows(g->m, g->w->k, prepare_job, g);
     }
     if (!g->out->y) {
         g->y = zq_scratch(ZQ_SCRATCH_Y, (size_t)(g->m * zq_round_up(g->w->n, 16)) * sizeof *g->y);
         if (!g->y) {
-            g->no_memory = 1;
+            atomic_store(&g->in.trouble.no_memory, 1);
             return;
         }
     }
     g->panel_jobs = zq_min(g->panels, (int64_t)g->threads * (1 + SMALL_JOBS));
     zq_parallel_for(g->panel_jobs, panel_job, g);
     if (g->quantize_out) {
-        for_rows(g, g->w->n, requantize_job);
+        zq_for_rows(g->m, g->w->n, requantize_job, g);
     }
 }
 
@@ -499,68 +440,6 @@ zq_row_pitch(int64_t bytes)
     return (lines + (lines % 2 == 0)) * 64;
 }
 
-/* Positive floats order as their bit patterns do. */
-static void
-raise_to(_Atomic(uint32_t) *top, float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint32_t seen = atomic_load(top);
-    while (bits > seen && !atomic_compare_exchange_weak(top, &seen, bits)) {
-    }
-}
-
-static void
-range_job(void *ctx, int64_t r)
-{
-    gemm_job *g = ctx;
-    const float *x = read_row_scratch(g, r);
-    float lo, hi;
-    if (!x) {
-        return;
-    }
-    if (!g->K->minmax_f32(x, g->w->k, &lo, &hi)) {
-        note_bad_row(g, r);
-        return;
-    }
-    raise_to(&g->lowest, fabsf(lo));
-    raise_to(&g->highest, hi);
-}
-
-/* The scale and zero of all rows. Extremes do not depend on the order in which the rows are looked at. */
-static void
-find_scale(gemm_job *g)
-{
-    g->one_scale = g->x->f32 && g->x->quant >= ZQ_QUANT_STATIC;
-    if (!g->one_scale) {
-        return;
-    }
-    g->scale = g->w->in_scale;
-    g->zero = g->w->in_zero;
-    if (g->x->quant == ZQ_QUANT_STATIC) {
-        return;
-    }
-    for_rows(g, g->w->k, range_job);
-    const uint32_t ends[2] = {g->lowest, g->highest};
-    float range[2];
-    memcpy(range, ends, sizeof range);
-    zq_token_scale(g->x->quant == ZQ_QUANT_TENSOR_SYM ? ZQ_QUANT_TOKEN_SYM : ZQ_QUANT_TOKEN_ASYM, -range[0], range[1],
-                   &g->scale, &g->zero);
-}
-
-static zq_status
-outcome(gemm_job *g, int64_t *bad_row)
-{
-    if (g->no_memory) {
-        return ZQ_ENOMEM;
-    }
-    if (g->bad_row < g->m) {
-        *bad_row = g->bad_row;
-        return ZQ_ENONFINITE;
-    }
-    return ZQ_OK;
-}
-
 zq_status
 zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out, int64_t *bad_row)
 {
@@ -571,6 +450,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
         return zq_forward_with_extras(w, x, m, out, bad_row);
     }
     gemm_job g = {.w = w, .x = x, .out = out, .K = zq_active(), .m = m};
+    zq_rows_in_init(&g.in, w, x, m);
     int mr = 1;
     choose_kernel(&g, &mr);
     g.lda = zq_row_pitch(w->k * (w->kind == ZQ_W_F32 ? 4 : 1));
@@ -582,10 +462,10 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.far = g.panels * w->panel_bytes >= FAR_BYTES;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
     g.stream_out = !g.quantize_out && m * out->ld_y * 4 >= STREAM_BYTES && out->ld_y % 16 == 0 && (uintptr_t)out->y % 64 == 0;
-    g.bad_row = m;
-    find_scale(&g);
-    if (g.no_memory || g.bad_row < m) {
-        return outcome(&g, bad_row);
+    zq_find_scale(&g.in);
+    const zq_status range = zq_trouble_status(&g.in.trouble, bad_row);
+    if (range != ZQ_OK) {
+        return range;
     }
     const int threads = g.threads = zq_threads();
     const int once = g.far && m * g.split <= FEW_ROWS;
@@ -599,7 +479,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     else {
         run_by_columns(&g);
     }
-    return outcome(&g, bad_row);
+    return zq_trouble_status(&g.in.trouble, bad_row);
 }
 
 /* ---- exact integer products ------------------------------------------------------------------------ */

@@ -4,6 +4,7 @@
 #include "zq_common.h"
 
 #include <cblas.h>
+#include <stdatomic.h>
 
 /* LAPACK has no header in Debian's OpenBLAS; its integers are int there, as CBLAS's are. */
 void dpotrf_(const char *uplo, const int *n, double *a, const int *lda, int *info, size_t uplo_length);
@@ -22,14 +23,33 @@ zq_blas_config(void)
     return openblas_get_config();
 }
 
+/* BLAS keeps to the thread that calls it from the first caller that is in here to the last one that leaves: what one of them
+ * found and puts back must not be what another one set. */
+static void
+hold_blas_threads(int step)
+{
+    static atomic_flag busy = ATOMIC_FLAG_INIT; /* for as long as BLAS takes to note a number */
+    static int inside, before;
+    while (atomic_flag_test_and_set_explicit(&busy, memory_order_acquire)) {
+    }
+    if (inside == 0) {
+        before = openblas_get_num_threads();
+        openblas_set_num_threads(1);
+    }
+    inside += step;
+    if (inside == 0) {
+        openblas_set_num_threads(before);
+    }
+    atomic_flag_clear_explicit(&busy, memory_order_release);
+}
+
 /* Jobs that call BLAS, which is not to start threads of its own meanwhile. */
 static void
 run_jobs(int64_t jobs, zq_job_fn fn, void *ctx)
 {
-    const int before = openblas_get_num_threads();
-    openblas_set_num_threads(1);
+    hold_blas_threads(1);
     zq_parallel_for(jobs, fn, ctx);
-    openblas_set_num_threads(before);
+    hold_blas_threads(-1);
 }
 
 typedef struct {

@@ -7,10 +7,10 @@
  *                                           without them (0, exactly)
  *
  * t u^T is summed in the epilogue of the tiles. Both come down to float sums in the order of their index, and integers. */
+#include "rows_in.h"
 #include "zq_kernels.h"
 
 #include <float.h>
-#include <stdatomic.h>
 #include <string.h>
 
 struct zq_extras {
@@ -113,7 +113,9 @@ enum { BLOCK_ROWS = 8, BLOCK_COLUMNS = 256 };
 
 typedef struct {
     const zq_linear *w;
-    const zq_rows *x;
+    zq_linear plain; /* w without extras, and for rows that have been through its shift and factor */
+    zq_rows x;       /* these rows */
+    zq_rows_in in;   /* plain and x */
     const zq_kernels *K;
     int64_t m;
     float *t; /* (m, rank) */
@@ -122,22 +124,9 @@ typedef struct {
     int64_t ld;
     float *scale;
     int32_t *zero;
-    int one_scale; /* ZQ_QUANT_STATIC and TENSOR_*: this one */
-    float tensor_scale;
-    int32_t tensor_zero;
     int64_t *columns; /* (rank) outliers */
     float *top;       /* (k) */
-    _Atomic(int64_t) bad_row;
-    atomic_int no_memory;
 } low_job;
-
-static void
-note_bad_row(low_job *j, int64_t row)
-{
-    int64_t seen = atomic_load(&j->bad_row);
-    while (row < seen && !atomic_compare_exchange_weak(&j->bad_row, &seen, row)) {
-    }
-}
 
 /* Takes `bytes` from a buffer, in whole cache lines. */
 static void *
@@ -168,36 +157,18 @@ code_row(low_job *j, const float *x, int64_t r)
 {
     const int64_t k = j->w->k;
     uint8_t *q = j->q + r * j->ld;
-    if (j->one_scale) {
-        j->scale[r] = j->tensor_scale;
-        j->zero[r] = j->tensor_zero;
-        j->K->quantize_div_f32_b8(x, k, j->tensor_scale, j->tensor_zero, 0, 255, q);
-        if (!(j->K->absmax_f32(x, k) <= FLT_MAX)) {
-            note_bad_row(j, r);
-        }
-    }
-    else if (!zq_quantize_token(j->K, x, k, j->x->quant, q, j->scale + r, j->zero + r)) {
-        note_bad_row(j, r);
-        j->scale[r] = 1.0f;
-        j->zero[r] = 0;
-    }
+    zq_code_row(&j->in, r, x, q, j->scale + r, j->zero + r);
     memset(q + k, 0, (size_t)(j->ld - k));
 }
 
 static zq_status
-product(const low_job *j, const zq_out *out, const float *u, int64_t *bad_row)
+product(low_job *j, const zq_out *out, const float *u, int64_t *bad_row)
 {
-    if (j->no_memory) {
-        return ZQ_ENOMEM;
+    const zq_status s = zq_trouble_status(&j->in.trouble, bad_row);
+    if (s != ZQ_OK) {
+        return s;
     }
-    if (j->bad_row < j->m) {
-        *bad_row = j->bad_row;
-        return ZQ_ENONFINITE;
-    }
-    zq_linear plain = *j->w;
-    plain.extras = NULL;
-    plain.in_factor = NULL; /* the rows have been through it */
-    zq_rows rows = *j->x;
+    zq_rows rows = j->x;
     if (j->q) {
         rows = (zq_rows){.u8 = j->q, .ld_u8 = j->ld, .scale = j->scale, .zero = j->zero};
     }
@@ -205,7 +176,7 @@ product(const low_job *j, const zq_out *out, const float *u, int64_t *bad_row)
     sum.add.t = j->t;
     sum.add.u = u;
     sum.add.ld_t = sum.add.rank = j->rank;
-    return zq_linear_forward(&plain, &rows, j->m, &sum, bad_row);
+    return zq_linear_forward(&j->plain, &rows, j->m, &sum, bad_row);
 }
 
 /* ---- LoRC ------------------------------------------------------------------------------------------- */
@@ -214,7 +185,7 @@ product(const low_job *j, const zq_out *out, const float *u, int64_t *bad_row)
 static const float *
 values(low_job *j, int64_t r0, int64_t rows)
 {
-    const zq_rows *x = j->x;
+    const zq_rows *x = &j->x;
     const int64_t k = j->w->k;
     if (!j->q && x->f32) {
         return x->f32 + r0 * x->ld_f32;
@@ -240,12 +211,12 @@ inner_job(void *ctx, int64_t job)
     const int64_t r0 = job * BLOCK_ROWS, rows = zq_min(BLOCK_ROWS, j->m - r0);
     const float *a = values(j, r0, rows);
     if (!a) {
-        atomic_store(&j->no_memory, 1);
+        atomic_store(&j->in.trouble.no_memory, 1);
         return;
     }
     for (int64_t r = 0; r < rows; r += j->K->mr_f32) {
         for (int64_t col = 0; col < j->rank; col += ZQ_NR) {
-            const int64_t lda = !j->q && j->x->f32 ? j->x->ld_f32 : j->w->k;
+            const int64_t lda = !j->q && j->x.f32 ? j->x.ld_f32 : j->w->k;
             zq_tile t = {.mr = (int)zq_min(j->K->mr_f32, rows - r), .nr = (int)zq_min(ZQ_NR, j->rank - col), .k = j->w->k,
                          .a = a + r * lda, .lda = lda, .b = (const char *)v->panels + col / ZQ_NR * v->panel_bytes,
                          .bias = v->bias + col, .y = j->t + (r0 + r) * j->rank + col, .ldy = j->rank};
@@ -257,7 +228,7 @@ inner_job(void *ctx, int64_t job)
 static zq_status
 forward_corrected(low_job *j, const zq_out *out, int64_t *bad_row)
 {
-    const int quantize = j->x->f32 && j->w->kind != ZQ_W_F32 && j->x->quant != ZQ_QUANT_TOKEN_16;
+    const int quantize = j->x.f32 && j->w->kind != ZQ_W_F32 && j->x.quant != ZQ_QUANT_TOKEN_16;
     j->rank = j->w->extras->rank;
     char *buffer = zq_scratch(ZQ_SCRATCH_LOW, (size_t)(zq_round_up(j->m * j->rank * 4, 64) + (quantize ? codes_bytes(j) : 0)));
     if (!buffer) {
@@ -279,7 +250,7 @@ top_job(void *ctx, int64_t job)
     low_job *j = ctx;
     const int64_t first = job * BLOCK_COLUMNS, columns = zq_min(BLOCK_COLUMNS, j->w->k - first);
     memset(j->top + first, 0, (size_t)columns * sizeof *j->top);
-    j->K->absmax_columns_f32(j->x->f32 + first, j->m, columns, j->x->ld_f32, j->top + first);
+    j->K->absmax_columns_f32(j->x.f32 + first, j->m, columns, j->x.ld_f32, j->top + first);
 }
 
 static void
@@ -287,10 +258,10 @@ split_job(void *ctx, int64_t r)
 {
     low_job *j = ctx;
     const int64_t k = j->w->k;
-    const float *x = j->x->f32 + r * j->x->ld_f32;
+    const float *x = j->x.f32 + r * j->x.ld_f32;
     float *rest = zq_scratch(ZQ_SCRATCH_NN, (size_t)k * sizeof *rest), *t = j->t + r * j->rank;
     if (!rest) {
-        atomic_store(&j->no_memory, 1);
+        atomic_store(&j->in.trouble.no_memory, 1);
         return;
     }
     memcpy(rest, x, (size_t)k * sizeof *rest);
@@ -298,7 +269,7 @@ split_job(void *ctx, int64_t r)
         t[i] = x[j->columns[i]];
         rest[j->columns[i]] = 0.0f;
         if (!(t[i] >= -FLT_MAX && t[i] <= FLT_MAX)) {
-            note_bad_row(j, r);
+            zq_note_bad_row(&j->in.trouble, r);
         }
     }
     code_row(j, rest, r);
@@ -380,61 +351,46 @@ zq_linear_splits(const zq_linear *w)
 /* ---- entry ------------------------------------------------------------------------------------------ */
 
 typedef struct {
-    const low_job *j;
-    float *out;
+    zq_rows_in in;
+    float *out; /* (m, k) */
 } branch_job;
 
 static void
 branch_row(void *ctx, int64_t r)
 {
     const branch_job *b = ctx;
-    const zq_linear *w = b->j->w;
-    b->j->K->shift_scale_f32(b->j->x->f32 + r * b->j->x->ld_f32, w->k, w->in_shift, w->in_factor, b->out + r * w->k);
+    zq_read_row(&b->in, r, b->out + r * b->in.w->k);
 }
 
-/* The scale of all rows, where they share one. `ends` (2 m) is scratch. */
+/* All rows of x behind the shift and factor of w, in scratch of the calling thread that plain's products do not use. */
 static zq_status
-find_scale(low_job *j, float *ends, int64_t *bad_row)
+branch_rows(const zq_linear *w, const zq_rows *x, int64_t m, zq_rows *behind)
 {
-    float lo = 0.0f, hi = 0.0f;
-    j->one_scale = 1;
-    j->tensor_scale = j->w->in_scale;
-    j->tensor_zero = j->w->in_zero;
-    if (j->x->quant == ZQ_QUANT_STATIC) {
-        return ZQ_OK;
+    branch_job b = {.out = zq_scratch(ZQ_SCRATCH_ROW, (size_t)(m * w->k) * sizeof *b.out)};
+    if (!b.out) {
+        return ZQ_ENOMEM;
     }
-    assert(j->x->ld_f32 == j->w->k);
-    const zq_status s = zq_minmax_rows(j->x->f32, j->m, j->w->k, ends, ends + j->m, bad_row);
-    for (int64_t r = 0; s == ZQ_OK && r < j->m; r++) {
-        lo = ends[r] < lo ? ends[r] : lo;
-        hi = ends[j->m + r] > hi ? ends[j->m + r] : hi;
-    }
-    zq_token_scale(j->x->quant == ZQ_QUANT_TENSOR_SYM ? ZQ_QUANT_TOKEN_SYM : ZQ_QUANT_TOKEN_ASYM, lo, hi, &j->tensor_scale,
-                   &j->tensor_zero);
-    return s;
+    zq_rows_in_init(&b.in, w, x, m);
+    zq_for_rows(m, w->k, branch_row, &b);
+    behind->f32 = b.out;
+    behind->ld_f32 = w->k;
+    return ZQ_OK;
 }
 
 zq_status
 zq_forward_with_extras(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out, int64_t *bad_row)
 {
-    low_job j = {.w = w, .x = x, .K = zq_active(), .m = m, .ld = zq_row_pitch(w->k), .bad_row = m};
-    const int branch = w->in_factor && x->f32;
-    zq_rows behind = *x;
-    float *scratch = zq_scratch(ZQ_SCRATCH_ROW, (size_t)(2 * m + (branch ? m * w->k : 0)) * sizeof *scratch);
-    if (!scratch) {
-        return ZQ_ENOMEM;
+    low_job j = {.w = w, .plain = *w, .x = *x, .K = zq_active(), .m = m, .ld = zq_row_pitch(w->k)};
+    j.plain.extras = NULL;
+    j.plain.in_factor = NULL;
+    zq_status s = w->in_factor && x->f32 ? branch_rows(w, x, m, &j.x) : ZQ_OK;
+    if (s == ZQ_OK) {
+        zq_rows_in_init(&j.in, &j.plain, &j.x, m);
+        zq_find_scale(&j.in);
+        s = zq_trouble_status(&j.in.trouble, bad_row);
     }
-    if (branch) {
-        behind.f32 = scratch + 2 * m;
-        behind.ld_f32 = w->k;
-        zq_parallel_for(m, branch_row, &(branch_job){&j, scratch + 2 * m});
-        j.x = &behind;
-    }
-    if (x->f32 && x->quant >= ZQ_QUANT_STATIC) {
-        const zq_status s = find_scale(&j, scratch, bad_row);
-        if (s != ZQ_OK) {
-            return s;
-        }
+    if (s != ZQ_OK) {
+        return s;
     }
     return w->extras->rank ? forward_corrected(&j, out, bad_row) : forward_outliers(&j, out, bad_row);
 }

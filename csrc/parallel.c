@@ -339,7 +339,7 @@ zq_scratch(int slot, size_t bytes)
         }
         pthread_setspecific(scratch_key, scratch);
     }
-    if (scratch->bytes[slot] < bytes) {
+    if (!scratch->p[slot] || scratch->bytes[slot] < bytes) { /* 0 bytes are memory too */
         void *p = zq_alloc(bytes + bytes / 4);
         if (!p) {
             return NULL;

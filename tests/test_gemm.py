@@ -482,6 +482,26 @@ def test_nan_and_inf_are_refused_with_the_row(bad):
         ops.linear_w8a8(d["x"], d["codes"], scale)
 
 
+@pytest.mark.parametrize("quant_in", range(1, 7))
+def test_float_weights_multiply_float_rows_whatever_quant_in_says(quant_in):
+    d = make(5, 70, 96)
+    handle = _core.linear_pack_f32(d["w"], None)
+    want = _core.linear_forward(handle, d["x"], 0, 0, None, 0)
+    assert same_bits(everywhere(lambda: _core.linear_forward(handle, d["x"], quant_in, 0, None, 0)), want)
+
+
+def test_outputs_that_cannot_be_quantized_say_why():
+    d = make(5, 6, 16)
+    handle = _core.linear_pack_f32(d["w"], None)
+    x, residual = d["x"].copy(), d["residual"].copy()
+    x[3] = 3e38 * np.sign(d["w"][0])
+    with pytest.raises(ValueError, match="x: finite, but the result overflows float32 in row 3"):
+        _core.linear_forward(handle, x, 0, 0, None, 1)
+    residual[2, 1] = np.nan
+    with pytest.raises(ValueError, match="residual: NaN or Inf in row 2"):
+        _core.linear_forward(handle, d["x"], 0, 0, residual, 1)
+
+
 def test_private_functions_survive_nonsense():
     d = make(4, 6, 16)
     handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], None)

@@ -1,7 +1,9 @@
 """GPTQ: the identities of its specification, the NumPy reference, degenerate Hessians, bad input."""
 from __future__ import annotations
 
+import ctypes
 import runpy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +179,20 @@ def test_threads_do_not_show_in_the_factor():
     assert all(same(results[0][0], q) and info == results[0][1] for q, info in results)
     codes = reference.gptq(w, h, group_size=64)[0]
     assert (codes != results[0][0].codes).mean() < 2e-3
+
+
+def test_solvers_side_by_side_leave_blas_its_threads():
+    """Each of them has BLAS keep to one thread meanwhile; the last one puts back what the first one found."""
+    blas = ctypes.CDLL(_core.__file__)
+    w, h = problem(n=4, k=700)
+    before, want = blas.openblas_get_num_threads(), zq.gptq(w, h)[0]
+    blas.openblas_set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(same(want, q) for q, _ in pool.map(lambda _: zq.gptq(w, h), range(24)))
+        assert blas.openblas_get_num_threads() == 2
+    finally:
+        blas.openblas_set_num_threads(before)
 
 
 def test_rows_do_not_depend_on_each_other(options):

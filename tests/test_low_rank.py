@@ -1,6 +1,8 @@
 """What layers add to their products in float32: LoRC's corrections, and the outlier columns of LLM.int8()."""
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from test_gemm import everywhere
@@ -365,3 +367,15 @@ def test_outliers_are_found_behind_the_branch():
     fc = zq.Linear("fc", RTN().quantize(w, QuantSpec(8)), bias, act, extras=zq.Extras(branch=Branch(scale), outliers=spots))
     want = llm_int8(Branch(scale)(x), w, 6.0, bias)
     assert np.abs(everywhere(lambda: fc(x)) - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_no_input_features():
+    """The sums are empty: the bias is left. In a new thread, whose scratch holds nothing yet."""
+    bias, nothing = np.arange(3, dtype=F), np.zeros(0, F)
+    spotted, branched = (_core.linear_pack_s8(np.zeros((3, 0), np.int8), np.ones(3, F), bias) for _ in range(2))
+    _core.linear_outliers(spotted, 6.0, np.zeros(0, np.int64), np.zeros((3, 0), F))
+    _core.linear_input(branched, None, 0, nothing, nothing)
+    with ThreadPoolExecutor(1) as pool:
+        for handle in (spotted, branched):
+            y = pool.submit(_core.linear_forward, handle, np.zeros((2, 0), F), SYMMETRIC, 0, None, 0).result()
+            assert y.tolist() == [[0, 1, 2]] * 2

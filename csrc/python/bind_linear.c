@@ -378,15 +378,15 @@ parse_rows(const zq_linear *w, PyObject *o, int64_t quant, zq_arg a[3], zq_rows 
         }
         x->f32 = a[0].data;
         x->ld_f32 = a[0].dim[1];
-        x->quant = (zq_quant)quant;
+        x->quant = w->kind == ZQ_W_F32 ? ZQ_QUANT_NONE : (zq_quant)quant;
         if (zq_linear_splits(w) && quant != ZQ_QUANT_TOKEN_SYM && quant != ZQ_QUANT_TOKEN_ASYM) {
             PyErr_SetString(PyExc_ValueError, "quant_in: a weight with outliers needs 1 (symmetric) or 2 (asymmetric)");
             return -1;
         }
         if (w->kind != ZQ_W_F32 && quant == ZQ_QUANT_NONE) {
             PyErr_SetString(PyExc_ValueError,
-                            "quant_in: integer weights need 1 (symmetric), 2 (asymmetric), 3 (int16), 4 (static), 5 or 6 (per tensor) "
-                            "for float32 rows");
+                            "quant_in: integer weights need 1 (symmetric), 2 (asymmetric), 3 (int16), 4 (static), 5 or 6 "
+                            "(per tensor) for float32 rows");
             return -1;
         }
         if (w->kind != ZQ_W_F32 && quant == ZQ_QUANT_STATIC && !(w->in_scale > 0)) {
@@ -505,7 +505,8 @@ py_forward(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     out.y = a[Y].data;
     int64_t bad_row = 0;
     const zq_status s = forward_unlocked(w, &x, m, &out, &bad_row);
-    if (zq_check(s, x.f32 ? "x" : "y", bad_row) == 0) {
+    const zq_arg inputs[2] = {x.f32 ? a[IN] : (zq_arg){0}, a[RES]};
+    if (zq_check_inputs(s, 2, inputs, (const char *const[]){"x", "residual"}, bad_row) == 0) {
         result = out.quant == ZQ_QUANT_NONE     ? zq_give(&a[Y])
                  : out.quant == ZQ_QUANT_STATIC ? zq_give(&a[OUT])
                                                 : zq_give_tuple(3, &a[OUT]);

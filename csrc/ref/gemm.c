@@ -2,8 +2,8 @@
  *   S8     y = fma(float(acc) * sx, scale, bias)
  *   groups f = fma(float(acc_g), scale_g, f) over g from 0;  y = fma(f - (zero - 128) * zcorr, sx, bias)
  *   F32    f = fma(a_k, b_k, f) over k from 0;  y = f + bias
- * then y = fma(low_r, low_b_r, y) over r, then y = act(y), then y = y + residual. acc is exact. Pairs of rows (int16 activations) are computed with bias 0 each
- * and added: y = (y_high + y_low) + bias. */
+ * then y = fma(low_r, low_b_r, y) over r, then y = act(y), then y = y + residual. acc is exact. Pairs of rows (int16
+ * activations) are computed with bias 0 each and added: y = (y_high + y_low) + bias. */
 #include "../zq_kernels.h"
 
 #include <math.h>

@@ -151,9 +151,10 @@ end_finite(const range_lanes *lanes, int64_t rows)
         }                                                                     \
     } while (0)
 
-/* The sum of x (+ residual) in the lanes. h = x + residual goes to y; without a residual nothing is stored. */
+/* The sum of h, or of h^2, in the lanes, h = x (+ residual). h goes to y; without a residual nothing is stored. Whether there
+ * is a residual, and `squares`, are constants of each call. */
 ZQ_INLINE v16
-load_sum(const float *x, const float *residual, int64_t n, float *y)
+add_row(const float *x, const float *residual, int64_t n, float *y, const int squares)
 {
     v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
     int64_t i = 0;
@@ -164,7 +165,7 @@ load_sum(const float *x, const float *residual, int64_t n, float *y)
                 h = v16_add(h, v16_load(residual + i + 16 * j));
                 v16_store(y + i + 16 * j, h);
             }
-            s[j] = v16_add(s[j], h);
+            s[j] = squares ? v16_fma(h, h, s[j]) : v16_add(s[j], h);
         }
     }
     FOUR {
@@ -175,10 +176,22 @@ load_sum(const float *x, const float *residual, int64_t n, float *y)
                 h = v16_add(h, v16_loadn(residual + at, m));
                 v16_storen(y + at, h, m);
             }
-            s[j] = v16_add(s[j], h);
+            s[j] = squares ? v16_fma(h, h, s[j]) : v16_add(s[j], h);
         }
     }
     return sum4(s);
+}
+
+ZQ_INLINE v16
+load_sum(const float *x, const float *residual, int64_t n, float *y)
+{
+    return add_row(x, residual, n, y, 0);
+}
+
+ZQ_INLINE v16
+load_squares(const float *x, const float *residual, int64_t n, float *y)
+{
+    return add_row(x, residual, n, y, 1);
 }
 
 /* sum (x - mean), sum (x - mean)^2, in the lanes */
@@ -343,36 +356,6 @@ layernorm_rows_f32(const float *x, const float *residual, const float *gamma, co
     }
     return residual ? layernorm(x, residual, gamma, beta, rows, n, eps, y, NULL)
                     : layernorm(x, NULL, gamma, beta, rows, n, eps, y, NULL);
-}
-
-/* The sum of h^2 in the lanes, h = x (+ residual), which goes to y as in load_sum. */
-ZQ_INLINE v16
-load_squares(const float *x, const float *residual, int64_t n, float *y)
-{
-    v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-        FOUR {
-            v16 h = v16_load(x + i + 16 * j);
-            if (residual) {
-                h = v16_add(h, v16_load(residual + i + 16 * j));
-                v16_store(y + i + 16 * j, h);
-            }
-            s[j] = v16_fma(h, h, s[j]);
-        }
-    }
-    FOUR {
-        const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
-        if (m > 0) {
-            v16 h = v16_loadn(x + at, m);
-            if (residual) {
-                h = v16_add(h, v16_loadn(residual + at, m));
-                v16_storen(y + at, h, m);
-            }
-            s[j] = v16_fma(h, h, s[j]);
-        }
-    }
-    return sum4(s);
 }
 
 /* A row whose sum overflows: h * ZQ_SHRINK goes to y, and its sum of squares is returned. */
