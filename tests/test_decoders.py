@@ -308,7 +308,7 @@ def test_bad_caches(tiny):
         model([[5]], cache=tiny("gpt2").new_cache(1))
     with pytest.raises(ValueError, match="dtype must be 'float32' or 'int8', got 'int4'"):
         model.new_cache(1, "int4")
-    with pytest.raises(ValueError, match="batch must be a number of sequences, got 1.5"):
+    with pytest.raises(ValueError, match="cache: batch: expected an integer of 0 or more, got 1.5"):
         model.new_cache(1.5)
 
 
@@ -533,7 +533,7 @@ def test_configurations_that_are_refused(variant, change, message, tmp_path):
     (lambda m: m([[1, 2]], [[1]]), r"attention_mask: expected the shape of the input, lengths \[2\]; got \[1\]"),
     (lambda m: m([[1, 2]], [[1, 2]]), "attention_mask: expected zeros and ones"),
     (lambda m: m([[1]], logits="first"), "logits: expected 'all' or 'last', got 'first'"),
-    (lambda m: m([[1]], chunk=0), "chunk: expected a positive number of tokens, got 0"),
+    (lambda m: m([[1]], chunk=0), "chunk: expected an integer of 1 or more, got 0"),
 ])
 def test_bad_calls(call, message, tiny):
     with pytest.raises(ValueError, match=message):

@@ -229,7 +229,7 @@ def test_similarity(make):
 @pytest.mark.parametrize("call, message", [
     (lambda e: e.encode(["a", 5]), r"sentences\[1\]: expected a string, got int"),
     (lambda e: e.encode([None]), r"sentences\[0\]: expected a string, got NoneType"),
-    (lambda e: e.encode(["a"], batch_size=0), "batch_size: expected a positive integer, got 0"),
+    (lambda e: e.encode(["a"], batch_size=0), "batch_size: expected an integer of 1 or more, got 0"),
     (lambda e: e.encode(["a"], batch_size=2.5), "batch_size"),
     (lambda e: e.encode(["a"], output_value="x"), "output_value"),
 ])

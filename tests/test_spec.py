@@ -70,9 +70,10 @@ def test_unknown_scheme_lists_the_known(name):
         Scheme.parse(name)
 
 
-@pytest.mark.parametrize("name, words", [("w9a8", "bits must be an integer, 2..8; got 9"), ("w4a8-g0", "group_size"),
+@pytest.mark.parametrize("name, words", [("w9a8", "bits: expected an integer of 2 to 8, got 9"), ("w4a8-g0", "group_size"),
                                          ("w8a8-b0", "blocks"), ("w4/16a8", "got 16"),
-                                         ("w8a16-static", "16 bits have no scale.*-static"), ("w4a16-tensor", "-tensor")])
+                                         ("w8a16-static", "16 bits have no scale.*-static"), ("w4a16-tensor", "-tensor"),
+                                         ("w4a16-sym", "16 bits have no scale.*-sym")])
 def test_scheme_names_with_bad_numbers(name, words):
     with pytest.raises(ValueError, match=words):
         Scheme.parse(name)

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from ._progress import bar
+from .checks import as_count
 from .evaluate import read_text
-from .generate import _count, text_ids
+from .generate import text_ids
 from .linear import Linear
 from .methods import BlockMethod, Method, Recipe
 from .models.steps import Batch, Run, Steps, Unit, steps_of
@@ -116,8 +117,8 @@ def calibrate(
     _one_of("mode", mode, MODES)
     quantizer = _quantizer(model, mode, scheme, method)
     sequences = read_sequences(model, data, samples=samples, seq_len=seq_len, seed=seed)
-    return collect(model, sequences, wanted, quantizer=quantizer, rows=_count("rows", rows, 1), seed=seed,
-                   batch_tokens=_count("batch_tokens", batch_tokens, 1), file=file, progress=progress)
+    return collect(model, sequences, wanted, quantizer=quantizer, rows=as_count("rows", rows, 1), seed=seed,
+                   batch_tokens=as_count("batch_tokens", batch_tokens, 1), file=file, progress=progress)
 
 
 def collect(model: Any, sequences: Sequences, needs: frozenset[str], *, quantizer: Any = None, rows: int = 512, seed: int = 0,
@@ -202,11 +203,11 @@ def read_sequences(model: Any, data: Any, *, samples: int = 128, seq_len: int | 
         No tokens, ids out of the vocabulary, a text where the model has no tokenizer, seq_len beyond its positions.
     """
     network = getattr(model, "model", model)
-    samples, limit = _count("samples", samples, 1), getattr(model, "max_seq_length", network.max_length)
-    seq_len = min(LENGTH, limit) if seq_len is None else _count("seq_len", seq_len, 1)
+    samples, limit = as_count("samples", samples, 1), getattr(model, "max_seq_length", network.max_length)
+    seq_len = min(LENGTH, limit) if seq_len is None else as_count("seq_len", seq_len, 1)
     if seq_len > limit:
         raise ValueError(f"seq_len: {seq_len}, but the model takes {limit} tokens")
-    rng = np.random.default_rng(_count("seed", seed, 0))
+    rng = np.random.default_rng(as_count("seed", seed, 0))
     if isinstance(data, str) and data == "random":
         return Sequences(_random(network, samples, seq_len, rng), "random", seq_len)
     rows, source = _rows(data)

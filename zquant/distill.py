@@ -20,8 +20,8 @@ import numpy as np
 from ._executors import run_all, workers_of
 from ._progress import bar
 from .calibrate import _advance, _one_of, _packed
+from .checks import as_count
 from .distill_files import Finished
-from .generate import _count
 from .hidden_states import HiddenStates, remove_stale
 from .linear import Linear
 from .methods.lkd import TrainOptions
@@ -163,7 +163,7 @@ def lkd(block: FloatBlock, inputs: Any, targets: Any, scheme: str | Scheme, *, l
     if lengths != [len(part) for part in y]:
         raise ValueError("targets: expected sequences as long as those of inputs")
     options = TrainOptions(lr, steps, batch_size, tuple(search), kl)
-    job = BlockJob("block", block, linear_specs(block, Scheme.parse(scheme)), options, (_count("seed", seed, 0),),
+    job = BlockJob("block", block, linear_specs(block, Scheme.parse(scheme)), options, (as_count("seed", seed, 0),),
                    weights or {}, scales or {})
     return train_block(job, np.concatenate(x), np.concatenate(y), np.cumsum([0, *lengths]))
 
@@ -381,7 +381,7 @@ class _Run:
                  inputs: str, start: Mapping[str, Linear], resources: Resources) -> None:
         _one_of("inputs", inputs, ("teacher", "student"))
         self.teacher, self.student, self.scheme, self.options = teacher, student, scheme, options
-        self.seed, self.inputs, self.start = _count("seed", seed, 0), inputs, start
+        self.seed, self.inputs, self.start = as_count("seed", seed, 0), inputs, start
         self.blocks = teacher.dims.layers
         self.steps = steps_of(teacher, ids, BATCH_TOKENS)
         self.offsets = self.steps.packed.offsets

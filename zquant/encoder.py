@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .checks import as_count
 from .errors import FormatError
 from .models import Model, load, read_config
 from .tokenization import TextTokenizer
@@ -147,8 +148,7 @@ class SentenceEncoder:
         """
         one = isinstance(sentences, str)
         texts = _texts([sentences] if one else sentences)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
+        batch_size = as_count("batch_size", batch_size, 1)
         if output_value not in ("sentence_embedding", "token_embeddings"):
             raise ValueError(f"output_value: expected 'sentence_embedding' or 'token_embeddings', got {output_value!r}")
         prefix = self._prompt(prompt, prompt_name)

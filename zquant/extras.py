@@ -7,6 +7,7 @@ from typing import Any, Union
 
 import numpy as np
 
+from .checks import as_count
 from .qtensor import QTensor, _frozen
 from .spec import QuantSpec
 
@@ -76,13 +77,11 @@ class StaticRange:
 
     def __post_init__(self) -> None:
         with np.errstate(over="ignore"):
-            scale, zero = float(np.float32(self.scale)), self.zero
+            scale = float(np.float32(self.scale))
         if not TINY <= scale < np.inf:
             raise ValueError(f"StaticRange: scale must be a positive normal float32, got {self.scale!r}")
-        if isinstance(zero, bool) or not isinstance(zero, (int, np.integer)) or not 0 <= zero <= 255:
-            raise ValueError(f"StaticRange: zero must be an integer, 0..255; got {zero!r}")
         object.__setattr__(self, "scale", scale)
-        object.__setattr__(self, "zero", int(zero))
+        object.__setattr__(self, "zero", as_count("StaticRange: zero", self.zero, 0, 255))
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ._progress import bar
+from .checks import as_count, as_real
 
 __all__ = ["Generation", "Stream", "generate", "prompt_ids", "text_ids"]
 
@@ -157,18 +158,6 @@ def _stop_id(lm: Any, item: Any) -> int:
     return ids[0]
 
 
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name}: expected an integer of {least} or more, got {value!r}")
-    return int(value)
-
-
-def _real(name: str, value: Any, low: float, high: float, wanted: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low <= value <= high:
-        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
-    return float(value)
-
-
 def _generators(seed: Any, count: int) -> list[np.random.Generator]:
     """One per sequence. One seed serves each of them alike, so that no text depends on its neighbours."""
     if seed is None:
@@ -176,7 +165,7 @@ def _generators(seed: Any, count: int) -> list[np.random.Generator]:
     seeds = [seed] * count if isinstance(seed, (int, np.integer)) else list(seed)
     if len(seeds) != count:
         raise ValueError(f"seed: expected one, or one per prompt ({count}), got {len(seeds)}")
-    return [np.random.default_rng(_count("seed", one, 0)) for one in seeds]
+    return [np.random.default_rng(as_count("seed", one, 0)) for one in seeds]
 
 
 # --- choosing a token --------------------------------------------------------------------------------------------
@@ -424,11 +413,11 @@ def generate(
     start = time.perf_counter()
     one = _is_one(prompt)
     prompts = [prompt_ids(lm, prompt)] if one else [prompt_ids(lm, p, f"prompt[{i}]") for i, p in enumerate(prompt)]
-    limit = _count("max_new_tokens", max_new_tokens, 0)
-    temperature = _real("temperature", temperature, 0.0, 1e6, "a number of 0 or more")
-    top_k = None if top_k is None else _count("top_k", top_k, 1)
+    limit = as_count("max_new_tokens", max_new_tokens, 0)
+    temperature = as_real("temperature", temperature, 0.0, 1e6, "a number of 0 or more")
+    top_k = None if top_k is None else as_count("top_k", top_k, 1)
     if top_p is not None:
-        top_p = _real("top_p", top_p, 1e-12, 1.0, "a number above 0, at most 1")
+        top_p = as_real("top_p", top_p, 1e-12, 1.0, "a number above 0, at most 1")
         top_p = None if top_p == 1.0 else top_p
     if kv_cache not in ("float32", "int8"):
         raise ValueError(f"kv_cache: expected 'float32' or 'int8', got {kv_cache!r}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ._progress import bar
-from .generate import _count
+from .checks import as_count
 from .perplexity import Window, batches, chunk_size, cut, log_sum_exp, targets
 from .report import (
     TAPPED_TOKENS,
@@ -264,8 +264,8 @@ def compare_language(
     before, after = dict(lm.named_linears()), dict(quantized.named_linears())
     _check_same_layers(before, after)
     if max_tokens is not None:
-        _count("max_tokens", max_tokens, 2)
-    size = _count("batch_size", batch_size, 1)
+        as_count("max_tokens", max_tokens, 2)
+    size = as_count("batch_size", batch_size, 1)
     found = _some(cut(lm, text, min(seq_len, lm.max_positions), None), max_tokens)
     noise = _noise(lm, quantized, batches(_some(found, TAPPED_TOKENS), 1), show_progress_bar)
     layers = _layer_errors(before, after, noise, show_progress_bar)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ._progress import bar
+from .checks import as_count
 from .evaluate import read_text
-from .generate import _count, _integers, text_ids
+from .generate import _integers, text_ids
 
 __all__ = ["PerplexityResult", "Window", "documents", "log_sum_exp", "perplexity", "windows"]
 
@@ -138,10 +139,10 @@ def _checked(lm: Any, row: Any, name: str) -> np.ndarray:
 
 def cut(lm: Any, text: Any, seq_len: int, stride: int | None) -> list[Window]:
     """The windows over every document; ValueError where there is nothing to score."""
-    seq_len = _count("seq_len", seq_len, 2)
+    seq_len = as_count("seq_len", seq_len, 2)
     if seq_len > lm.max_positions:
         raise ValueError(f"seq_len: {seq_len}, but the model has {lm.max_positions} positions")
-    if stride is not None and _count("stride", stride, 1) > seq_len:
+    if stride is not None and as_count("stride", stride, 1) > seq_len:
         raise ValueError(f"stride: {stride} is more than seq_len, {seq_len}: tokens between the windows would be left out")
     found = [
         Window(ids[begin:end], first - begin)
@@ -256,7 +257,7 @@ def perplexity(
     """
     start = time.perf_counter()
     found = cut(lm, text, seq_len, stride)
-    size = _count("batch_size", batch_size, 1)
+    size = as_count("batch_size", batch_size, 1)
     parts = [
         _window_nll(lm, batch, kv_cache)
         for batch in bar(batches(found, size), "perplexity", show_progress_bar, unit="batch")

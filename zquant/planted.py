@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .generate import _count
+from .checks import as_count
 from .models.foldings import fold, foldings
 
 __all__ = ["plant_outliers"]
@@ -47,7 +47,7 @@ def plant_outliers(model: Any, channels: int = 6, factor: float = 60, seed: int 
     [0, 2]
     """
     hidden = model.dims.hidden
-    if _count("channels", channels, 0) > hidden:
+    if as_count("channels", channels, 0) > hidden:
         raise ValueError(f"channels: {channels}, but the model has {hidden}")
     if not 0 < factor < np.inf:
         raise ValueError(f"factor: expected a positive number, got {factor!r}")

@@ -5,6 +5,8 @@ import os
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from .checks import as_count
+
 __all__ = ["MEMORY", "Resources"]
 
 MEMORY = 1 << 31  # bytes
@@ -29,7 +31,7 @@ class Resources:
     >>> Resources(memory=-1)
     Traceback (most recent call last):
     ...
-    ValueError: memory: expected a number of bytes, got -1
+    ValueError: memory, bytes: expected an integer of 0 or more, got -1
     """
 
     work_dir: str | os.PathLike[str] | None = None
@@ -37,7 +39,6 @@ class Resources:
     executor: Executor | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.memory, int) or isinstance(self.memory, bool) or self.memory < 0:
-            raise ValueError(f"memory: expected a number of bytes, got {self.memory!r}")
+        object.__setattr__(self, "memory", as_count("memory, bytes", self.memory, 0))
         if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
             raise TypeError(f"executor: expected a concurrent.futures.Executor, got {type(self.executor).__name__}")

@@ -8,6 +8,8 @@ from dataclasses import replace as _replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from .checks import as_count
+
 __all__ = ["QuantSpec", "Scheme", "DEFAULT_GROUP_SIZE"]
 
 FORMATS = ("int",)
@@ -34,12 +36,6 @@ class _Data:
         if unknown := sorted(set(data) - set(known)):
             raise ValueError(f"{cls.__name__}: unknown fields {unknown}; known: {known}")
         return dict(data)
-
-
-def _check_int(what: str, value: object, low: int, high: int | None = None) -> None:
-    span = f"{low}..{high}" if high is not None else f"at least {low}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ValueError(f"QuantSpec: {what} must be an integer, {span}; got {value!r}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,7 +74,7 @@ class QuantSpec(_Data):
     blocks: int | None = None
 
     def __post_init__(self) -> None:
-        _check_int("bits", self.bits, 2, 8)
+        object.__setattr__(self, "bits", as_count("QuantSpec: bits", self.bits, 2, 8))
         if self.format not in FORMATS:
             raise ValueError(f"QuantSpec: unknown format {self.format!r}; known: {', '.join(FORMATS)}")
         if self.granularity not in GRANULARITIES:
@@ -86,7 +82,7 @@ class QuantSpec(_Data):
         for name, owner in (("group_size", "group"), ("blocks", "row_block")):
             value = getattr(self, name)
             if self.granularity == owner:
-                _check_int(name, value, 1)
+                object.__setattr__(self, name, as_count(f"QuantSpec: {name}", value, 1))
             elif value is not None:
                 raise ValueError(f"QuantSpec: {name}={value!r} needs granularity={owner!r}, not {self.granularity!r}")
         for name in ("symmetric", "dynamic"):
@@ -142,7 +138,7 @@ SHARING = {"token": {"granularity": "token", "dynamic": True}, "tensor": {"granu
 
 def _weights(bits: int) -> QuantSpec:
     """The usual weight format for a number of bits: per channel at 8, in groups below."""
-    _check_int("bits", bits, 2, 8)
+    bits = as_count("QuantSpec: bits", bits, 2, 8)
     return INT8_ROWS if bits == 8 else QuantSpec(bits, granularity="group", group_size=DEFAULT_GROUP_SIZE)
 
 
@@ -264,9 +260,12 @@ class Scheme(_Data):
                 weights = QuantSpec(weights.bits, granularity="group", group_size=int(suffix[1:]))
             else:
                 weights = QuantSpec(weights.bits, granularity="row_block", blocks=int(suffix[1:]))
-        if act_bits == "16" and sharing != "token":
-            raise ValueError(f"scheme {scheme!r}: activations of 16 bits have no scale that -{sharing} could be about")
-        activations = None if act_bits == "16" else QuantSpec(8, symmetric=symmetric, **SHARING[sharing])  # type: ignore[arg-type]
+        named = [suffix for suffix in suffixes.split("-") if suffix == "sym" or suffix in SHARING]
+        if act_bits == "16" and named:
+            raise ValueError(f"scheme {scheme!r}: activations of 16 bits have no scale that -{named[0]} could be about")
+        activations = None
+        if act_bits == "8":
+            activations = QuantSpec(8, symmetric=symmetric, **SHARING[sharing])  # type: ignore[arg-type]
         mixed = [("*attention*", _weights(int(attention))), ("*attn*", _weights(int(attention)))] if attention else []
         return cls(scheme, weights, activations, None if embeddings == "32" else INT8_ROWS, tuple(mixed),
                    int8_attention=bool(attn8))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import _core
-from ..generate import _count, _real
+from ..checks import as_count, as_real
 from ..models.foldings import STAGES, fold
 from ..ops.quantize import _array
 from ..qtensor import QTensor
@@ -142,7 +142,7 @@ def awq(weights: Array | Sequence[Array], mean_abs: Array, gram: Array, bits: in
     parts = [_array(w, "weights", "float32") for w in matrices(weights)]
     size, gram32 = np.asarray(mean_abs, np.float64), np.asarray(gram, np.float32)
     _check_awq(parts, size, gram32, duo)
-    grid, spec = _count("grid", grid, 1), weight_spec(bits, group_size, symmetric)
+    grid, spec = as_count("grid", grid, 1), weight_spec(bits, group_size, symmetric)
     k = parts[0].shape[1]
     weight_size = _weight_size(parts, min(spec.group_size or k, k)) if duo else None
     packed = _core.linear_pack_f32(gram32, None)
@@ -236,7 +236,7 @@ def awq_clip(w: Array, gram: Array, bits: int = 4, group_size: int | None = None
 
 def _checked_ranges(grid: Any, most: Any) -> tuple[int, float]:
     """The options of :func:`awq_clip`; ValueError where they are none."""
-    return _count("grid", grid, 1), _real("most", most, 0, 1, "a number from 0 to 1")
+    return as_count("grid", grid, 1), as_real("most", most, 0, 1, "a number from 0 to 1")
 
 
 @register("awq-scale")
@@ -254,7 +254,7 @@ class AWQScale(Transform):
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "mean_abs"})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", _count("grid", self.grid, 1))
+        object.__setattr__(self, "grid", as_count("grid", self.grid, 1))
 
     def transform(self, model: Any, statistics: Statistics | None, scheme: Scheme) -> tuple[Any, Scheme]:
         """The folded model; see :meth:`Transform.transform`."""

@@ -140,11 +140,8 @@ def weight_spec(bits: int, group_size: int | None, symmetric: bool) -> QuantSpec
     >>> print(weight_spec(4, 64, True), weight_spec(4, None, False), sep="; ")
     int4, groups of 64; uint4, per channel
     """
-    def python(value: Any) -> Any:
-        return int(value) if isinstance(value, np.integer) else value
-
     granularity = "channel" if group_size is None else "group"
-    return QuantSpec(python(bits), granularity=granularity, group_size=python(group_size), symmetric=bool(symmetric))
+    return QuantSpec(bits, granularity=granularity, group_size=group_size, symmetric=bool(symmetric))
 
 
 def register(name: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..checks import as_count
 from ..qtensor import QTensor
 from ..spec import QuantSpec
 from .base import Method, get_method, register
@@ -33,19 +34,19 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "search", tuple(self.search))
-        check_descent(self.lr, self.steps, self.search)
+        object.__setattr__(self, "steps", check_descent(self.lr, self.steps, self.search))
         if self.batch_size is not None:
-            _check_count("batch_size", self.batch_size, 1)
+            object.__setattr__(self, "batch_size", as_count("batch_size", self.batch_size, 1))
         if not _is_number(self.kl) or self.kl < 0:
             raise ValueError(f"kl: expected a number that is not negative, got {self.kl!r}")
 
 
-def check_descent(lr: float, steps: int, search: tuple[float, ...]) -> None:
-    """ValueError on options that no gradient descent can have."""
-    _check_count("steps", steps, 0)
+def check_descent(lr: float, steps: int, search: tuple[float, ...]) -> int:
+    """The number of steps; ValueError on options that no gradient descent can have."""
     for name, value in (("lr", lr), *(("search", factor) for factor in search)):
         if not _is_number(value) or value <= 0:
             raise ValueError(f"{name}: expected positive numbers, got {value!r}")
+    return as_count("steps", steps, 0)
 
 
 def starting_solver(start: str) -> Method:
@@ -57,11 +58,6 @@ def starting_solver(start: str) -> Method:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer, at least {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,9 @@ class BlockMethod(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "search", tuple(self.search))
-        assert self.options  # making them checks them
+        options = self.options  # making them checks them
+        object.__setattr__(self, "steps", options.steps)
+        object.__setattr__(self, "batch_size", options.batch_size)
         if isinstance(starting_solver(self.start), BlockMethod):
             raise ValueError(f"start: {self.start!r} trains blocks itself; name a solver of single layers")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import as_count
 from ..extras import LowRank
-from ..generate import _count
 from ..ops.quantize import _array, quantize_weight
 from ..qtensor import QTensor
 from ..spec import QuantSpec
@@ -114,7 +114,7 @@ def lorc(w: Array, w_hat: Array, rank: int = 8, int8: bool = False) -> LowRank:
     w, w_hat = _array(w, "w", "float32"), _array(w_hat, "w_hat", "float32")
     if w.ndim != 2 or w.shape != w_hat.shape or not w.size:
         raise ValueError(f"w, w_hat: expected two matrices of one shape, got {w.shape} and {w_hat.shape}")
-    rank = _count("rank", rank, 1)
+    rank = as_count("rank", rank, 1)
     for name, array in (("w", w), ("w_hat", w_hat)):
         if not np.isfinite(array).all():
             raise ValueError(f"{name}: NaN or Inf")
@@ -141,7 +141,7 @@ class LoRC(Repair):
     int8: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", _count("rank", self.rank, 1))
+        object.__setattr__(self, "rank", as_count("rank", self.rank, 1))
 
     def repair(self, w: Array, tensor: QTensor, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> Any:
         """The low-rank part of w - tensor."""

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..generate import _count
+from ..checks import as_count
 from ..models.foldings import fold
 from ..spec import TOKEN_ASYMMETRIC, QuantSpec, Scheme
 from ..statistics import Statistics
@@ -108,7 +108,7 @@ def outlier_suppression(minmax: Any, threshold: float | None = None, *, samples:
     if np.shape(samples)[1:] != half.shape:
         raise ValueError(f"samples: expected shape (m, {len(half)}) as minmax has, got {np.shape(samples)}")
     loss = output_error(samples, weights, spec, activations, z if shift else None)
-    return z, _search(half, loss, _count("steps", steps, 1))
+    return z, _search(half, loss, as_count("steps", steps, 1))
 
 
 @register("outlier_suppression")
@@ -143,7 +143,7 @@ class OutlierSuppression(Transform):
     def __post_init__(self) -> None:
         if self.stages is not None:
             object.__setattr__(self, "stages", checked_stages("OutlierSuppression", self.stages))
-        object.__setattr__(self, "steps", _count("OutlierSuppression: steps", self.steps, 1))
+        object.__setattr__(self, "steps", as_count("OutlierSuppression: steps", self.steps, 1))
 
     def transform(self, model: Any, statistics: Statistics | None, scheme: Scheme) -> tuple[Any, Scheme]:
         """See :meth:`Transform.transform`; the scheme stays as it is."""

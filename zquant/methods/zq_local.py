@@ -19,7 +19,7 @@ from .. import _core
 from ..ops.quantize import _array
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .base import Method, register
+from .base import Method, register, weight_spec
 from .lkd import BlockMethod, check_descent, starting_solver
 from .rtn import RTN
 
@@ -89,8 +89,8 @@ def zq_local(w: Array, x: Array, bits: int = 4, group_size: int | None = None, s
         raise ValueError(f"x: expected shape (tokens, k) and w (n, k), got {x.shape} and {w.shape}")
     if start is not None and not isinstance(start, QTensor):
         raise TypeError(f"start: expected a QTensor, got {type(start).__name__}")
-    spec = QuantSpec(bits, granularity="group" if group_size else "channel", group_size=group_size, symmetric=symmetric)
-    check_descent(lr, steps, tuple(search))
+    spec = weight_spec(bits, group_size, symmetric)
+    steps = check_descent(lr, steps, tuple(search))
     return _solve(w, x.T @ x / np.float32(len(x)), spec, lr, steps, tuple(search), start)
 
 
@@ -216,7 +216,7 @@ class ZQLocal(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "search", tuple(self.search))
-        check_descent(self.lr, self.steps, self.search)
+        object.__setattr__(self, "steps", check_descent(self.lr, self.steps, self.search))
         first = starting_solver(self.start)
         if isinstance(first, (BlockMethod, ZQLocal)) or not first.needs <= self.needs:
             raise ValueError(f"start: expected a solver of single layers that needs no more than gram, got {self.start!r}")

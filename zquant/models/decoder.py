@@ -7,6 +7,7 @@ from typing import Any, cast
 import numpy as np
 
 from .. import _core
+from ..checks import as_count
 from ..spec import QuantSpec
 from .base import Network
 from .blocks import Packed, Table, Tap, pack, rows
@@ -50,9 +51,7 @@ class KVCache:
     def __init__(self, a: Architecture, batch: int, dtype: str = "float32", handle: Any = None) -> None:
         if dtype not in ("float32", "int8"):
             raise ValueError(f"cache: dtype must be 'float32' or 'int8', got {dtype!r}")
-        if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 0:
-            raise ValueError(f"cache: batch must be a number of sequences, got {batch!r}")
-        self.architecture, self.batch, self.dtype = a, int(batch), dtype
+        self.architecture, self.batch, self.dtype = a, as_count("cache: batch", batch, 0), dtype
         self.one_each = np.arange(self.batch + 1)
         self.handle = _core.kv_new(a.layers, self.batch, a.kv_heads, a.head_dim, dtype == "int8") if handle is None else handle
 
@@ -277,8 +276,7 @@ class CausalLM(Network):
                  wanted: np.ndarray | None = None) -> Iterator[tuple[int, int, np.ndarray]]:
         """Chunk by chunk (start, stop, logits of all its tokens, or of those that are ``wanted``: indices of the packed batch
         that rise). If anything fails, the cache is as it was."""
-        if isinstance(chunk, bool) or not isinstance(chunk, (int, np.integer)) or chunk < 1:
-            raise ValueError(f"chunk: expected a positive number of tokens, got {chunk!r}")
+        chunk = as_count("chunk", chunk, 1)
         cache = self.new_cache(packed.shape[0]) if cache is None else self._fitting(cache, packed.shape[0])
         before = cache.lengths
         totals = before + np.diff(packed.offsets)
