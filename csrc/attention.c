@@ -11,6 +11,10 @@
  * a thread never shows in the bits. */
 #include "attention_tile.h"
 
+/* Query rows per job: bringing in a tile is paid once per so many rows, and their sums (132 KiB at 64 dimensions) stay in L2.
+ * So large only where each thread has MANY_JOBS, or one waits for the other's last. */
+enum { ITEM_ROWS = 528, LEAST_ITEM_ROWS = 33, MANY_JOBS = 8, ENOUGH_JOBS = 2 };
+
 typedef struct {
     const zq_attention_args *a;
     const zq_kernels *K;
@@ -338,14 +342,15 @@ count_jobs(attention *t)
 zq_status
 zq_attention(const zq_attention_args *a, int64_t *bad_row)
 {
-    attention t = {.a = a, .K = zq_active(), .dp = zq_round_up(a->head_dim, a->int8 ? ZQ_NR : 16), .item_rows = ZQ_ITEM_ROWS};
+    attention t = {.a = a, .K = zq_active(), .dp = zq_round_up(a->head_dim, a->int8 ? ZQ_NR : 16), .item_rows = ITEM_ROWS};
     zq_trouble_init(&t.trouble);
     t.first_job = zq_alloc((size_t)(a->sequences + 1) * sizeof *t.first_job);
     if (!t.first_job) {
         return ZQ_ENOMEM;
     }
     int64_t jobs = count_jobs(&t);
-    while (jobs * a->heads < 2 * zq_threads() && t.item_rows > ZQ_ITEM_ROWS / 8) {
+    while (jobs * a->heads < zq_threads() * (t.item_rows == ITEM_ROWS ? MANY_JOBS : ENOUGH_JOBS) &&
+           t.item_rows > LEAST_ITEM_ROWS) {
         t.item_rows /= 2;
         jobs = count_jobs(&t);
     }

@@ -13,6 +13,8 @@
 
 #include <string.h>
 
+enum { ITEM_ROWS = 264 /* query rows per job: bringing in a tile is paid once per so many rows */ };
+
 typedef struct {
     zq_kv *c;
     const zq_kv_attention *a;
@@ -425,7 +427,7 @@ count_attend_jobs(kv_pass *t)
         t->block_queries = 1;
         return t->a->wanted_count;
     }
-    t->block_queries = zq_max(1, ZQ_ITEM_ROWS / t->group);
+    t->block_queries = zq_max(1, ITEM_ROWS / t->group);
     for (;; t->block_queries = zq_ceil_div(t->block_queries, 2)) {
         int64_t jobs = 0;
         for (int64_t s = 0; s < sequences; s++) {
@@ -433,7 +435,7 @@ count_attend_jobs(kv_pass *t)
             jobs += zq_ceil_div(new_tokens(t, s), t->block_queries);
         }
         t->first_job[sequences] = jobs;
-        const int small = t->block_queries == 1 || t->block_queries * t->group <= ZQ_ITEM_ROWS / 8;
+        const int small = t->block_queries == 1 || t->block_queries * t->group <= ITEM_ROWS / 8;
         if (small || jobs * t->c->kv_heads >= 4 * zq_threads()) {
             return jobs;
         }

@@ -10,8 +10,7 @@
 
 enum {
     ZQ_KEY_TILE = 256, /* keys: K and V tiles (2 x 32 KiB at 32 dimensions) stay in L2 */
-    ZQ_PANEL = 32,     /* keys per panel of K^T: (head_dim, ZQ_PANEL) and contiguous, as matmul_f32 reads it */
-    ZQ_ITEM_ROWS = 264 /* query rows per job: bringing in a tile is paid once per so many rows */
+    ZQ_PANEL = 32      /* keys per panel of K^T: (head_dim, ZQ_PANEL) and contiguous, as matmul_f32 reads it */
 };
 
 /* s (mr, keys) = Q K^T, rows ZQ_KEY_TILE apart; keys from a panel's first on. The keys that fill up the last vector are

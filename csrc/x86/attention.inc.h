@@ -3,17 +3,30 @@
  * v16i_dot4(acc, a, b) to acc + the sum of the four products u8 x s8 in each lane. */
 #include "../ref/attention.h"
 
+/* 2^t of `ways` vectors in step, as v16_exps. */
+ZQ_INLINE void
+v16_exp2s(v16 *t, const int ways)
+{
+#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < ways; u++)
+    v16 k[4], r[4], p[4];
+    EACH { t[u] = v16_max(v16_set1(ZQ_EXP2_LO), t[u]); }
+    EACH { k[u] = v16_add(t[u], v16_set1(ZQ_EXP2_MAGIC)); }
+    EACH { r[u] = v16_sub(k[u], v16_set1(ZQ_EXP2_MAGIC)); }
+    EACH { r[u] = v16_sub(t[u], r[u]); }
+    EACH { p[u] = v16_set1(zq_exp2_poly[5]); }
+#pragma GCC unroll 8
+    for (int i = 4; i >= 0; i--) {
+        EACH { p[u] = v16_fma(p[u], r[u], v16_set1(zq_exp2_poly[i])); }
+    }
+    EACH { t[u] = v16_mul(p[u], v16_exp_power(k[u])); }
+#undef EACH
+}
+
 ZQ_INLINE v16
 v16_exp2(v16 t)
 {
-    t = v16_max(v16_set1(ZQ_EXP2_LO), t);
-    const v16 k = v16_add(t, v16_set1(ZQ_EXP2_MAGIC)), r = v16_sub(t, v16_sub(k, v16_set1(ZQ_EXP2_MAGIC)));
-    v16 p = v16_set1(zq_exp2_poly[5]);
-#pragma GCC unroll 8
-    for (int i = 4; i >= 0; i--) {
-        p = v16_fma(p, r, v16_set1(zq_exp2_poly[i]));
-    }
-    return v16_mul(p, v16_from_bits(v16i_shl(v16_bits(k), 23)));
+    v16_exp2s(&t, 1);
+    return t;
 }
 
 /* ---- moving rows ---- */
@@ -120,10 +133,18 @@ exp2_row(float *s, int64_t keys, v16 max, v16 f)
     int64_t j = 0;
     for (; j + 64 <= keys; j += 64) {
 #pragma GCC unroll 4
-        for (int u = 0; u < 4; u++) {
-            const v16 p = v16_exp2(v16_mul(v16_sub(v16_load(s + j + 16 * u), max), f));
-            v16_store(s + j + 16 * u, p);
-            sum[u] = v16_add(sum[u], p);
+        for (int u = 0; u < 4; u += EXP_WAYS) {
+            v16 p[EXP_WAYS];
+#pragma GCC unroll 4
+            for (int w = 0; w < EXP_WAYS; w++) {
+                p[w] = v16_mul(v16_sub(v16_load(s + j + 16 * (u + w)), max), f);
+            }
+            v16_exp2s(p, EXP_WAYS);
+#pragma GCC unroll 4
+            for (int w = 0; w < EXP_WAYS; w++) {
+                v16_store(s + j + 16 * (u + w), p[w]);
+                sum[u + w] = v16_add(sum[u + w], p[w]);
+            }
         }
     }
 #pragma GCC unroll 4
