@@ -26,10 +26,12 @@ tensor_shape(const zq_lkd *b, int tensor, int64_t dims[2])
 {
     const zq_lkd_shape *s = &b->s;
     const int64_t n[] = {b->qkv, s->d, s->gated ? s->ff : 0, s->ff, s->d}, k[] = {s->d, b->q, s->d, s->d, s->ff};
-    const int i = tensor % ZQ_LKD_LINEARS, norm = tensor >= ZQ_LKD_NORM1;
-    const int there = norm ? !s->rms || (tensor - ZQ_LKD_NORM1) % 2 == 0 : n[i] > 0 && (tensor < ZQ_LKD_BIAS || s->has_bias[i]);
+    const int i = tensor % ZQ_LKD_LINEARS, of_heads = tensor >= ZQ_LKD_Q_NORM, norm = tensor >= ZQ_LKD_NORM1;
+    const int there = of_heads ? s->qk_norm
+                      : norm   ? !s->rms || (tensor - ZQ_LKD_NORM1) % 2 == 0
+                               : n[i] > 0 && (tensor < ZQ_LKD_BIAS || s->has_bias[i]);
     dims[0] = there && tensor < ZQ_LKD_BIAS ? n[i] : 0;
-    dims[1] = !there ? 0 : norm ? s->d : tensor < ZQ_LKD_BIAS ? k[i] : n[i];
+    dims[1] = !there ? 0 : of_heads ? s->head_dim : norm ? s->d : tensor < ZQ_LKD_BIAS ? k[i] : n[i];
 }
 
 static int64_t
@@ -246,12 +248,13 @@ lay_out(zq_lkd *b, char *base, int64_t tokens)
 {
     const zq_lkd_shape *s = &b->s;
     const int64_t d = tokens * s->d, post = s->order == ZQ_LKD_POST, chunks = zq_ceil_div(tokens, LKD_CHUNK);
-    const int64_t widest = zq_max(zq_max(b->qkv, s->d), s->ff);
+    const int64_t widest = zq_max(zq_max(b->qkv, s->d), s->ff), normed = zq_max(s->d, s->qk_norm ? s->head_dim : 0);
     int64_t at = 0;
     b->in1 = take_rows(base, &at, tokens, s->d, s->spec[ZQ_LKD_QKV].act);
     b->in2 = take_rows(base, &at, tokens, b->q, s->spec[ZQ_LKD_O].act);
     b->in3 = take_rows(base, &at, tokens, s->d, s->spec[ZQ_LKD_UP].act);
     b->in4 = take_rows(base, &at, tokens, s->ff, s->spec[ZQ_LKD_DOWN].act);
+    b->qk_in = take_floats(base, &at, s->qk_norm ? tokens * (b->q + b->kv) : 0);
     b->qkv_out = take_floats(base, &at, tokens * b->qkv);
     b->dqkv = take_floats(base, &at, tokens * b->qkv);
     b->gate = take_floats(base, &at, s->gated ? tokens * s->ff : 0);
@@ -266,7 +269,7 @@ lay_out(zq_lkd *b, char *base, int64_t tokens)
     b->ld_dyt = zq_row_pitch(tokens * 4) / 4;
     b->dyt = take_floats(base, &at, widest * b->ld_dyt);
     b->panels = take_floats(base, &at, panel_floats(b, tokens));
-    b->partial = take_floats(base, &at, chunks * 2 * s->d);
+    b->partial = take_floats(base, &at, chunks * 2 * normed);
     b->chunk_loss = take(base, &at, 2 * chunks, sizeof *b->chunk_loss);
     b->position = take(base, &at, tokens, sizeof *b->position);
     b->zeros = take_floats(base, &at, zq_round_up(zq_max(widest, b->q), ZQ_NR));
@@ -280,13 +283,13 @@ reserve(zq_lkd *b, int64_t tokens)
         return ZQ_OK;
     }
     zq_free(b->memory);
-    b->capacity = 0;
-    b->bytes = lay_out(b, NULL, tokens);
-    b->memory = zq_alloc((size_t)b->bytes);
+    b->capacity = b->bytes = 0;
+    const int64_t bytes = lay_out(b, NULL, tokens);
+    b->memory = zq_alloc((size_t)bytes);
     if (!b->memory) {
         return ZQ_ENOMEM;
     }
-    lay_out(b, b->memory, tokens);
+    b->bytes = lay_out(b, b->memory, tokens);
     memset(b->zeros, 0, (size_t)(b->bytes - ((char *)b->zeros - (char *)b->memory)));
     b->capacity = tokens;
     return ZQ_OK;
@@ -369,7 +372,7 @@ attention_half(zq_lkd *b, const zq_lkd_batch *batch, int64_t *bad_row)
         TRY(norm(b, ZQ_LKD_NORM1, batch->x, tokens, &out, bad_row));
     }
     TRY(lkd_linear_forward(&b->linear[ZQ_LKD_QKV], &b->in1, tokens, NULL, b->qkv_out));
-    lkd_rotate(b, tokens, b->qkv_out, b->sin);
+    TRY(lkd_heads(b, tokens, bad_row));
     float *const out = b->in2.f ? b->in2.f : b->wide;
     TRY(lkd_attention(b, batch, out, bad_row));
     TRY(quantize(out, tokens, b->q, quant_o, &b->in2, bad_row));
@@ -453,7 +456,7 @@ attention_back(zq_lkd *b, const zq_lkd_batch *batch, const float *d, const float
     TRY(lkd_linear_dw(b, &l[ZQ_LKD_O], d, &b->in2, tokens));
     TRY(lkd_linear_dx(b, &l[ZQ_LKD_O], d, tokens, NULL, b->wide));
     TRY(lkd_attention_grad(b, batch, b->wide, bad_row));
-    lkd_rotate(b, tokens, b->dqkv, b->minus_sin);
+    lkd_heads_grad(b, tokens);
     TRY(lkd_linear_dw(b, &l[ZQ_LKD_QKV], b->dqkv, &b->in1, tokens));
     return dx ? lkd_linear_dx(b, &l[ZQ_LKD_QKV], b->dqkv, tokens, residual, dx) : ZQ_OK;
 }
