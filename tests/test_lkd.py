@@ -395,12 +395,15 @@ def test_a_parameter_that_is_not_finite_stops_the_step(tensor, message):
     assert np.array_equal(block.values["qkv"], before)
 
 
-def test_overflow_is_an_error_and_changes_nothing():
+@pytest.mark.parametrize("call", [lambda block, x, target: block.step(x, target, OFFSETS, 1e-2),
+                                  lambda block, x, target: block.forward(x, OFFSETS),
+                                  lambda block, x, target: block.gradients(x, OFFSETS, target)])
+def test_overflow_is_an_error_and_changes_nothing(call):
     block, _, _, _, x, target = problem("gpt2")
     block.values["down"][...] = 1e38
     before = block.state()
     with pytest.raises(ValueError, match="finite"):
-        block.step(x, target, OFFSETS, 1e-2)
+        call(block, x, target)
     assert same(([], before), ([], block.state()))
 
 

@@ -416,8 +416,9 @@ ffn_half(zq_lkd *b, int64_t tokens, float *y, int64_t *bad_row)
     return norm(b, ZQ_LKD_NORM2, b->sum2, tokens, &last, bad_row);
 }
 
-zq_status
-zq_lkd_forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fault, int64_t *bad_row)
+/* As zq_lkd_forward, but y itself may hold NaN or Inf. */
+static zq_status
+forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fault, int64_t *bad_row)
 {
     *fault = ZQ_LKD_IN_RESULT;
     TRY(reserve(b, tokens_of(batch)));
@@ -426,6 +427,19 @@ zq_lkd_forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fau
     TRY(attention_half(b, batch, bad_row));
     TRY(inner_rows(b, batch, bad_row));
     return ffn_half(b, tokens_of(batch), y, bad_row);
+}
+
+static zq_status
+check_finite(const float *x, int64_t n)
+{
+    return zq_active()->absmax_f32(x, n) <= FLT_MAX ? ZQ_OK : ZQ_ENONFINITE;
+}
+
+zq_status
+zq_lkd_forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fault, int64_t *bad_row)
+{
+    TRY(forward(b, batch, y, fault, bad_row));
+    return check_finite(y, tokens_of(batch) * b->s.d);
 }
 
 /* ---- backward --------------------------------------------------------------------------------------- */
@@ -495,15 +509,10 @@ zq_lkd_gradients(zq_lkd *b, const zq_lkd_batch *batch, const float *dy, float *d
 {
     *fault = ZQ_LKD_IN_RESULT;
     TRY(reserve(b, tokens_of(batch)));
-    TRY(zq_lkd_forward(b, batch, b->dy, fault, bad_row));
-    return back(b, batch, dy, dx, bad_row);
-}
-
-/* Whether all gradients are finite; rows are those of no array, so none is named. */
-static int
-gradients_finite(const zq_lkd *b)
-{
-    return zq_active()->absmax_f32(b->values[ZQ_LKD_GRADIENT], b->count) <= FLT_MAX;
+    TRY(forward(b, batch, b->dy, fault, bad_row));
+    TRY(back(b, batch, dy, dx, bad_row));
+    TRY(dx ? check_finite(dx, tokens_of(batch) * b->s.d) : ZQ_OK);
+    return check_finite(b->values[ZQ_LKD_GRADIENT], b->count);
 }
 
 zq_status
@@ -511,17 +520,14 @@ zq_lkd_step(zq_lkd *b, const zq_lkd_batch *batch, const float *target, const zq_
             zq_lkd_fault *fault, int64_t *bad_row)
 {
     *fault = ZQ_LKD_IN_RESULT;
-    *bad_row = 0;
     TRY(reserve(b, tokens_of(batch)));
-    TRY(zq_lkd_forward(b, batch, b->dy, fault, bad_row));
+    TRY(forward(b, batch, b->dy, fault, bad_row));
     *loss = lkd_loss(b, b->dy, target, tokens_of(batch), o->kl);
     if (!isfinite(*loss)) {
         return ZQ_ENONFINITE;
     }
     TRY(back(b, batch, b->dy, NULL, bad_row));
-    if (!gradients_finite(b)) {
-        return ZQ_ENONFINITE;
-    }
+    TRY(check_finite(b->values[ZQ_LKD_GRADIENT], b->count));
     lkd_adamw(b, o);
     return ZQ_OK;
 }

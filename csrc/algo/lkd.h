@@ -87,7 +87,7 @@ int64_t *zq_lkd_steps(zq_lkd *b);
 /* What went wrong where the status is ZQ_ENONFINITE: a weight, or something that was computed. */
 typedef enum { ZQ_LKD_IN_WEIGHT, ZQ_LKD_IN_RESULT } zq_lkd_fault;
 
-/* y = block(x). ZQ_ENONFINITE: *fault says where, *bad_row is its row. x and target are to be finite. */
+/* y = block(x). ZQ_ENONFINITE: *fault says where; *bad_row is the row of a weight. x and target are to be finite. */
 zq_status zq_lkd_forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fault, int64_t *bad_row);
 /* Gradients of sum(dy y) by every parameter and, unless dx is NULL, by x. */
 zq_status zq_lkd_gradients(zq_lkd *b, const zq_lkd_batch *batch, const float *dy, float *dx, zq_lkd_fault *fault,
