@@ -106,11 +106,11 @@ enum { ZQ_FEW_KEYS = 64, ZQ_FEW_DIM = 128 };
  * dgamma += dy n, dbeta += dy. */
 typedef struct {
     const float *x, *dy, *gamma;
-    const float *add; /* or NULL; may be dx */
+    const float *add; /* or NULL */
     int64_t n;
     float eps;
     int centred;
-    float *dx;
+    float *dx; /* may be dy or add */
     float *dgamma, *dbeta; /* (n); dbeta only where centred */
 } zq_norm_grad;
 

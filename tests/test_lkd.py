@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,10 @@ SHAPES = {
     "neox": (BlockShape(40, 4, 56, order="parallel", causal=True, eps=1e-5), True, tables(3)),
     "mistral": (BlockShape(32, 2, 48, kv_heads=1, order="pre", norm="rms", activation="gelu", gated=True, causal=True, window=5,
                            eps=1e-6), False, tables(8)),
+    "qwen3": (BlockShape(24, 4, 40, kv_heads=2, head_dim=27, order="pre", norm="rms", activation="silu", gated=True,
+                         causal=True, eps=1e-6, qk_norm=True), True, tables(13)),
+    "gptj": (BlockShape(32, 2, 48, order="parallel", activation="gelu_tanh", causal=True, eps=1e-5, interleaved=True), True,
+             tables(3)),
     "opt": (BlockShape(24, 2, 40, order="post", activation="relu", causal=True, scale=0.5, eps=1e-5), True, None),
 }
 SPECS = {
@@ -54,6 +59,8 @@ def parameters(shape, biases, seed=0):
         out[n] = 1 + 0.1 * rng.standard_normal(shape.width)
         if shape.norm == "layer":
             out[n + "_bias"] = 0.1 * rng.standard_normal(shape.width)
+    if shape.qk_norm:
+        out |= {n: 1 + 0.3 * rng.standard_normal(shape.head_dim) for n in ("q_norm", "k_norm")}
     return {n: a.astype(np.float32) for n, a in out.items()}
 
 
@@ -85,7 +92,8 @@ def inputs_of(name, rng):
         "layer_norm": [((r(3, 7), r(7), r(7)), {"eps": 1e-3})], "rms_norm": [((r(3, 7), r(7)), {"eps": 1e-3})],
         "activate": [((r(4, 9),), {"name": n}) for n in ("relu", "gelu", "gelu_tanh", "silu")],
         "gated": [((r(4, 9), r(4, 9)), {"name": n}) for n in ("relu", "gelu", "gelu_tanh", "silu")],
-        "rotate": [((r(4, 12),), {"heads": 2, "cos": r(4, 2), "sin": r(4, 2)})],
+        "head_norm": [((r(3, 12), r(4)), {"heads": 3, "eps": 1e-3})],
+        "rotate": [((r(4, 12),), {"heads": 2, "cos": r(4, 2), "sin": r(4, 2), "interleaved": i}) for i in (False, True)],
         "attend": [((r(9, 8), r(9, 4), r(9, 4)), {"heads": 4, "kv_heads": 2, "scale": 0.7, "causal": c, "window": w,
                                                   "offsets": np.array([0, 1, 1, 9])}) for c, w in ((0, 0), (1, 0), (1, 3))],
     }[name]
@@ -123,7 +131,7 @@ def test_loss_gradients_are_finite_differences(loss):
     np.testing.assert_allclose(gradient, slope(lambda: loss(y, target), y), atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "neox"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "neox", "qwen3", "gptj"])
 def test_block_gradients_are_finite_differences(name):
     """Directional derivatives: along every tensor's gradient and along x's."""
     _, tensors, (shape, specs), rotary, x, dy = problem(name)
@@ -190,9 +198,15 @@ def test_mixed_precision():
     assert max(relative(found[n], g) for n, g in expected.items()) < 2e-3
 
 
-def test_the_comparison_sees_a_planted_fault():
-    block, tensors, args, rotary, x, _ = problem("llama")
-    y = reference.forward(tensors, *args, x.astype(F64), OFFSETS, (rotary[0], -rotary[1]))[0]
+@pytest.mark.parametrize(("name", "fault"), [
+    ("llama", lambda tensors, shape, rotary: (tensors, shape, (rotary[0], -rotary[1]))),
+    ("gptj", lambda tensors, shape, rotary: (tensors, replace(shape, interleaved=False), rotary)),
+    ("qwen3", lambda tensors, shape, rotary: (tensors | {"k_norm": tensors["q_norm"]}, shape, rotary)),
+    ("qwen3", lambda tensors, shape, rotary: (tensors, replace(shape, qk_norm=False), rotary))])
+def test_the_comparison_sees_a_planted_fault(name, fault):
+    block, tensors, (shape, specs), rotary, x, _ = problem(name)
+    tensors, shape, rotary = fault(tensors, shape, rotary)
+    y = reference.forward(tensors, shape, specs, x.astype(F64), OFFSETS, rotary)[0]
     assert relative(block.forward(x, OFFSETS), y) > 1e-2
 
 
@@ -286,7 +300,7 @@ def test_steps_are_adamw_on_the_loss(kl):
             state[n] = (block.values[n].astype(F64), *state[n][1:])
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", "qwen3"])
 def test_training_lowers_the_loss(name):
     shape, biases, rotary = SHAPES[name]
     tensors = parameters(shape, biases)
@@ -372,9 +386,10 @@ def test_nan_is_refused(which):
     assert same(([], before), ([], block.state()))
 
 
-@pytest.mark.parametrize(("tensor", "message"), [("up", "weight: NaN or Inf in row 1"), ("up_bias", "parameters")])
+@pytest.mark.parametrize(("tensor", "message"), [("up", "weight: NaN or Inf in row 1"), ("up_bias", "parameters"),
+                                               ("k_norm", "parameters")])
 def test_a_parameter_that_is_not_finite_stops_the_step(tensor, message):
-    block, _, _, _, x, target = problem("bert", "w4a8-g8")
+    block, _, _, _, x, target = problem("qwen3", "w4a8-g8")
     block.values[tensor][1] = np.nan
     before = block.values["qkv"].copy()
     with pytest.raises(ValueError, match=message):
@@ -382,12 +397,15 @@ def test_a_parameter_that_is_not_finite_stops_the_step(tensor, message):
     assert np.array_equal(block.values["qkv"], before)
 
 
-def test_overflow_is_an_error_and_changes_nothing():
+@pytest.mark.parametrize("call", [lambda block, x, target: block.step(x, target, OFFSETS, 1e-2),
+                                  lambda block, x, target: block.forward(x, OFFSETS),
+                                  lambda block, x, target: block.gradients(x, OFFSETS, target)])
+def test_overflow_is_an_error_and_changes_nothing(call):
     block, _, _, _, x, target = problem("gpt2")
     block.values["down"][...] = 1e38
     before = block.state()
     with pytest.raises(ValueError, match="finite"):
-        block.step(x, target, OFFSETS, 1e-2)
+        call(block, x, target)
     assert same(([], before), ([], block.state()))
 
 
@@ -397,6 +415,7 @@ BERT = BlockShape(48, 4, 72)
 @pytest.mark.parametrize(("change", "message"), [
     ({"shape": BlockShape(48, 4, 72, kv_heads=3)}, "kv_heads"),
     ({"shape": BlockShape(48, 4, 72, gated=True)}, "missing or too many: gate"),
+    ({"shape": BlockShape(48, 4, 72, qk_norm=True)}, "missing or too many: k_norm, q_norm"),
     ({"specs": {"up": LinearSpec(1)}}, "bits"), ({"specs": {"up": LinearSpec(4, 12)}}, "multiple of 8"),
     ({"specs": {"up": LinearSpec(4, row_block=5)}}, "blocks of 5 rows"),
     ({"specs": {"up": LinearSpec(4, 16, 2)}}, "blocks of 2 rows"),

@@ -26,10 +26,12 @@ tensor_shape(const zq_lkd *b, int tensor, int64_t dims[2])
 {
     const zq_lkd_shape *s = &b->s;
     const int64_t n[] = {b->qkv, s->d, s->gated ? s->ff : 0, s->ff, s->d}, k[] = {s->d, b->q, s->d, s->d, s->ff};
-    const int i = tensor % ZQ_LKD_LINEARS, norm = tensor >= ZQ_LKD_NORM1;
-    const int there = norm ? !s->rms || (tensor - ZQ_LKD_NORM1) % 2 == 0 : n[i] > 0 && (tensor < ZQ_LKD_BIAS || s->has_bias[i]);
+    const int i = tensor % ZQ_LKD_LINEARS, of_heads = tensor >= ZQ_LKD_Q_NORM, norm = tensor >= ZQ_LKD_NORM1;
+    const int there = of_heads ? s->qk_norm
+                      : norm   ? !s->rms || (tensor - ZQ_LKD_NORM1) % 2 == 0
+                               : n[i] > 0 && (tensor < ZQ_LKD_BIAS || s->has_bias[i]);
     dims[0] = there && tensor < ZQ_LKD_BIAS ? n[i] : 0;
-    dims[1] = !there ? 0 : norm ? s->d : tensor < ZQ_LKD_BIAS ? k[i] : n[i];
+    dims[1] = !there ? 0 : of_heads ? s->head_dim : norm ? s->d : tensor < ZQ_LKD_BIAS ? k[i] : n[i];
 }
 
 static int64_t
@@ -246,12 +248,13 @@ lay_out(zq_lkd *b, char *base, int64_t tokens)
 {
     const zq_lkd_shape *s = &b->s;
     const int64_t d = tokens * s->d, post = s->order == ZQ_LKD_POST, chunks = zq_ceil_div(tokens, LKD_CHUNK);
-    const int64_t widest = zq_max(zq_max(b->qkv, s->d), s->ff);
+    const int64_t widest = zq_max(zq_max(b->qkv, s->d), s->ff), normed = zq_max(s->d, s->qk_norm ? s->head_dim : 0);
     int64_t at = 0;
     b->in1 = take_rows(base, &at, tokens, s->d, s->spec[ZQ_LKD_QKV].act);
     b->in2 = take_rows(base, &at, tokens, b->q, s->spec[ZQ_LKD_O].act);
     b->in3 = take_rows(base, &at, tokens, s->d, s->spec[ZQ_LKD_UP].act);
     b->in4 = take_rows(base, &at, tokens, s->ff, s->spec[ZQ_LKD_DOWN].act);
+    b->qk_in = take_floats(base, &at, s->qk_norm ? tokens * (b->q + b->kv) : 0);
     b->qkv_out = take_floats(base, &at, tokens * b->qkv);
     b->dqkv = take_floats(base, &at, tokens * b->qkv);
     b->gate = take_floats(base, &at, s->gated ? tokens * s->ff : 0);
@@ -266,7 +269,7 @@ lay_out(zq_lkd *b, char *base, int64_t tokens)
     b->ld_dyt = zq_row_pitch(tokens * 4) / 4;
     b->dyt = take_floats(base, &at, widest * b->ld_dyt);
     b->panels = take_floats(base, &at, panel_floats(b, tokens));
-    b->partial = take_floats(base, &at, chunks * 2 * s->d);
+    b->partial = take_floats(base, &at, chunks * 2 * normed);
     b->chunk_loss = take(base, &at, 2 * chunks, sizeof *b->chunk_loss);
     b->position = take(base, &at, tokens, sizeof *b->position);
     b->zeros = take_floats(base, &at, zq_round_up(zq_max(widest, b->q), ZQ_NR));
@@ -280,13 +283,13 @@ reserve(zq_lkd *b, int64_t tokens)
         return ZQ_OK;
     }
     zq_free(b->memory);
-    b->capacity = 0;
-    b->bytes = lay_out(b, NULL, tokens);
-    b->memory = zq_alloc((size_t)b->bytes);
+    b->capacity = b->bytes = 0;
+    const int64_t bytes = lay_out(b, NULL, tokens);
+    b->memory = zq_alloc((size_t)bytes);
     if (!b->memory) {
         return ZQ_ENOMEM;
     }
-    lay_out(b, b->memory, tokens);
+    b->bytes = lay_out(b, b->memory, tokens);
     memset(b->zeros, 0, (size_t)(b->bytes - ((char *)b->zeros - (char *)b->memory)));
     b->capacity = tokens;
     return ZQ_OK;
@@ -369,7 +372,7 @@ attention_half(zq_lkd *b, const zq_lkd_batch *batch, int64_t *bad_row)
         TRY(norm(b, ZQ_LKD_NORM1, batch->x, tokens, &out, bad_row));
     }
     TRY(lkd_linear_forward(&b->linear[ZQ_LKD_QKV], &b->in1, tokens, NULL, b->qkv_out));
-    lkd_rotate(b, tokens, b->qkv_out, b->sin);
+    TRY(lkd_heads(b, tokens, bad_row));
     float *const out = b->in2.f ? b->in2.f : b->wide;
     TRY(lkd_attention(b, batch, out, bad_row));
     TRY(quantize(out, tokens, b->q, quant_o, &b->in2, bad_row));
@@ -413,8 +416,9 @@ ffn_half(zq_lkd *b, int64_t tokens, float *y, int64_t *bad_row)
     return norm(b, ZQ_LKD_NORM2, b->sum2, tokens, &last, bad_row);
 }
 
-zq_status
-zq_lkd_forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fault, int64_t *bad_row)
+/* As zq_lkd_forward, but y itself may hold NaN or Inf. */
+static zq_status
+forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fault, int64_t *bad_row)
 {
     *fault = ZQ_LKD_IN_RESULT;
     TRY(reserve(b, tokens_of(batch)));
@@ -423,6 +427,19 @@ zq_lkd_forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fau
     TRY(attention_half(b, batch, bad_row));
     TRY(inner_rows(b, batch, bad_row));
     return ffn_half(b, tokens_of(batch), y, bad_row);
+}
+
+static zq_status
+check_finite(const float *x, int64_t n)
+{
+    return zq_active()->absmax_f32(x, n) <= FLT_MAX ? ZQ_OK : ZQ_ENONFINITE;
+}
+
+zq_status
+zq_lkd_forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fault, int64_t *bad_row)
+{
+    TRY(forward(b, batch, y, fault, bad_row));
+    return check_finite(y, tokens_of(batch) * b->s.d);
 }
 
 /* ---- backward --------------------------------------------------------------------------------------- */
@@ -453,7 +470,7 @@ attention_back(zq_lkd *b, const zq_lkd_batch *batch, const float *d, const float
     TRY(lkd_linear_dw(b, &l[ZQ_LKD_O], d, &b->in2, tokens));
     TRY(lkd_linear_dx(b, &l[ZQ_LKD_O], d, tokens, NULL, b->wide));
     TRY(lkd_attention_grad(b, batch, b->wide, bad_row));
-    lkd_rotate(b, tokens, b->dqkv, b->minus_sin);
+    lkd_heads_grad(b, tokens);
     TRY(lkd_linear_dw(b, &l[ZQ_LKD_QKV], b->dqkv, &b->in1, tokens));
     return dx ? lkd_linear_dx(b, &l[ZQ_LKD_QKV], b->dqkv, tokens, residual, dx) : ZQ_OK;
 }
@@ -492,15 +509,10 @@ zq_lkd_gradients(zq_lkd *b, const zq_lkd_batch *batch, const float *dy, float *d
 {
     *fault = ZQ_LKD_IN_RESULT;
     TRY(reserve(b, tokens_of(batch)));
-    TRY(zq_lkd_forward(b, batch, b->dy, fault, bad_row));
-    return back(b, batch, dy, dx, bad_row);
-}
-
-/* Whether all gradients are finite; rows are those of no array, so none is named. */
-static int
-gradients_finite(const zq_lkd *b)
-{
-    return zq_active()->absmax_f32(b->values[ZQ_LKD_GRADIENT], b->count) <= FLT_MAX;
+    TRY(forward(b, batch, b->dy, fault, bad_row));
+    TRY(back(b, batch, dy, dx, bad_row));
+    TRY(dx ? check_finite(dx, tokens_of(batch) * b->s.d) : ZQ_OK);
+    return check_finite(b->values[ZQ_LKD_GRADIENT], b->count);
 }
 
 zq_status
@@ -508,17 +520,14 @@ zq_lkd_step(zq_lkd *b, const zq_lkd_batch *batch, const float *target, const zq_
             zq_lkd_fault *fault, int64_t *bad_row)
 {
     *fault = ZQ_LKD_IN_RESULT;
-    *bad_row = 0;
     TRY(reserve(b, tokens_of(batch)));
-    TRY(zq_lkd_forward(b, batch, b->dy, fault, bad_row));
+    TRY(forward(b, batch, b->dy, fault, bad_row));
     *loss = lkd_loss(b, b->dy, target, tokens_of(batch), o->kl);
     if (!isfinite(*loss)) {
         return ZQ_ENONFINITE;
     }
     TRY(back(b, batch, b->dy, NULL, bad_row));
-    if (!gradients_finite(b)) {
-        return ZQ_ENONFINITE;
-    }
+    TRY(check_finite(b->values[ZQ_LKD_GRADIENT], b->count));
     lkd_adamw(b, o);
     return ZQ_OK;
 }

@@ -18,6 +18,8 @@ enum {
     ZQ_LKD_NORM1_BIAS,
     ZQ_LKD_NORM2,
     ZQ_LKD_NORM2_BIAS,
+    ZQ_LKD_Q_NORM,
+    ZQ_LKD_K_NORM,
     ZQ_LKD_TENSORS
 };
 
@@ -36,13 +38,15 @@ typedef struct {
 typedef struct {
     int64_t d, heads, kv_heads, head_dim, ff;
     zq_lkd_order order;
-    int rms; /* RMSNorm, without biases; else LayerNorm */
+    int rms;     /* RMSNorm, without biases; else LayerNorm */
+    int qk_norm; /* RMSNorm of every head of q and k, before the rotary embedding */
     zq_activation act;
     int gated, causal;
     int64_t window; /* keys that a query sees at most, itself included; 0: all */
     float scale, eps;
     int64_t positions, half; /* rotary embedding of the first 2 half features of a head; half 0: none */
     const float *cos, *sin;  /* (positions, half), copied */
+    int interleaved;         /* which two features make a pair: see zq_rope */
     int has_bias[ZQ_LKD_LINEARS];
     zq_lkd_spec spec[ZQ_LKD_LINEARS];
 } zq_lkd_shape;
@@ -83,7 +87,7 @@ int64_t *zq_lkd_steps(zq_lkd *b);
 /* What went wrong where the status is ZQ_ENONFINITE: a weight, or something that was computed. */
 typedef enum { ZQ_LKD_IN_WEIGHT, ZQ_LKD_IN_RESULT } zq_lkd_fault;
 
-/* y = block(x). ZQ_ENONFINITE: *fault says where, *bad_row is its row. x and target are to be finite. */
+/* y = block(x). ZQ_ENONFINITE: *fault says where; *bad_row is the row of a weight. x and target are to be finite. */
 zq_status zq_lkd_forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fault, int64_t *bad_row);
 /* Gradients of sum(dy y) by every parameter and, unless dx is NULL, by x. */
 zq_status zq_lkd_gradients(zq_lkd *b, const zq_lkd_batch *batch, const float *dy, float *dx, zq_lkd_fault *fault,

@@ -253,33 +253,3 @@ lkd_attention_grad(zq_lkd *b, const zq_lkd_batch *batch, const float *dout, int6
 {
     return run(&(attention){.b = b, .batch = batch, .dout = dout}, bad_row);
 }
-
-/* ---- rotary embedding ------------------------------------------------------------------------------- */
-
-typedef struct {
-    const zq_lkd *b;
-    const zq_kernels *K;
-    int64_t tokens;
-    float *qkv;
-    const float *sin;
-} rotary_jobs;
-
-static void
-rotary_job(void *ctx, int64_t job)
-{
-    const rotary_jobs *j = ctx;
-    const zq_lkd *b = j->b;
-    for (int64_t r = job * LKD_CHUNK; r < zq_min(j->tokens, (job + 1) * LKD_CHUNK); r++) {
-        const int64_t at = b->position[r] * b->s.half;
-        float *row = j->qkv + r * b->qkv;
-        j->K->rotary_f32(row, b->s.heads + b->s.kv_heads, b->s.head_dim, b->s.half, 0, b->cos + at, j->sin + at, row);
-    }
-}
-
-void
-lkd_rotate(zq_lkd *b, int64_t tokens, float *qkv, const float *sin)
-{
-    if (b->s.half) {
-        zq_parallel_for(zq_ceil_div(tokens, LKD_CHUNK), rotary_job, &(rotary_jobs){b, zq_active(), tokens, qkv, sin});
-    }
-}

@@ -42,6 +42,7 @@ struct zq_lkd {
     int64_t capacity, bytes;
     int32_t *position; /* (tokens): in its sequence */
     lkd_rows in1, in2, in3, in4; /* of qkv, o, gate and up, down */
+    float *qk_in;                /* (tokens, q + kv) what the norms of q and k read; only with these */
     float *qkv_out, *gate, *up;  /* after the backward pass of the activation: the gradients of gate and up */
     float *sum1, *h, *sum2;      /* (tokens, d); h and sum2 in post order only */
     float *wide;                 /* (tokens, max(ff, q)): attention's output or the activation, and the gradients of in4, in2 */
@@ -49,7 +50,7 @@ struct zq_lkd {
     float *dyt;     /* a gradient transposed, rows ld_dyt apart */
     int64_t ld_dyt;
     float *panels;  /* the packed operand of a backward product */
-    float *partial; /* (chunks, 2, d): sums over some rows each */
+    float *partial; /* (chunks, 2, d or head_dim): sums over some rows each */
     double *chunk_loss;
 };
 
@@ -71,10 +72,11 @@ zq_status lkd_linear_dw(zq_lkd *b, const lkd_linear *l, const float *dy, const l
 /* ---- lkd_attention.c: out (tokens, q) from b->qkv_out; b->dqkv from dout ---- */
 zq_status lkd_attention(zq_lkd *b, const zq_lkd_batch *batch, float *out, int64_t *bad_row);
 zq_status lkd_attention_grad(zq_lkd *b, const zq_lkd_batch *batch, const float *dout, int64_t *bad_row);
-/* q and k of every row of qkv turned by sin, or back by minus_sin */
-void lkd_rotate(zq_lkd *b, int64_t tokens, float *qkv, const float *sin);
 
 /* ---- lkd_rows.c ---- */
+/* Between the product and attention: q and k of b->qkv_out through their norms and turned; b->dqkv back. */
+zq_status lkd_heads(zq_lkd *b, int64_t tokens, int64_t *bad_row);
+void lkd_heads_grad(zq_lkd *b, int64_t tokens);
 /* dx = add + gradient through norm `tensor` (NORM1, NORM2) at x; its gradients are stored. dx may be add or dy. */
 void lkd_norm_grad(zq_lkd *b, int tensor, const float *x, const float *dy, int64_t tokens, const float *add, float *dx);
 /* wide: the gradient of the activation's result; gate and up become theirs */

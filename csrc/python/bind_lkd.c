@@ -38,7 +38,7 @@ enter(PyObject *o)
 
 /* ---- shape ------------------------------------------------------------------------------------------ */
 
-enum { D, HEADS, KV_HEADS, HEAD_DIM, FF, ORDER, RMS, ACT, GATED, CAUSAL, WINDOW, SIZES };
+enum { D, HEADS, KV_HEADS, HEAD_DIM, FF, ORDER, RMS, ACT, GATED, CAUSAL, WINDOW, QK_NORM, INTERLEAVED, SIZES };
 enum { BITS, GROUP, ROWS, QUANT, HAS_BIAS, SPEC_ITEMS };
 
 static int
@@ -59,7 +59,8 @@ read_sizes(const int64_t *v, zq_lkd_shape *s)
         int64_t lo, hi;
     } limits[SIZES] = {{"width", 1, ZQ_MAX_K}, {"heads", 1, 4096}, {"kv_heads", 1, 4096}, {"head_dim", 1, 4096},
                        {"inner", 1, ZQ_MAX_K}, {"order", 0, ZQ_LKD_ORDERS - 1}, {"norm", 0, 1},
-                       {"activation", ZQ_ACT_RELU, ZQ_ACTS - 1}, {"gated", 0, 1}, {"causal", 0, 1}, {"window", 0, 1 << 30}};
+                       {"activation", ZQ_ACT_RELU, ZQ_ACTS - 1}, {"gated", 0, 1}, {"causal", 0, 1}, {"window", 0, 1 << 30},
+                       {"qk_norm", 0, 1}, {"interleaved", 0, 1}};
     for (int i = 0; i < SIZES; i++) {
         if (!in_range(v[i], limits[i].name, limits[i].lo, limits[i].hi)) {
             return -1;
@@ -67,7 +68,8 @@ read_sizes(const int64_t *v, zq_lkd_shape *s)
     }
     *s = (zq_lkd_shape){.d = v[D], .heads = v[HEADS], .kv_heads = v[KV_HEADS], .head_dim = v[HEAD_DIM], .ff = v[FF],
                         .order = (zq_lkd_order)v[ORDER], .rms = (int)v[RMS], .act = (zq_activation)v[ACT],
-                        .gated = (int)v[GATED], .causal = (int)v[CAUSAL], .window = v[WINDOW]};
+                        .gated = (int)v[GATED], .causal = (int)v[CAUSAL], .window = v[WINDOW],
+                        .qk_norm = (int)v[QK_NORM], .interleaved = (int)v[INTERLEAVED]};
     if (v[HEADS] % v[KV_HEADS] || v[HEADS] * v[HEAD_DIM] > ZQ_MAX_K) {
         PyErr_SetString(PyExc_ValueError, v[HEADS] % v[KV_HEADS] ? "kv_heads: expected a divisor of heads"
                                                                  : "heads: too many features");

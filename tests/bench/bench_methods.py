@@ -33,7 +33,7 @@ from zquant.demo_model import find_minilm
 from zquant.evaluate import read_pairs
 from zquant.generate import text_ids
 from zquant.losses import loss_for
-from zquant.methods import GPTQ, LLMInt8, LoRC, Recipe
+from zquant.methods import GPTQ, LKD, LLMInt8, LoRC, Recipe
 from zquant.spec import Scheme
 from zquant.tables import write_text
 
@@ -53,8 +53,9 @@ METHODS = {name: Recipe.of(recipe) for name, recipe in _PLAIN.items()}
 METHODS |= {f"{name} + LoRC": Recipe.of([*recipe.steps, LoRC()]) for name, recipe in METHODS.items() if name != "LLM.int8()"}
 PLAIN = list(METHODS)
 # Methods that train: they take minutes, and are computed where --methods names them.
-METHODS |= {name: Recipe.of(recipe) for name, recipe in
-            {"ZQ-Local": "zq-local", "LKD": "lkd", "ZQ-Global": "zq-global", "GPTQ+LKD": "gptq+lkd"}.items()}
+_TRAINED: dict[str, Any] = {"ZQ-Local": "zq-local", "LKD": "lkd", "LKD search": LKD(search=(0.3, 3.0, 10.0)),
+                            "ZQ-Global": "zq-global", "GPTQ+LKD": "gptq+lkd"}
+METHODS |= {name: Recipe.of(recipe) for name, recipe in _TRAINED.items()}
 CALIB = ("wikitext2", "books", "random")
 LENGTH = 512
 

@@ -69,8 +69,8 @@ def block_of(model: Any, index: int, positions: int) -> FloatBlock:
     Raises
     ------
     ValueError
-        A block that cannot be trained: norms of queries and keys (Qwen3), frequencies that depend on a sequence's length,
-        layers that scale their input; each error names the block or layer.
+        A block that cannot be trained: frequencies that depend on a sequence's length, layers that scale their input; each
+        error names the block or layer.
     """
     a, prefix, names = model.dims, model.prefix + model.family.layer.format(index), model.family.block
     decoder = isinstance(a, Architecture)
@@ -84,6 +84,8 @@ def block_of(model: Any, index: int, positions: int) -> FloatBlock:
     order = per_head_rows(a) if decoder and a.qkv == "heads" else None
     norms = {f"norm{i}{end}": prefix + names[role] + part for i, role in ((1, "attention_norm"), (2, mlp_norm))
              for end, part in (("", ".weight"), ("_bias", ".bias")) if prefix + names[role] + part in model.tensors}
+    if decoder and a.qk_norm:
+        norms.update({role: prefix + names[role] + ".weight" for role in ("q_norm", "k_norm")})
     tensors = {key: np.asarray(model.tensors[name], np.float32) for key, name in norms.items()}
     for linear, found in modules.items():
         tensors.update(_joined(linear, [model.linears[name] for name in found], order if linear == "qkv" else None))
@@ -97,8 +99,6 @@ def block_of(model: Any, index: int, positions: int) -> FloatBlock:
 
 
 def _check_decoder(where: str, a: Architecture, positions: int) -> None:
-    if a.qk_norm:
-        raise ValueError(f"{where}: blocks with norms of queries and keys cannot be trained")
     if a.rope is not None and a.rope.depends_on_length(positions):
         raise ValueError(f"{where}: {positions} tokens, but rotary frequencies depend on the length beyond {a.rope.trained}; "
                          "train on shorter sequences")
@@ -106,7 +106,7 @@ def _check_decoder(where: str, a: Architecture, positions: int) -> None:
 
 def _decoder_shape(a: Architecture, index: int) -> BlockShape:
     return BlockShape(a.hidden, a.heads, a.intermediate, a.kv_heads, a.head_dim, a.order, a.norm, a.activation, a.gated, True,
-                      a.windows[index], a.scales[index], a.eps)
+                      a.windows[index], a.scales[index], a.eps, a.qk_norm)
 
 
 def _joined(linear: str, layers: list[Linear], order: Array | None) -> dict[str, Array]:

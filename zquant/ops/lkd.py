@@ -18,7 +18,8 @@ __all__ = ["TENSORS", "BlockShape", "LinearSpec", "TrainedBlock"]
 
 #: Linear layers and then all tensors, in the core's order.
 LINEARS = ("qkv", "o", "gate", "up", "down")
-TENSORS = (*LINEARS, *(name + "_bias" for name in LINEARS), "norm1", "norm1_bias", "norm2", "norm2_bias")
+TENSORS = (*LINEARS, *(name + "_bias" for name in LINEARS), "norm1", "norm1_bias", "norm2", "norm2_bias",
+           "q_norm", "k_norm")
 _ORDERS = ("post", "pre", "parallel")
 _NORMS = ("layer", "rms")
 _ACTIVATIONS = (None, "symmetric", "asymmetric")
@@ -42,6 +43,8 @@ class BlockShape:
     causal, window : which keys a query sees; window counts them from the query backwards, 0 for all
     scale : of the scores; default 1 / sqrt(head_dim)
     eps : of the norms
+    qk_norm : an RMSNorm of every head of the queries and of the keys, before the rotary embedding (Qwen3)
+    interleaved : the rotary embedding turns features 2 i and 2 i + 1 of a head (GPT-J) instead of i and i + half
 
     >>> BlockShape(width=8, heads=2, inner=16).scale == 4**-0.5
     True
@@ -60,6 +63,8 @@ class BlockShape:
     window: int = 0
     scale: float = 0.0
     eps: float = 1e-12
+    qk_norm: bool = False
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("order", _ORDERS), ("norm", _NORMS)):
@@ -152,7 +157,7 @@ class TrainedBlock:
         if unknown:
             raise ValueError(f"tensors: no block has {', '.join(unknown)}")
         sizes = [s.width, s.heads, s.kv_heads, s.head_dim, s.inner, _ORDERS.index(s.order), _NORMS.index(s.norm),
-                 _activation(s.activation), s.gated, s.causal, s.window]
+                 _activation(s.activation), s.gated, s.causal, s.window, s.qk_norm, s.interleaved]
         cos, sin = self.rotary if self.rotary is not None else (None, None)
         self._block = _core.lkd_new(np.array(sizes, np.int64), s.scale, s.eps, cos, sin, self._linears(given))
         self.values = self._views("value")

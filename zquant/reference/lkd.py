@@ -104,19 +104,33 @@ def gated_grad(dy, gate, up, name):
     return dy * up * slope, dy * value
 
 
-def rotate(x, heads, cos, sin):
-    """(a cos - b sin, b cos + a sin) for features i and i + half of every head of row t; cos and sin (rows, half)"""
+def head_norm(x, gamma, heads, eps):
+    """RMSNorm of every head of every row by itself; gamma (head_dim) is that of all heads"""
+    return rms_norm(x.reshape(len(x) * heads, -1), gamma, eps).reshape(x.shape)
+
+
+def head_norm_grad(dy, x, gamma, heads, eps):
+    """As rms_norm_grad; gamma's adds up over rows and heads"""
+    rows = len(x) * heads
+    dx, dgamma = rms_norm_grad(dy.reshape(rows, -1), x.reshape(rows, -1), gamma, eps)
+    return dx.reshape(x.shape), dgamma
+
+
+def rotate(x, heads, cos, sin, interleaved):
+    """(a cos - b sin, b cos + a sin) for features i and i + half of every head of row t, or 2 i and 2 i + 1 where they are
+    interleaved; cos and sin (rows, half)"""
     y = x.reshape(len(x), heads, -1).copy()
     half = cos.shape[1]
-    a, b = y[..., :half].copy(), y[..., half:2 * half].copy()
+    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    a, b = y[..., first].copy(), y[..., second].copy()
     c, s = cos[:, None], sin[:, None]
-    y[..., :half], y[..., half:2 * half] = a * c - b * s, b * c + a * s
+    y[..., first], y[..., second] = a * c - b * s, b * c + a * s
     return y.reshape(x.shape)
 
 
-def rotate_grad(dy, x, heads, cos, sin):
+def rotate_grad(dy, x, heads, cos, sin, interleaved):
     """The rotation backwards."""
-    return (rotate(dy, heads, cos, -sin),)
+    return (rotate(dy, heads, cos, -sin, interleaved),)
 
 
 def _sequences(offsets):
@@ -191,8 +205,8 @@ def kl_grad(y, target):
 #: Every operator of a block and its backward.
 OPERATORS = {
     "linear": (linear, linear_grad), "layer_norm": (layer_norm, layer_norm_grad), "rms_norm": (rms_norm, rms_norm_grad),
-    "activate": (activate, activate_grad), "gated": (gated, gated_grad), "rotate": (rotate, rotate_grad),
-    "attend": (attend, attend_grad),
+    "head_norm": (head_norm, head_norm_grad), "activate": (activate, activate_grad), "gated": (gated, gated_grad),
+    "rotate": (rotate, rotate_grad), "attend": (attend, attend_grad),
 }
 
 
@@ -245,15 +259,22 @@ def _heads(s):
     return s.heads, s.kv_heads, s.scale, s.causal, s.window
 
 
-def _attention_inputs(b, x, tables, offsets):
+def _turns(tables, offsets, dtype):
+    """cos and sin of every row."""
+    at = np.concatenate([np.arange(n) for n in np.diff(offsets)]).astype(int)
+    return [t[at].astype(dtype) for t in tables]
+
+
+def _attention_inputs(b, q, k, tables, offsets):
+    """q and k as attention reads them: each head through its norm, then turned."""
     s = b.shape
-    qkv = b.linear("qkv", x)
-    q, k, v = np.split(qkv, [s.heads * s.head_dim, (s.heads + s.kv_heads) * s.head_dim], axis=1)
+    if s.qk_norm:
+        q = head_norm(q, b.tensors["q_norm"], s.heads, s.eps)
+        k = head_norm(k, b.tensors["k_norm"], s.kv_heads, s.eps)
     if tables is not None:
-        at = np.concatenate([np.arange(n) for n in np.diff(offsets)]).astype(int)
-        cos, sin = (t[at].astype(x.dtype) for t in tables)
-        q, k = rotate(q, s.heads, cos, sin), rotate(k, s.kv_heads, cos, sin)
-    return q, k, v
+        cos, sin = _turns(tables, offsets, q.dtype)
+        q, k = rotate(q, s.heads, cos, sin, s.interleaved), rotate(k, s.kv_heads, cos, sin, s.interleaved)
+    return q, k
 
 
 def forward(tensors, shape, specs, x, offsets, tables=None):
@@ -269,7 +290,8 @@ def forward(tensors, shape, specs, x, offsets, tables=None):
     s = {"x": x}
     post = shape.order == "post"
     s["in1"] = b.quantized("qkv", x if post else b.norm("norm1", x))
-    s["q"], s["k"], s["v"] = _attention_inputs(b, s["in1"], tables, offsets)
+    s["q_heads"], s["k_heads"], s["v"] = np.split(b.linear("qkv", s["in1"]), np.cumsum(shape.qkv_rows)[:2], axis=1)
+    s["q"], s["k"] = _attention_inputs(b, s["q_heads"], s["k_heads"], tables, offsets)
     s["in2"] = b.quantized("o", attend(s["q"], s["k"], s["v"], *_heads(shape), offsets))
     s["sum1"] = x + b.linear("o", s["in2"])
     h = b.norm("norm1", s["sum1"]) if post else s["sum1"]
@@ -315,9 +337,12 @@ def backward(tensors, shape, specs, saved, offsets, dy, tables=None):
         d = d if shape.order == "parallel" else before
     q, k, v = attend_grad(linear_back("o", s["in2"], d), s["q"], s["k"], s["v"], *_heads(shape), offsets)
     if tables is not None:
-        at = np.concatenate([np.arange(n) for n in np.diff(offsets)]).astype(int)
-        cos, sin = (t[at].astype(dy.dtype) for t in tables)
-        (q,), (k,) = rotate_grad(q, None, shape.heads, cos, sin), rotate_grad(k, None, shape.kv_heads, cos, sin)
+        cos, sin = _turns(tables, offsets, dy.dtype)
+        (q,) = rotate_grad(q, None, shape.heads, cos, sin, shape.interleaved)
+        (k,) = rotate_grad(k, None, shape.kv_heads, cos, sin, shape.interleaved)
+    if shape.qk_norm:
+        q, g["q_norm"] = head_norm_grad(q, s["q_heads"], tensors["q_norm"], shape.heads, shape.eps)
+        k, g["k_norm"] = head_norm_grad(k, s["k_heads"], tensors["k_norm"], shape.kv_heads, shape.eps)
     inner = linear_back("qkv", s["in1"], np.concatenate([q, k, v], axis=1))
     g["x"] = before + (inner if post else norm_back("norm1", s["x"], inner))
     return g
