@@ -31,6 +31,7 @@ typedef struct {
     int64_t row, rows;       /* query rows in the whole arrays */
     int64_t next_key, end;   /* keys not yet gathered, in the whole arrays */
     int64_t keys;            /* in the tile */
+    int int8;                /* both products are of codes */
     float *kt;               /* panels of K^T */
     float *v;                /* (ZQ_KEY_TILE, dp) */
     const float *v_at;       /* the tile's rows of V, ld_v apart: w->v, or where they lie when all keys are visible */
@@ -69,7 +70,7 @@ static int
 reads_v_in_place(const item *w)
 {
     const zq_attention_args *a = w->t->a;
-    return !a->key_mask && (a->int8 || (w->end - w->next_key + w->keys <= ZQ_PANEL && w->t->dp == a->head_dim));
+    return !a->key_mask && (w->int8 || (w->end - w->next_key + w->keys <= ZQ_PANEL && w->t->dp == a->head_dim));
 }
 
 /* Visible keys [from, to) become columns keys.. of K^T and rows keys.. of V. They do not cross a panel of K^T. */
@@ -78,7 +79,7 @@ gather_run(item *w, int64_t from, int64_t to)
 {
     const zq_attention_args *a = w->t->a;
     const int64_t d = a->head_dim, dp = w->t->dp, d4 = d4_of(w->t), at = from * a->ld_kv + w->head * d;
-    if (a->int8) {
+    if (w->int8) {
         w->t->K->quantize_heads_f32_b8(a->k + at, to - from, d, a->ld_kv, 0, w->k8 + w->keys * d4, d4, w->k_scale + w->keys);
     }
     else {
@@ -119,7 +120,7 @@ gather_tile(item *w, zq_trouble *trouble)
 {
     const uint8_t *mask = w->t->a->key_mask;
     for (w->keys = 0; w->keys < ZQ_KEY_TILE && w->next_key < w->end;) {
-        const int64_t from = w->next_key, room = w->t->a->int8 ? ZQ_KEY_TILE - w->keys : ZQ_PANEL - w->keys % ZQ_PANEL;
+        const int64_t from = w->next_key, room = w->int8 ? ZQ_KEY_TILE - w->keys : ZQ_PANEL - w->keys % ZQ_PANEL;
         int64_t to = from;
         while (to < w->end && to - from < room && (!mask || mask[to])) {
             to++;
@@ -129,7 +130,7 @@ gather_tile(item *w, zq_trouble *trouble)
         }
         w->next_key = to > from ? to : from + 1;
     }
-    if (w->t->a->int8) {
+    if (w->int8) {
         pack_tile(w, trouble);
         return w->keys;
     }
@@ -249,21 +250,21 @@ static int
 carve(item *w)
 {
     const attention *t = w->t;
-    const int64_t f32 = (int64_t)sizeof(float), dp = t->dp, d = zq_round_up(t->a->head_dim, 16), d4 = t->a->int8 ? d4_of(t) : 0;
+    const int64_t f32 = (int64_t)sizeof(float), dp = t->dp, d = zq_round_up(t->a->head_dim, 16), d4 = w->int8 ? d4_of(t) : 0;
     const int64_t mr = t->K->mr_matmul, rows = t->item_rows, tile = ZQ_KEY_TILE, buffers = 16;
     const int64_t floats = tile * (d + dp + mr + 2) + rows * (dp + 3) + 2 * dp;
     char *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)(floats * f32 + rows * d4 + tile * (2 * d4 + dp + mr) + 64 * buffers));
     if (!p) {
         return 0;
     }
-    w->kt = take(&p, t->a->int8 ? 0 : tile * d * f32);
+    w->kt = take(&p, w->int8 ? 0 : tile * d * f32);
     w->v = take(&p, tile * dp * f32);
     w->s = take(&p, tile * mr * f32);
     w->o = take(&p, rows * dp * f32);
     w->max = take(&p, rows * f32);
     w->sum = take(&p, rows * f32);
     w->factor = take(&p, rows * f32);
-    if (t->a->int8) {
+    if (w->int8) {
         w->q8 = take(&p, rows * d4);
         w->k8 = take(&p, tile * d4);
         w->kp = take(&p, tile * d4);
@@ -283,7 +284,7 @@ attend_few(const item *w)
 {
     const zq_attention_args *a = w->t->a;
     const int64_t d = a->head_dim, keys = w->end - w->next_key, at = w->next_key * a->ld_kv + w->head * d;
-    if (a->int8 || a->key_mask || keys > ZQ_FEW_KEYS || d > ZQ_FEW_DIM || d % 16 != 0) {
+    if (w->int8 || a->key_mask || keys > ZQ_FEW_KEYS || d > ZQ_FEW_DIM || d % 16 != 0) {
         return 0;
     }
     const zq_few_keys few = {.q = a->q + w->row * a->ld_q + w->head * d, .k = a->k + at, .v = a->v + at, .rows = w->rows,
@@ -301,7 +302,7 @@ attention_job(void *ctx, int64_t job)
     const int64_t per_head = job / a->heads, s = zq_find_sequence(t->first_job, a->sequences, per_head);
     const int64_t begin = a->offsets[s], end = a->offsets[s + 1], first = begin + (per_head - t->first_job[s]) * t->item_rows;
     item w = {.t = t, .head = job % a->heads, .row = first, .rows = zq_min(t->item_rows, end - first), .next_key = begin,
-              .end = end};
+              .end = end, .int8 = a->int8_rows && end - begin >= a->int8_rows};
     if (attend_few(&w)) {
         return;
     }
@@ -312,14 +313,14 @@ attention_job(void *ctx, int64_t job)
     zq_begin_softmax(w.rows, a->scale * ZQ_LOG2E, w.max, w.sum, w.factor);
     /* row tiles differ by at most one row: a short one at the end would waste the kernel */
     const int64_t tiles = zq_ceil_div(w.rows, t->K->mr_matmul);
-    if (a->int8) {
+    if (w.int8) {
         quantize_queries(&w, &t->trouble);
     }
     int any_keys = 0;
     while (gather_tile(&w, &t->trouble) > 0) {
         for (int64_t i = 0; i < tiles; i++) {
             const int64_t r = i * w.rows / tiles;
-            (a->int8 ? tile_rows_int8 : tile_rows_f32)(&w, r, (i + 1) * w.rows / tiles - r, !any_keys);
+            (w.int8 ? tile_rows_int8 : tile_rows_f32)(&w, r, (i + 1) * w.rows / tiles - r, !any_keys);
         }
         any_keys = 1;
     }
@@ -342,7 +343,7 @@ count_jobs(attention *t)
 zq_status
 zq_attention(const zq_attention_args *a, int64_t *bad_row)
 {
-    attention t = {.a = a, .K = zq_active(), .dp = zq_round_up(a->head_dim, a->int8 ? ZQ_NR : 16), .item_rows = ITEM_ROWS};
+    attention t = {.a = a, .K = zq_active(), .dp = zq_round_up(a->head_dim, a->int8_rows ? ZQ_NR : 16), .item_rows = ITEM_ROWS};
     zq_trouble_init(&t.trouble);
     t.first_job = zq_alloc((size_t)(a->sequences + 1) * sizeof *t.first_job);
     if (!t.first_job) {

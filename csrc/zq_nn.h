@@ -36,8 +36,9 @@ enum { ZQ_INT8_HEAD_MAX = 65536 }; /* the products of a head's codes add up with
  * tiles (no (T, T) matrix). Sequence s owns rows offsets[s] .. offsets[s+1]-1 of q, k, v and out. q, k, v have row
  * strides ld_q, ld_kv (slices of one fused qkv matrix are fine); head h is columns h*d .. h*d+d-1. key_mask: one byte
  * per row, 0 = this key is hidden: as if its row were not there, bit for bit; or NULL. A query whose keys are all
- * hidden gets zeros. scale > 0. int8: both products are of 8-bit codes (attention.c has the scheme); also |k| beyond
- * 1e27 is then refused. ZQ_ENONFINITE: NaN or Inf came in, or scores overflowed; *bad_row is the query's row. */
+ * hidden gets zeros. scale > 0. int8_rows: in sequences of at least so many rows (0: in none) both products are of 8-bit
+ * codes (attention.c has the scheme), and |k| beyond 1e27 is refused. ZQ_ENONFINITE: NaN or Inf came in, or scores
+ * overflowed; *bad_row is the query's row. */
 typedef struct {
     const float *q, *k, *v;
     int64_t ld_q, ld_kv;
@@ -46,7 +47,7 @@ typedef struct {
     int64_t heads, head_dim;
     float scale;
     const uint8_t *key_mask;
-    int int8;   /* head_dim <= ZQ_INT8_HEAD_MAX */
+    int64_t int8_rows; /* not 0: head_dim <= ZQ_INT8_HEAD_MAX */
     float *out; /* (rows, heads * head_dim) */
     int64_t ld_out;
 } zq_attention_args;

@@ -11,6 +11,7 @@ from tiny_models import batch, config_of, tensors_of, write
 import zquant as zq
 import zquant.reference as ref
 from zquant import Scheme, _core, ops
+from zquant.models import blocks
 from zquant.reference import nn as ref_nn
 
 
@@ -103,6 +104,18 @@ def test_int8_refuses_what_is_not_finite(isa, bad, which):
         _core.attention(*rows, np.int64([0, 9, 18]), 2, 0.5, None, True)
 
 
+@pytest.mark.parametrize("heads,d", [(2, 32), (2, 16), (3, 5)])
+def test_int8_from_a_number_of_rows_on(heads, d):
+    lengths = [3, 48, 47, 0, 70, 1]
+    offsets = np.cumsum([0, *lengths])
+    qkv = make(offsets[-1], 3 * heads * d)
+    got = everywhere(_core.attention_fused, qkv, offsets, heads, 0.5, None, 0, 48)
+    for begin, rows in zip(offsets, lengths):
+        alone = np.int64([0, rows])
+        want = _core.attention_fused(qkv[begin:begin + rows], alone, heads, 0.5, None, 0, rows >= 48)
+        assert same_bits(got[begin:begin + rows], want)
+
+
 def test_int8_does_not_read_behind_the_end(isa, guarded):
     for tokens, heads, d in [(1, 1, 1), (3, 2, 5), (33, 1, 16), (47, 2, 9), (64, 1, 32), (270, 1, 7)]:
         qkv = guarded(make(tokens, 3 * heads * d))
@@ -113,8 +126,10 @@ def test_int8_does_not_read_behind_the_end(isa, guarded):
 
 def test_wrong_arguments_are_named():
     x = np.zeros((1, 65540), np.float32)
-    with pytest.raises(ValueError, match="int8: expected at most 65536 columns per head, got 65540"):
+    with pytest.raises(ValueError, match="int8_rows: expected at most 65536 columns per head, got 65540"):
         _core.attention(x, x, x, np.int64([0, 1]), 1, 1.0, None, True)
+    with pytest.raises(ValueError, match="int8_rows: expected at least 0, got -1"):
+        _core.attention(x, x, x, np.int64([0, 1]), 1, 1.0, None, -1)
     with pytest.raises(TypeError, match="attention: expected 7 arguments"):
         _core.attention(x, x, x, np.int64([0, 1]), 1, 1.0, None, True, 1)
 
@@ -132,12 +147,15 @@ def test_the_scheme_carries_the_option(tmp_path):
         Scheme("x", int8_attention=1)
 
 
-def test_a_model_with_int8_attention_is_saved_and_restored(tmp_path):
+def test_a_model_with_int8_attention_is_saved_and_restored(tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
+    monkeypatch.setattr(blocks, "INT8_ROWS", 10)
     model = zq.load(write(tmp_path / "float", config_of("bert"), tensors_of("bert")))
     ids, mask = batch("bert")
     plain, small = (zq.quantize(model, scheme) for scheme in ("w8a8", "w8a8+attn8"))
     want = small(ids, mask)
+    codes = mask.sum(axis=1) >= 10
+    assert codes.any() and not codes.all() and same_bits(want[~codes], plain(ids, mask)[~codes])
     assert not np.array_equal(want, plain(ids, mask)) and np.abs(want - plain(ids, mask)).max() < 0.3
     small.save(tmp_path / "small")
     again = zq.load(tmp_path / "small")

@@ -186,7 +186,8 @@ class Scheme(_Data):
     skip
         Globs of layers that stay float unless an override says otherwise: pooler and heads, as in ZeroQuant.
     int8_attention
-        Encoders: the two products of attention run on 8-bit codes too (:func:`zquant.ops.attention` with ``int8``).
+        Encoders: the two products of attention run on 8-bit codes too (:func:`zquant.ops.attention` with ``int8``), in
+        sequences of 48 tokens or more: shorter ones gain nothing by it.
     activation_overrides
         Pairs of a glob on layer names and a format of activations or None. The last one that matches a name wins.
 

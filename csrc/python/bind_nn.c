@@ -173,9 +173,9 @@ cleanup:
 /* ---- attention --------------------------------------------------------------------------------------- */
 
 /* What both forms of attention share: offsets, heads, scale, mask of args[0..3], for rows of `width` columns per
- * operand. a: offsets, mask. int8: an argument, or NULL where it was left out. */
+ * operand. a: offsets, mask. int8_rows: an argument, or NULL where it was left out. */
 static int
-read_attention(PyObject *const *args, int64_t rows, int64_t width, PyObject *int8, zq_arg a[2], zq_attention_args *t)
+read_attention(PyObject *const *args, int64_t rows, int64_t width, PyObject *int8_rows, zq_arg a[2], zq_attention_args *t)
 {
     if (zq_read_offsets(args[0], rows, &a[0]) < 0 || zq_int(args[1], "heads", 1, 1 << 20, &t->heads) < 0 ||
         zq_read_scale(args[2], &t->scale) < 0 || zq_in_or_none(args[3], "key_mask", ZQ_U8 | ZQ_BOOL, 1, 1, &a[1]) < 0 ||
@@ -188,12 +188,12 @@ read_attention(PyObject *const *args, int64_t rows, int64_t width, PyObject *int
         return -1;
     }
     t->head_dim = width / t->heads;
-    t->int8 = int8 ? PyObject_IsTrue(int8) : 0;
-    if (t->int8 < 0) {
+    t->int8_rows = 0;
+    if (int8_rows && zq_int(int8_rows, "int8_rows", 0, INT64_MAX, &t->int8_rows) < 0) {
         return -1;
     }
-    if (t->int8 && t->head_dim > ZQ_INT8_HEAD_MAX) {
-        PyErr_Format(PyExc_ValueError, "int8: expected at most %d columns per head, got %lld", ZQ_INT8_HEAD_MAX,
+    if (t->int8_rows && t->head_dim > ZQ_INT8_HEAD_MAX) {
+        PyErr_Format(PyExc_ValueError, "int8_rows: expected at most %d columns per head, got %lld", ZQ_INT8_HEAD_MAX,
                      (long long)t->head_dim);
         return -1;
     }
@@ -291,8 +291,8 @@ PyMethodDef zq_methods_nn[] = {
     {"gated", FAST(py_gated), METH_FASTCALL, "gated(gate, up, act, quant) -> y or codes: act(gate) * up"},
     {"softmax", py_softmax, METH_O, "softmax(x) -> y, over rows"},
     {"attention", FAST(py_attention), METH_FASTCALL,
-     "attention(q, k, v, offsets, heads, scale, key_mask | None[, int8]) -> out"},
+     "attention(q, k, v, offsets, heads, scale, key_mask | None[, int8_rows]) -> out"},
     {"attention_fused", FAST(py_attention_fused), METH_FASTCALL,
-     "attention_fused(qkv, offsets, heads, scale, key_mask | None, quant[, int8]) -> out or codes"},
+     "attention_fused(qkv, offsets, heads, scale, key_mask | None, quant[, int8_rows]) -> out or codes"},
     {NULL, NULL, 0, NULL},
 };

@@ -307,7 +307,7 @@ def attention(q: Array, k: Array, v: Array, num_heads: int, key_mask: Array | No
             _core.check_finite(a, name)
     if scale is None:
         scale = (width / num_heads) ** -0.5 if width and num_heads else 1.0
-    out = _core.attention(rows[0], rows[1], rows[2], offsets, num_heads, scale, mask, bool(int8))
+    out = _core.attention(rows[0], rows[1], rows[2], offsets, num_heads, scale, mask, int(bool(int8)))
     return _with_padding(out, keep).reshape(q.shape)
 
 
