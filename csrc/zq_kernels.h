@@ -11,7 +11,7 @@
 #include "zq_common.h"
 
 /* Output channels per panel of packed weights, and the tallest tile any level computes. */
-enum { ZQ_NR = 32, ZQ_MR_MAX = 14, ZQ_KSTEP = 8 };
+enum { ZQ_NR = 32, ZQ_MR_MAX = 96, ZQ_KSTEP = 8 };
 
 /* One tile of y = act((a - zero) w^T * sx * sw + bias) + residual; mr rows by nr <= ZQ_NR columns.
  * The arrays that run over columns (colsum, scale, zcorr, bias) are padded to ZQ_NR. A kernel may change the description
