@@ -15,6 +15,8 @@ enum {
     L2_BYTES = 512 * 1024, /* of a core's L2, what a chunk of rows may occupy */
     STREAM_BYTES = 6 << 20, /* float32 outputs from this size on bypass the caches: L2 and most of L3 lose them anyway */
     MIN_TILES = 2,         /* per thread: below that, work is split by columns */
+    LOW_TILE = 32,         /* rows: tall tiles may become so low before work is split by columns */
+    FEW_TILES = 8,         /* per chunk: with less, chunks of one tile more and of one less are too unequal */
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
     FAR_BYTES = 64 << 10,  /* weights that L2 does not keep from one call to the next */
@@ -469,10 +471,14 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     }
     const int threads = g.threads = zq_threads();
     const int once = g.far && m * g.split <= FEW_ROWS;
+    if (threads > 1 && g.tiles < (int64_t)threads * MIN_TILES && m * g.split >= (int64_t)threads * MIN_TILES * LOW_TILE) {
+        set_tiles(&g, (int64_t)threads * MIN_TILES);
+    }
     if (threads == 1 || (g.tiles >= (int64_t)threads * MIN_TILES && !once)) {
         g.chunks = count_chunks(&g, threads);
-        if (g.chunks == threads) { /* one chunk each: equal chunks, since nobody can take more later */
-            set_tiles(&g, zq_round_up(g.tiles, threads));
+        /* One chunk each: equal chunks, since nobody can take more later. */
+        if (g.chunks == threads || (threads > 1 && g.tiles < FEW_TILES * g.chunks)) {
+            set_tiles(&g, zq_round_up(g.tiles, g.chunks));
         }
         zq_parallel_for(g.chunks, chunk_job, &g);
     }

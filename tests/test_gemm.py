@@ -145,6 +145,23 @@ def test_groups_from_codes(m, n, k, bits, group):
     close(got, want, 4e-6)
 
 
+@pytest.mark.parametrize("m", [24, 25, 31, 96, 97, 131, 200])
+@pytest.mark.parametrize("group", [8, 40, 136, 1000])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_in_tiles_of_many_rows(m, bits, group):
+    """Level avx2 unpacks codes of four bits once for up to 96 rows, 128 features at a time: heights on both sides of its
+    limits, groups of one part and of several, rows in pairs, and what the epilogue adds."""
+    n, k = 49, 300
+    d = make(m, n, k, min(group, k), bits)
+    handle = _core.linear_pack_group(d["codes"], d["scales"], group, bits, d["bias"])
+    x = (d["q"], d["sx"], d["zx"])
+    got = everywhere(lambda: _core.linear_forward(handle, x, 0, 0, None, 0))
+    close(got, reference.linear_grouped(*x, d["codes"], d["scales"], group, d["bias"]), 4e-6)
+    got = everywhere(lambda: _core.linear_forward(handle, x, 0, ops.ACTIVATIONS["relu"], d["residual"], 0))
+    close(got, reference.linear_grouped(*x, d["codes"], d["scales"], group, d["bias"], "relu", d["residual"]), 4e-6)
+    everywhere(lambda: _core.linear_forward(handle, d["x"], 3, ops.ACTIVATIONS["gelu"], d["residual"], 0))
+
+
 def int16_layers(d, n, k, group):
     """Packed weights of every integer kind with the (n, k) float64 values that they stand for."""
     columns = np.arange(k) // min(group, k)
