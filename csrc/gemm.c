@@ -432,13 +432,22 @@ prepare_job(void *ctx, int64_t r)
     prepare_row(g, r, &g->shared, r * g->split);
 }
 
-/* First panel of a job. Long runs keep the memory busy, as fetching goes on from one panel to the next; short ones end
- * at the same time on all threads. So: one run per thread of three quarters of its share, and the rest in small ones. */
+/* Long runs of panels keep the memory busy, as fetching goes on from one panel to the next; short ones end at the same time
+ * on all threads. So: one run per thread of three quarters of its share, and the rest in small ones; where those were fewer
+ * than threads, equal runs. A job without a panel still costs the threads a turn at the counter of jobs. */
+static int64_t
+count_panel_jobs(const gemm_job *g)
+{
+    const int64_t most = (int64_t)g->threads * SMALL_JOBS, small = zq_min(most, g->panels / 4);
+    return small < g->threads ? zq_min(g->panels, g->threads + most) : g->threads + small;
+}
+
+/* First panel of a job */
 static int64_t
 job_start(const gemm_job *g, int64_t job)
 {
     const int64_t small = g->panel_jobs - g->threads, whole = g->panels - g->panels / 4;
-    if (small < g->threads) {
+    if (g->panels / 4 < g->threads) {
         return g->panels * job / g->panel_jobs;
     }
     return job <= g->threads ? whole * job / g->threads : whole + (g->panels - whole) * (job - g->threads) / small;
@@ -494,7 +503,7 @@ run_by_columns(gemm_job *g)
             return;
         }
     }
-    g->panel_jobs = zq_min(g->panels, (int64_t)g->threads * (1 + SMALL_JOBS));
+    g->panel_jobs = count_panel_jobs(g);
     zq_parallel_for(g->panel_jobs, panel_job, g);
     if (g->quantize_out) {
         for_rows(g, g->w->n, requantize_job);
