@@ -55,6 +55,7 @@ typedef struct {
     int64_t panels;
     int64_t panel_jobs; /* runs of panels (by columns) */
     int threads;
+    int64_t item;       /* bytes of an element of a */
     int far;            /* the weights are read from beyond L2 */
     void (*kernel)(zq_tile *);
     int64_t groups;     /* scales per channel, with groups; else 0 */
@@ -187,15 +188,6 @@ strip_of(const gemm_job *g, int64_t t0, int64_t t1, int64_t base, const operand 
     return (strip){t0, t1, base, op, y, tile};
 }
 
-/* Memory is to be busy all the time. One tile per panel: prefetch a little ahead of where it reads, which runs on into the
- * next panel. Several: all but the first read the panel from L2, so that each of them fetches its part of the next one
- * (part bytes; 0 where none of this job follows). */
-static void
-look_ahead(const strip *s, zq_tile *t, int64_t tile, int64_t next, int64_t part)
-{
-    t->ahead = (const char *)t->b + (s->t1 - s->t0 == 1 ? AHEAD_BYTES : next + part * (tile - s->t0));
-}
-
 /* What a tile of the next panel reads once, beside the codes, waits for L2 or L3 otherwise. */
 static void
 fetch_columns(const zq_linear *w, int64_t col)
@@ -209,16 +201,12 @@ fetch_columns(const zq_linear *w, int64_t col)
     }
 }
 
-/* Panel p times the strip's rows; the caller goes on to panel `end`. */
+/* To panel p, of which the strip's tiles take all columns. */
 static void
-run_panel(const gemm_job *g, int64_t p, int64_t end, strip *s)
+move_to_panel(const gemm_job *g, int64_t p, zq_tile *t)
 {
     const zq_linear *w = g->w;
-    const operand *op = s->op;
     const int64_t col = p * ZQ_NR;
-    const int64_t item = w->kind == ZQ_W_F32 ? (int64_t)sizeof(float) : 1;
-    const int64_t ahead = p + 1 < end ? w->panel_bytes : 0, part = ahead / (s->t1 - s->t0);
-    zq_tile *t = &s->tile;
     t->nr = (int)zq_min(ZQ_NR, w->n - col);
     t->b = (const char *)w->panels + p * w->panel_bytes;
     t->bias = w->bias + col;
@@ -230,24 +218,77 @@ run_panel(const gemm_job *g, int64_t p, int64_t end, strip *s)
     else if (g->groups) {
         t->zcorr = w->zcorr + col;
     }
+}
+
+/* To row tile `tile` of panel p. */
+static void
+move_to_rows(const gemm_job *g, const strip *s, int64_t tile, int64_t p, zq_tile *t)
+{
+    const operand *op = s->op;
+    const int64_t row = tile_start(g, tile), at = (row - s->base) * g->split, col = p * ZQ_NR;
+    t->mr = (int)((g->rows + (tile < g->longer)) * g->split);
+    t->a = (const char *)op->a + at * op->lda * g->item;
+    t->sx = op->sx ? op->sx + at : NULL;
+    t->zx = op->zx ? op->zx + at : NULL;
+    t->start = op->start ? op->start + at * g->groups : NULL;
+    t->low = t->rank ? g->out->add.t + row * g->out->add.ld_t : NULL;
+    t->residual = g->out->residual ? g->out->residual + row * g->out->ld_residual + col : NULL;
+    t->y = s->y + (row - s->base) * t->ldy + col;
+}
+
+/* Panel p times the strip's rows; the caller goes on to panel `end`. All tiles but the first read the panel from L2, so that
+ * each of them fetches its part of the next one. */
+static void
+run_panel(const gemm_job *g, int64_t p, int64_t end, strip *s)
+{
+    const int64_t ahead = p + 1 < end ? g->w->panel_bytes : 0, part = ahead / (s->t1 - s->t0);
+    zq_tile *t = &s->tile;
+    move_to_panel(g, p, t);
     if (ahead) {
-        fetch_columns(w, col + ZQ_NR);
+        fetch_columns(g->w, (p + 1) * ZQ_NR);
     }
-    for (int64_t tile = s->t0, row = tile_start(g, s->t0), next; tile < s->t1; tile++, row = next) {
-        const int64_t at = (row - s->base) * g->split;
-        next = row + g->rows + (tile < g->longer);
-        t->mr = (int)((next - row) * g->split);
-        if (g->far) {
-            look_ahead(s, t, tile, ahead, part);
-        }
-        t->a = (const char *)op->a + at * op->lda * item;
-        t->sx = op->sx ? op->sx + at : NULL;
-        t->zx = op->zx ? op->zx + at : NULL;
-        t->start = op->start ? op->start + at * g->groups : NULL;
-        t->low = t->rank ? g->out->add.t + row * g->out->add.ld_t : NULL;
-        t->residual = g->out->residual ? g->out->residual + row * g->out->ld_residual + col : NULL;
-        t->y = s->y + (row - s->base) * t->ldy + col;
+    for (int64_t tile = s->t0, stop; tile < s->t1; tile = stop) {
+        stop = tile < g->longer ? zq_min(s->t1, g->longer) : s->t1;
+        move_to_rows(g, s, tile, p, t);
+        t->ahead = g->far ? (const char *)t->b + ahead + part * (tile - s->t0) : NULL;
+        t->more = stop - tile - 1;
+        t->next_rows = t->mr;
+        t->next_a = t->mr * t->lda * g->item;
+        t->next_ahead = part;
         g->kernel(t);
+    }
+}
+
+/* Panels [p, end) times the strip's one tile of rows: the kernel goes on from panel to panel by itself, and prefetches a
+ * little ahead of where it reads, which runs on into the next panel. */
+static void
+run_one_tile(const gemm_job *g, int64_t p, int64_t end, strip *s)
+{
+    const zq_linear *w = g->w;
+    const int64_t whole = w->n / ZQ_NR;
+    zq_tile *t = &s->tile;
+    t->next_cols = ZQ_NR;
+    t->next_b = t->next_ahead = w->panel_bytes;
+    for (int64_t next; p < end; p = next) {
+        next = p < whole ? zq_min(whole, end) : end;
+        move_to_panel(g, p, t);
+        move_to_rows(g, s, s->t0, p, t);
+        t->ahead = g->far ? (const char *)t->b + AHEAD_BYTES : NULL;
+        t->more = next - p - 1;
+        g->kernel(t);
+    }
+}
+
+/* Panels [p, end) times the strip's rows */
+static void
+run_panels(const gemm_job *g, int64_t p, int64_t end, strip *s)
+{
+    if (s->t1 - s->t0 == 1) {
+        run_one_tile(g, p, end, s);
+        return;
+    }
+    for (; p < end; p++) {
+        run_panel(g, p, end, s);
     }
 }
 
@@ -318,9 +359,7 @@ chunk_job(void *ctx, int64_t c)
         }
     }
     strip s = strip_of(g, t0, t1, r0, &op, y, ldy);
-    for (int64_t p = 0; p < g->panels; p++) {
-        run_panel(g, p, g->panels, &s);
-    }
+    run_panels(g, 0, g->panels, &s);
     if (g->quantize_out) {
         quantize_outputs(g, r0, r0 + rows, y, ldy);
     }
@@ -349,13 +388,22 @@ prepare_job(void *ctx, int64_t r)
     prepare_row(g, r, &g->shared, r * g->split);
 }
 
-/* First panel of a job. Long runs keep the memory busy, as fetching goes on from one panel to the next; short ones end
- * at the same time on all threads. So: one run per thread of three quarters of its share, and the rest in small ones. */
+/* Long runs of panels keep the memory busy, as fetching goes on from one panel to the next; short ones end at the same time
+ * on all threads. So: one run per thread of three quarters of its share, and the rest in small ones; where those were fewer
+ * than threads, equal runs. A job without a panel still costs the threads a turn at the counter of jobs. */
+static int64_t
+count_panel_jobs(const gemm_job *g)
+{
+    const int64_t most = (int64_t)g->threads * SMALL_JOBS, small = zq_min(most, g->panels / 4);
+    return small < g->threads ? zq_min(g->panels, g->threads + most) : g->threads + small;
+}
+
+/* First panel of a job */
 static int64_t
 job_start(const gemm_job *g, int64_t job)
 {
     const int64_t small = g->panel_jobs - g->threads, whole = g->panels - g->panels / 4;
-    if (small < g->threads) {
+    if (g->panels / 4 < g->threads) {
         return g->panels * job / g->panel_jobs;
     }
     return job <= g->threads ? whole * job / g->threads : whole + (g->panels - whole) * (job - g->threads) / small;
@@ -367,11 +415,8 @@ panel_job(void *ctx, int64_t job)
     gemm_job *g = ctx;
     const operand op = g->prepare_in ? prepared_operand(g, &g->shared) : given_operand(g, 0);
     const int64_t ldy = g->out->y ? g->out->ld_y : zq_round_up(g->w->n, 16);
-    const int64_t end = job_start(g, job + 1);
     strip s = strip_of(g, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
-    for (int64_t p = job_start(g, job); p < end; p++) {
-        run_panel(g, p, end, &s);
-    }
+    run_panels(g, job_start(g, job), job_start(g, job + 1), &s);
 }
 
 static void
@@ -401,7 +446,7 @@ run_by_columns(gemm_job *g)
             return;
         }
     }
-    g->panel_jobs = zq_min(g->panels, (int64_t)g->threads * (1 + SMALL_JOBS));
+    g->panel_jobs = count_panel_jobs(g);
     zq_parallel_for(g->panel_jobs, panel_job, g);
     if (g->quantize_out) {
         zq_for_rows(g->m, g->w->n, requantize_job, g);
@@ -455,6 +500,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     zq_rows_in_init(&g.in, w, x, m);
     int mr = 1;
     choose_kernel(&g, &mr);
+    g.item = w->kind == ZQ_W_F32 ? (int64_t)sizeof(float) : 1;
     g.lda = zq_row_pitch(w->k * (w->kind == ZQ_W_F32 ? 4 : 1));
     g.copy_in = w->kind == ZQ_W_F32 && !w->in_factor && x->ld_f32 % (ALIAS_BYTES / 4) == 0 && w->n > ZQ_NR;
     g.panels = zq_ceil_div(w->n, ZQ_NR);

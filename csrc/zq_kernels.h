@@ -13,9 +13,10 @@
 /* Output channels per panel of packed weights; a group has a multiple of ZQ_KSTEP input features, but the last. */
 enum { ZQ_NR = 32, ZQ_KSTEP = 8 };
 
-/* One tile of y = act((a - zero) w^T * sx * sw + bias) + residual; mr rows by nr <= ZQ_NR columns.
- * The arrays that run over columns (colsum, scale, zcorr, bias) are padded to ZQ_NR. A kernel may change the description
- * while it runs, and leaves it as it was. */
+/* Tiles of y = act((a - zero) w^T * sx * sw + bias) + residual; mr rows by nr <= ZQ_NR columns, and `more` further ones of
+ * the same size, below it or beside it (zq_tile_next). The arrays that run over columns (colsum, scale, zcorr, bias) are
+ * padded to ZQ_NR. A kernel may change the description: `more` and what moves on from tile to tile are undefined afterwards,
+ * the rest is as it was. */
 typedef struct {
     int mr, nr;
     int64_t k;     /* input features, padded: to 4 (S8), to 8 (groups), any (F32) */
@@ -45,7 +46,30 @@ typedef struct {
     float *y;
     int64_t ldy;
     int stream; /* y is not read soon: stores may bypass the caches. Only where rows of y are 64-byte aligned */
+    /* How far the next tile is: rows of a (of all that has a value per row), columns; bytes of a, b and ahead. */
+    int64_t more, next_rows, next_cols, next_a, next_b, next_ahead;
 } zq_tile;
+
+/* On to the next tile: what a kernel that runs several does between them. */
+static inline void
+zq_tile_next(zq_tile *t)
+{
+    const int64_t rows = t->next_rows, cols = t->next_cols, rows_out = t->pairs ? rows / 2 : rows;
+    t->a = (const char *)t->a + t->next_a;
+    t->b = (const char *)t->b + t->next_b;
+    t->bias += cols;
+    t->y += rows_out * t->ldy + cols;
+    t->sx = t->sx ? t->sx + rows : NULL;
+    t->zx = t->zx ? t->zx + rows : NULL;
+    t->start = t->start ? t->start + rows * t->ld_start : NULL;
+    t->scale = t->scale ? t->scale + cols : NULL;
+    t->colsum = t->colsum ? t->colsum + cols : NULL;
+    t->zcorr = t->zcorr ? t->zcorr + cols : NULL;
+    t->low = t->low ? t->low + rows_out * t->ld_low : NULL;
+    t->low_b = t->low_b ? t->low_b + cols * t->rank : NULL;
+    t->residual = t->residual ? t->residual + rows_out * t->ldr + cols : NULL;
+    t->ahead = t->ahead ? t->ahead + t->next_ahead : NULL;
+}
 
 /* Attention: the softmax of some query rows, carried over tiles of keys (attention.c has the equations). */
 typedef struct {

@@ -34,7 +34,7 @@ int zq_in(PyObject *o, const char *name, int types, int min_ndim, int max_ndim, 
 /* As zq_in, but None gives arr = NULL, data = NULL and success. */
 int zq_in_or_none(PyObject *o, const char *name, int types, int min_ndim, int max_ndim, zq_arg *out);
 /* A new array (uninitialised); from this size on, on the core's allocator. */
-enum { ZQ_CORE_MEMORY_BYTES = 64 << 10 };
+enum { ZQ_CORE_MEMORY_BYTES = 8 << 10 };
 int zq_new(int type, int ndim, const int64_t *dims, zq_arg *out);
 /* A new (rows, cols) array of `type` whose rows are ld >= cols items apart (64-byte aligned buffer, slack zeroed
  * by whoever fills it): what the GEMM reads without copying. data points to row 0. */

@@ -15,7 +15,7 @@
 typedef float (*value_fn)(const zq_tile *t, int i, int j, float bias);
 
 static void
-every_output(const zq_tile *t, value_fn value)
+one_tile(const zq_tile *t, value_fn value)
 {
     for (int i = 0; i < t->mr / (t->pairs ? 2 : 1); i++) {
         for (int j = 0; j < t->nr; j++) {
@@ -27,6 +27,16 @@ every_output(const zq_tile *t, value_fn value)
             const float y = zq_activate1(sum, t->act);
             t->y[i * t->ldy + j] = t->residual ? y + t->residual[i * t->ldr + j] : y;
         }
+    }
+}
+
+static void
+every_output(zq_tile *t, value_fn value)
+{
+    one_tile(t, value);
+    for (int64_t left = t->more; left > 0; left--) {
+        zq_tile_next(t);
+        one_tile(t, value);
     }
 }
 

@@ -18,6 +18,9 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 
 enum { MR = 12, MR_GROUP = 4, NV = 2 };
 
+/* What uses a row's sums comes after this: gcc 12 starts with all rows at once otherwise, and spills every sum to do so. */
+#define IN_PLACE(row) __asm__ volatile("" : "+v"((row)[0]), "+v"((row)[1]))
+
 /* Once per 128 bytes of a panel: prefetch what t->ahead asks for (see zq_tile), one line or two; *ahead moves along. */
 ZQ_INLINE void
 prefetch_ahead(const int far, const zq_tile *t, const char **ahead)
@@ -144,8 +147,25 @@ finish_s8(const int mr, const int how, const zq_tile *t, __m512i acc[MR][NV])
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
         const __m512 sx = _mm512_set1_ps(scale[i]);
+        IN_PLACE(acc[i]);
         store2(how, &out, i, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][0]), sx), s0, bias0),
                _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][1]), sx), s1, bias1));
+    }
+}
+
+/* What the next tile reads once, beside the codes, waits for L2 or L3 otherwise. */
+ZQ_INLINE void
+fetch_columns(const zq_tile *t)
+{
+    if (t->more && t->next_cols) {
+        const void *next[] = {t->bias, t->scale, t->colsum, t->zcorr};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            if (next[i]) {
+                __builtin_prefetch((const char *)next[i] + 4 * t->next_cols);
+                __builtin_prefetch((const char *)next[i] + 4 * t->next_cols + 64);
+            }
+        }
     }
 }
 
@@ -166,11 +186,12 @@ fetch_out(const int mr, const int nv, const zq_tile *t)
 }
 
 ZQ_INLINE void
-tile_s8(const int mr, const int far, const zq_tile *t)
+one_s8(const int mr, const int far, const zq_tile *t)
 {
     __m512i acc[MR][NV];
     start_s8(mr, t, acc);
     fetch_out(mr, NV, t);
+    fetch_columns(t);
     accumulate_s8(mr, far, t, acc);
 #define END_S8(how) finish_s8(mr, how, t, acc)
     STORE_ROWS(t, END_S8)
@@ -178,7 +199,7 @@ tile_s8(const int mr, const int far, const zq_tile *t)
 
 /* The first 16 columns of a panel that has no others: half the products. */
 ZQ_INLINE void
-tile_s8_half(const int mr, const zq_tile *t)
+one_s8_half(const int mr, const zq_tile *t)
 {
     __m512i acc[MR];
     const __m512i c = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(t->colsum));
@@ -300,14 +321,18 @@ finish_group(const int mr, const int how, const zq_tile *t, __m512 f[MR_GROUP][N
 }
 
 ZQ_INLINE void
-tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
+one_group(const int mr, const int four_bits, const int far, const zq_tile *t)
 {
+    if (!four_bits) {
+        __asm__ volatile("" : : "r"(t) : "memory"); /* t stays in memory: gcc would keep it in vector registers, and spill */
+    }
     __m512 f[MR_GROUP][NV];
     group_cursor c = {t->a, t->b, t->start, t->ahead};
 #pragma GCC unroll 4
     for (int i = 0; i < mr; i++) {
         f[i][0] = f[i][1] = _mm512_setzero_ps();
     }
+    fetch_columns(t);
     for (int64_t k = 0; k < t->k; k += t->group) {
         __m512i acc[MR_GROUP][NV];
         const float *scale = (const float *)c.b;
@@ -318,6 +343,7 @@ tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
         const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);
 #pragma GCC unroll 4
         for (int i = 0; i < mr; i++) {
+            IN_PLACE(acc[i]);
             f[i][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][0]), s0, f[i][0]);
             f[i][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][1]), s1, f[i][1]);
         }
@@ -338,7 +364,7 @@ finish_f32(const int mr, const int how, const zq_tile *t, __m512 acc[MR][NV])
 }
 
 ZQ_INLINE void
-tile_f32(const int mr, const int far, const zq_tile *t)
+one_f32(const int mr, const int far, const zq_tile *t)
 {
     __m512 acc[MR][NV];
     const float *a = t->a, *b = t->b;
@@ -361,22 +387,46 @@ tile_f32(const int mr, const int far, const zq_tile *t)
     STORE_ROWS(t, END_F32)
 }
 
+/* `one` for every tile that t describes. The copy is private: its fields stay in registers, whatever the stores write. Its
+ * pitches are new to the compiler in each tile, or their multiples for all rows would take registers throughout. */
+#define EVERY_TILE(one, ...)                                      \
+    {                                                             \
+        zq_tile each = *t;                                        \
+        for (; one(__VA_ARGS__, &each), each.more > 0; each.more--) { \
+            zq_tile_next(&each);                                  \
+            __asm__("" : "+r"(each.lda), "+r"(each.ldy));         \
+        }                                                         \
+        break;                                                    \
+    }
+
 /* One function per tile height: the compiler keeps the accumulators in registers only when mr is a constant. */
 #define ROWS4(X, far) X(1, far) X(2, far) X(3, far) X(4, far)
 #define ROWS12(X, far) ROWS4(X, far) X(5, far) X(6, far) X(7, far) X(8, far) X(9, far) X(10, far) X(11, far) X(12, far)
 
 #define S8(n, far) \
-    case n: tile_s8(n, far, t); break;
+    case n: EVERY_TILE(one_s8, n, far)
 #define S8_HALF(n, far) \
-    case n: tile_s8_half(n, t); break;
+    case n: EVERY_TILE(one_s8_half, n)
 #define S32(n, far) \
     case n: tile_s8_s32(n, t, c, ldc); break;
 #define F32(n, far) \
-    case n: tile_f32(n, far, t); break;
+    case n: EVERY_TILE(one_f32, n, far)
 #define G8(n, far) \
-    case n: tile_group(n, 0, far, t); break;
+    case n: EVERY_TILE(one_group, n, 0, far)
 #define G4(n, far) \
-    case n: tile_group(n, 1, far, t); break;
+    case n: EVERY_TILE(one_group, n, 1, far)
+
+/* Tile functions go on to the next tile themselves where nothing is left to do after each of them. */
+ZQ_INLINE void
+run_tiles(zq_tile *t, const tile_fn tile)
+{
+    if (is_plain(t)) {
+        tile(t);
+    }
+    else {
+        run_tile(t, tile);
+    }
+}
 
 static void
 zq_gemm_u8s8_12x16_tile__avx512vnni(const zq_tile *t)
@@ -397,7 +447,7 @@ zq_gemm_u8s8_12x32_tile__avx512vnni(const zq_tile *t)
 static void
 zq_gemm_u8s8_12x32__avx512vnni(zq_tile *t)
 {
-    run_tile(t, zq_gemm_u8s8_12x32_tile__avx512vnni);
+    run_tiles(t, zq_gemm_u8s8_12x32_tile__avx512vnni);
 }
 
 static void
@@ -415,7 +465,7 @@ zq_gemm_f32_12x32_tile__avx512vnni(const zq_tile *t)
 static void
 zq_gemm_f32_12x32__avx512vnni(zq_tile *t)
 {
-    run_tile(t, zq_gemm_f32_12x32_tile__avx512vnni);
+    run_tiles(t, zq_gemm_f32_12x32_tile__avx512vnni);
 }
 
 static void
@@ -427,7 +477,7 @@ zq_gemm_s8u8_group_4x32_tile__avx512vnni(const zq_tile *t)
 static void
 zq_gemm_s8u8_group_4x32__avx512vnni(zq_tile *t)
 {
-    run_tile(t, zq_gemm_s8u8_group_4x32_tile__avx512vnni);
+    run_tiles(t, zq_gemm_s8u8_group_4x32_tile__avx512vnni);
 }
 
 static void
@@ -439,7 +489,7 @@ zq_gemm_s8u4_group_4x32_tile__avx512vnni(const zq_tile *t)
 static void
 zq_gemm_s8u4_group_4x32__avx512vnni(zq_tile *t)
 {
-    run_tile(t, zq_gemm_s8u4_group_4x32_tile__avx512vnni);
+    run_tiles(t, zq_gemm_s8u4_group_4x32_tile__avx512vnni);
 }
 
 ZQ_TARGET_END

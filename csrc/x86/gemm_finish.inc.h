@@ -91,11 +91,19 @@ prefetch_residual(const zq_tile *t)
     }
 }
 
+ZQ_INLINE int
+is_plain(const zq_tile *t)
+{
+    return t->act == ZQ_ACT_NONE && !t->residual && !t->pairs && !t->rank;
+}
+
+/* The one tile that t describes, whatever its `more` says: `tile` gets 0 there. */
 ZQ_INLINE void
-run_tile(zq_tile *t, const tile_fn tile)
+run_one(zq_tile *t, const tile_fn tile)
 {
     static const float no_bias[ZQ_NR];
-    if (t->act == ZQ_ACT_NONE && !t->residual && !t->pairs && !t->rank) {
+    t->more = 0;
+    if (is_plain(t)) {
         tile(t);
         return;
     }
@@ -119,4 +127,15 @@ run_tile(zq_tile *t, const tile_fn tile)
     t->stream = stream;
     t->bias = bias;
     finish_tile(t, v);
+}
+
+ZQ_INLINE void
+run_tile(zq_tile *t, const tile_fn tile)
+{
+    const int64_t more = t->more;
+    run_one(t, tile);
+    for (int64_t i = 0; i < more; i++) {
+        zq_tile_next(t);
+        run_one(t, tile);
+    }
 }

@@ -69,17 +69,38 @@ def handles(kind: str, n: int, k: int, rotate: int = 0) -> list[Any]:
     return made
 
 
-def call(kind: str, m: int, k: int, weights: list[Any]) -> Callable[[], Any]:
-    """One linear layer of m rows, on the next copy of the weights each time."""
+def arguments(kind: str, m: int, k: int) -> tuple[Any, ...]:
+    """What ``linear_forward`` takes after the weights: m rows, how they are quantized, activation, residual, output."""
     from zquant import _core
 
     x: Any = random_floats((m, k))
     quant = TOKEN_16 if "a16" in kind else TOKEN_ASYM if "f32-in" in kind else 0
     if quant == 0 and not kind.startswith("f32"):
         x = _core.quantize_tokens(x, TOKEN_ASYM, True)
-    act, out = GELU if "+gelu" in kind else 0, TOKEN_ASYM if "int8-out" in kind else 0
+    return x, quant, GELU if "+gelu" in kind else 0, None, TOKEN_ASYM if "int8-out" in kind else 0
+
+
+def call(kind: str, m: int, k: int, weights: list[Any]) -> Callable[[], Any]:
+    """One linear layer of m rows, on the next copy of the weights each time."""
+    from zquant import _core
+
+    args = arguments(kind, m, k)
     forward, turn = _core.linear_forward, itertools.cycle(weights)
     if len(weights) == 1:
         only = weights[0]
-        return lambda: forward(only, x, quant, act, None, out)
-    return lambda: forward(next(turn), x, quant, act, None, out)
+        return lambda: forward(only, *args)
+    return lambda: forward(next(turn), *args)
+
+
+def sequence(kind: str, m: int, k: int, weights: list[Any], times: int) -> Callable[[], Any]:
+    """``times`` such layers on the same rows, as models run theirs: one call of the extension, no interpreter in between."""
+    from zquant import _core
+    from zquant.models.sequence import Calls
+
+    rows, *more = arguments(kind, m, k)
+    calls = Calls()
+    x = calls.input()
+    for weight in itertools.islice(itertools.cycle(weights), times):
+        calls.add(_core.linear_forward, weight, x, *more)
+    run = calls.bind()
+    return lambda: run(rows)
