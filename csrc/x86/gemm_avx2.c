@@ -593,7 +593,7 @@ zq_gemm_u8s8_3x32__avx2(zq_tile *t)
 static void
 zq_gemm_s8u8_group_6x16__avx2(zq_tile *t)
 {
-    run_groups(8, t, add_group_u8);
+    EACH_TILE(t, run_groups(8, t, add_group_u8))
 }
 
 static void
@@ -602,8 +602,8 @@ zq_gemm_s8u4_group_6x16_tile__avx2(const zq_tile *t)
     NEAR_OR_FAR(ROWS6, G4)
 }
 
-static void
-zq_gemm_s8u4_group_6x16__avx2(zq_tile *t)
+ZQ_INLINE void
+run_group_u4(zq_tile *t)
 {
     if (t->mr > FEW) {
         run_groups(4, t, zq_gemm_s8u4_group_sums_6x16__avx2);
@@ -611,6 +611,12 @@ zq_gemm_s8u4_group_6x16__avx2(zq_tile *t)
     else {
         run_parts(t, zq_gemm_s8u4_group_6x16_tile__avx2);
     }
+}
+
+static void
+zq_gemm_s8u4_group_6x16__avx2(zq_tile *t)
+{
+    EACH_TILE(t, run_group_u4(t))
 }
 
 static void

@@ -1,7 +1,7 @@
 /* AVX-512 VNNI tiles: mr rows by one panel of 32 columns, two zmm wide. Accumulators stay in registers: 24 for
  * S8 and F32 (12 rows), 16 integer + 8 float for groups (4 rows). A last panel of at most 16 columns is half as much
- * work for S8. The epilogue's scale and bias are applied in
- * registers; activation and residual run over the tile just stored, which is still in L1. */
+ * work for S8. The epilogue's scale and bias are applied in registers, and of S8 a residual that nothing else goes with;
+ * activation and residual run over the tile just stored otherwise, which is still in L1. */
 #if defined(__x86_64__)
 #include "../zq_kernels.h"
 
@@ -136,20 +136,26 @@ store2(const int how, const rows_out *o, int i, __m512 y0, __m512 y1)
         END(WHOLE);                                   \
     }
 
-/* y = (acc * sx) * scale + bias */
+/* y = (acc * sx) * scale + bias, and with `add` + residual: of whole rows only */
 ZQ_INLINE void
-finish_s8(const int mr, const int how, const zq_tile *t, __m512i acc[MR][NV])
+finish_s8(const int mr, const int how, const int add, const zq_tile *t, __m512i acc[MR][NV])
 {
     const __m512 s0 = _mm512_loadu_ps(t->scale), s1 = _mm512_loadu_ps(t->scale + 16);
     const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
-    const float *scale = t->sx;
+    const float *scale = t->sx, *residual = t->residual;
+    const int64_t ldr = t->ldr;
     const rows_out out = out_of(t);
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
         const __m512 sx = _mm512_set1_ps(scale[i]);
         IN_PLACE(acc[i]);
-        store2(how, &out, i, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][0]), sx), s0, bias0),
-               _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][1]), sx), s1, bias1));
+        __m512 y0 = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][0]), sx), s0, bias0);
+        __m512 y1 = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][1]), sx), s1, bias1);
+        if (add) {
+            y0 = _mm512_add_ps(y0, _mm512_loadu_ps(residual + i * ldr));
+            y1 = _mm512_add_ps(y1, _mm512_loadu_ps(residual + i * ldr + 16));
+        }
+        store2(how, &out, i, y0, y1);
     }
 }
 
@@ -192,9 +198,19 @@ one_s8(const int mr, const int far, const zq_tile *t)
     start_s8(mr, t, acc);
     fetch_out(mr, NV, t);
     fetch_columns(t);
+    prefetch_residual(t);
     accumulate_s8(mr, far, t, acc);
-#define END_S8(how) finish_s8(mr, how, t, acc)
-    STORE_ROWS(t, END_S8)
+#define END_S8(how) finish_s8(mr, how, 0, t, acc)
+#define END_S8_ADD(how) finish_s8(mr, how, 1, t, acc)
+    if (!t->residual) {
+        STORE_ROWS(t, END_S8)
+    }
+    else if (t->stream) {
+        END_S8_ADD(STREAM);
+    }
+    else {
+        END_S8_ADD(WHOLE);
+    }
 }
 
 /* The first 16 columns of a panel that has no others: half the products. */
@@ -447,7 +463,13 @@ zq_gemm_u8s8_12x32_tile__avx512vnni(const zq_tile *t)
 static void
 zq_gemm_u8s8_12x32__avx512vnni(zq_tile *t)
 {
-    run_tiles(t, zq_gemm_u8s8_12x32_tile__avx512vnni);
+    const int residual_alone = t->residual && t->nr == ZQ_NR && t->act == ZQ_ACT_NONE && !t->pairs && !t->rank;
+    if (residual_alone) {
+        zq_gemm_u8s8_12x32_tile__avx512vnni(t);
+    }
+    else {
+        run_tiles(t, zq_gemm_u8s8_12x32_tile__avx512vnni);
+    }
 }
 
 static void

@@ -1,8 +1,8 @@
 /* The rest of a tile's epilogue: y = act(v) + residual, where v is what the tile function stored, or for pairs of rows
  * the sum of two of these and the bias.
  *
- * Tiles with an activation, a residual, pairs of rows or a low-rank part are stored to a buffer of their own first (it never leaves L1)
- * and written to y once: reading back rows of y that were just stored waits for their cache lines. */
+ * Tiles with an activation, a residual, pairs of rows or a low-rank part are stored to a buffer of their own first (it never
+ * leaves L1) and written to y once: reading back rows of y that were just stored waits for their cache lines. */
 /* X(mr, far) for the height and the prefetching that t asks for, out of ROWS: one function per constant mr. */
 #define NEAR_OR_FAR(ROWS, X)              \
     if (!t->ahead) {                      \
@@ -97,12 +97,15 @@ is_plain(const zq_tile *t)
     return t->act == ZQ_ACT_NONE && !t->residual && !t->pairs && !t->rank;
 }
 
-/* The one tile that t describes, whatever its `more` says: `tile` gets 0 there. */
+/* `call` for each tile that t describes, with `more` 0. */
+#define EACH_TILE(t, call) \
+    for (int64_t left = (t)->more; (t)->more = 0, (call), left > 0; left--) { zq_tile_next(t); }
+
+/* t is one tile. */
 ZQ_INLINE void
 run_one(zq_tile *t, const tile_fn tile)
 {
     static const float no_bias[ZQ_NR];
-    t->more = 0;
     if (is_plain(t)) {
         tile(t);
         return;
@@ -111,7 +114,7 @@ run_one(zq_tile *t, const tile_fn tile)
     /* In place, not in a copy of *t: its fields were stored one by one a moment ago, and reading them back in vectors would
      * wait for that. */
     float *const y = t->y;
-    const float *const bias = t->bias;
+    const float *const bias = t->bias, *const residual = t->residual;
     const int64_t ldy = t->ldy;
     const int stream = t->stream, nr = t->nr;
     t->y = v;
@@ -120,22 +123,19 @@ run_one(zq_tile *t, const tile_fn tile)
     t->stream = 0;
     t->bias = t->pairs ? no_bias : bias;
     prefetch_residual(t);
+    t->residual = NULL;
     tile(t);
     t->y = y;
     t->ldy = ldy;
     t->nr = nr;
     t->stream = stream;
     t->bias = bias;
+    t->residual = residual;
     finish_tile(t, v);
 }
 
 ZQ_INLINE void
 run_tile(zq_tile *t, const tile_fn tile)
 {
-    const int64_t more = t->more;
-    run_one(t, tile);
-    for (int64_t i = 0; i < more; i++) {
-        zq_tile_next(t);
-        run_one(t, tile);
-    }
+    EACH_TILE(t, run_one(t, tile))
 }
