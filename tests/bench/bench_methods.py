@@ -6,9 +6,9 @@
     python tests/bench/bench_methods.py --table --json FILE
 
 Language models are calibrated on WikiText-2's validation text without its "<unk>" (the first --samples windows of 512 tokens;
-or on twelve books, or on tokens drawn at random)
-and measured on the first --windows windows of its test text and a quarter as many of the text of Python's own pydoc topics.
-MiniLM is calibrated on sentences of STS-B's training set (--samples of them, drawn with seed 0) and measured on its test set.
+or on twelve books, or on tokens drawn at random) and measured on the first --windows windows of its test text and a quarter as
+many of the text of Python's own pydoc topics. MiniLM is calibrated on --samples sentences of STS-B's training set (or lines of
+the books, or random tokens), drawn with seed 0, and measured on its test set.
 Embeddings and heads stay float32 in the default schemes. Each cell is quantized once for all of its losses, and statistics of
 the float model are taken once for all cells. Cells that --json holds for the same settings are not computed again, and it is
 written after every cell, so that a run may be stopped at any time.
@@ -56,7 +56,7 @@ PLAIN = list(METHODS)
 _TRAINED: dict[str, Any] = {"ZQ-Local": "zq-local", "LKD": "lkd", "LKD search": LKD(search=(0.3, 3.0, 10.0)),
                             "ZQ-Global": "zq-global", "GPTQ+LKD": "gptq+lkd"}
 METHODS |= {name: Recipe.of(recipe) for name, recipe in _TRAINED.items()}
-CALIB = ("wikitext2", "books", "random")
+CALIB = ("wikitext2", "books", "random")  # the first: for MiniLM its own sentences
 LENGTH = 512
 
 
@@ -64,7 +64,8 @@ class Setting:
     """A model with its calibration data and its losses; the float model's values are measured at once."""
 
     def __init__(self, name: str, samples: int, windows: int, calib: str) -> None:
-        self.model, data, texts = _encoder() if name == "minilm" else _language_model(MODELS[name], samples, windows, calib)
+        self.model, data, texts = (_encoder(calib) if name == "minilm" else
+                                   _language_model(MODELS[name], samples, windows, calib))
         self.calib = Shared(self.model, data, samples=samples, seed=0)
         self.losses = {what: loss_for(self.model, text, seq_len=LENGTH, max_tokens=count)
                        for what, (text, count) in texts.items()}
@@ -84,16 +85,23 @@ def _language_model(path: Path, samples: int, windows: int,
     ids: Any = "random"
     if calib != "random":
         text = (WIKI / "wiki.valid.tokens").read_text(encoding="utf-8").replace(" <unk>", "")
-        text = text if calib == "wikitext2" else "\n".join(
-            book.read_text(encoding="utf-8", errors="replace") for book in sorted(BOOKS.rglob("*.txt"))[:12])
+        text = text if calib == "wikitext2" else _books()
         ids = np.array(text_ids(lm, text))[:samples * LENGTH].reshape(-1, LENGTH)
     topics = "\n".join(pydoc_data.topics.topics.values())
     return lm, ids, {"wikitext2": (WIKI / "wiki.test.raw", windows * LENGTH), "pydoc": (topics, max(1, windows // 4) * LENGTH)}
 
 
-def _encoder() -> tuple[Any, Any, dict[str, tuple[Any, int | None]]]:
+def _books() -> str:
+    return "\n".join(book.read_text(encoding="utf-8", errors="replace") for book in sorted(BOOKS.rglob("*.txt"))[:12])
+
+
+def _encoder(calib: str) -> tuple[Any, Any, dict[str, tuple[Any, int | None]]]:
     train, test = read_pairs(STSB / "stsb-en-train.csv"), read_pairs(STSB / "stsb-en-test.csv")
-    sentences = list(dict.fromkeys([*train.first, *train.second]))
+    sentences: Any = "random"
+    if calib == "books":
+        sentences = [line for line in _books().splitlines() if len(line) > 20]
+    elif calib != "random":
+        sentences = list(dict.fromkeys([*train.first, *train.second]))
     return zq.SentenceEncoder(find_minilm()), sentences, {"STS-B": (test, None), "cosine": ([*test.first, *test.second], None)}
 
 
@@ -179,7 +187,8 @@ def main() -> int:
     parser.add_argument("--models", type=listed([*MODELS, "minilm"]), default=["tiny-llama-5m"])
     parser.add_argument("--schemes", type=lambda text: text.split(","), default=list(SCHEMES))
     parser.add_argument("--methods", type=listed(METHODS), default=PLAIN)
-    parser.add_argument("--calib", choices=CALIB, default=CALIB[0], help="of language models (default: %(default)s)")
+    parser.add_argument("--calib", choices=CALIB, default=CALIB[0], 
+                        help="data of calibration (default: %(default)s; for MiniLM that is STS-B)")
     parser.add_argument("--samples", type=int, default=128, help="sequences of calibration")
     parser.add_argument("--windows", type=int, default=60, help="windows of 512 tokens that perplexity is measured on")
     parser.add_argument("--threads", type=int, default=1)
