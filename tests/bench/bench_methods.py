@@ -187,7 +187,7 @@ def main() -> int:
     parser.add_argument("--models", type=listed([*MODELS, "minilm"]), default=["tiny-llama-5m"])
     parser.add_argument("--schemes", type=lambda text: text.split(","), default=list(SCHEMES))
     parser.add_argument("--methods", type=listed(METHODS), default=PLAIN)
-    parser.add_argument("--calib", choices=CALIB, default=CALIB[0], 
+    parser.add_argument("--calib", choices=CALIB, default=CALIB[0],
                         help="data of calibration (default: %(default)s; for MiniLM that is STS-B)")
     parser.add_argument("--samples", type=int, default=128, help="sequences of calibration")
     parser.add_argument("--windows", type=int, default=60, help="windows of 512 tokens that perplexity is measured on")
