@@ -11,6 +11,9 @@ enum { JOB_ITEMS = 16384 };
 /* Elements of the rows that a kernel gets at once: with a residual and the output they still fit into L1. */
 enum { BATCH_ITEMS = 3072 };
 
+/* Floats of a cache line, and rows from which on gamma and beta are worth a copy that begins with a line. */
+enum { LINE_ITEMS = 16, COPY_ROWS = 16 };
+
 typedef struct row_jobs row_jobs;
 
 /* y = the operator's rows, `rows` <= ZQ_ROWS of them from `row` on, and their ranges unless that is NULL. Returns a bit for
@@ -87,6 +90,26 @@ run_empty(const row_jobs *j)
     return ZQ_OK;
 }
 
+/* gamma and beta at the start of a cache line, by a copy for all rows: nearly every vector that is read elsewhere lies across
+ * two lines and costs twice. Few rows do not pay for the copy, and without memory the caller's will do. */
+static void
+align_parameters(row_jobs *j)
+{
+    const float **const given[] = {&j->gamma, &j->beta};
+    const int64_t stride = zq_round_up(j->n, LINE_ITEMS);
+    const uintptr_t both = (uintptr_t)j->gamma | (uintptr_t)j->beta;
+    float *copy = NULL;
+    if (j->m < COPY_ROWS || both % (LINE_ITEMS * sizeof *copy) == 0 ||
+        !(copy = zq_scratch(ZQ_SCRATCH_ROW, (size_t)(2 * stride) * sizeof *copy))) {
+        return;
+    }
+    for (int i = 0; i < 2; i++, copy += stride) {
+        if (*given[i]) {
+            *given[i] = memcpy(copy, *given[i], (size_t)j->n * sizeof *copy);
+        }
+    }
+}
+
 static zq_status
 run(row_jobs *j, int64_t *bad_row)
 {
@@ -94,6 +117,7 @@ run(row_jobs *j, int64_t *bad_row)
     if (j->n == 0) {
         return run_empty(j);
     }
+    align_parameters(j);
     j->batch = zq_max(1, zq_min(ZQ_ROWS, BATCH_ITEMS / j->n));
     j->rows_per_job = zq_round_up(zq_max(1, JOB_ITEMS / j->n), j->batch);
     zq_trouble_init(&j->trouble);

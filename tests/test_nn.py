@@ -194,6 +194,25 @@ def test_norms_of_extreme_rows(scale):
         assert_close(z, ref.rms_norm(x, w, 1e-12), atol=1e-5)
 
 
+def floats_behind_a_line(values, offset):
+    """A copy that begins `offset` elements behind the start of a cache line."""
+    room = np.zeros(values.size + 32, np.float32)
+    start = -room.ctypes.data // 4 % 16 + offset
+    room[start:start + values.size] = values
+    return room[start:start + values.size]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_norms_of_many_rows_are_those_of_each_wherever_the_parameters_lie(offset):
+    for n in (1, 16, 33, 384):
+        x = make(40, n)
+        w, b = (floats_behind_a_line(make(n, seed=seed), offset) for seed in (1, 2))
+        y = everywhere(_core.layer_norm, x, None, w, b, 1e-5, 0)[0]
+        z = everywhere(_core.rms_norm, x, None, w, 1e-5, 0)[0]
+        assert same_bits(y, np.concatenate([_core.layer_norm(row[None], None, w, b, 1e-5, 0)[0] for row in x]))
+        assert same_bits(z, np.concatenate([_core.rms_norm(row[None], None, w, 1e-5, 0)[0] for row in x]))
+
+
 # ---- quantized outputs -----------------------------------------------------------------------------------------
 
 
