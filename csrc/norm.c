@@ -8,7 +8,8 @@
 /* Elements of one job: some microseconds of work. */
 enum { JOB_ITEMS = 16384 };
 
-/* Elements of the rows that a kernel gets at once: with a residual and the output they still fit into L1. */
+/* Elements of the rows that a kernel gets at once: with a residual and the output they still fit into L1. Softmax goes over
+ * them row by row and takes as many as a job has. */
 enum { BATCH_ITEMS = 3072 };
 
 /* Floats of a cache line, and rows from which on gamma and beta are worth a copy that begins with a line. */
@@ -27,7 +28,7 @@ struct row_jobs {
     const float *gamma, *beta;
     float eps;
     zq_activation act;
-    int64_t m, n, batch, rows_per_job;
+    int64_t m, n, batch_items, batch, rows_per_job;
     const zq_rows_out *out;
     zq_trouble trouble;
 };
@@ -118,7 +119,7 @@ run(row_jobs *j, int64_t *bad_row)
         return run_empty(j);
     }
     align_parameters(j);
-    j->batch = zq_max(1, zq_min(ZQ_ROWS, BATCH_ITEMS / j->n));
+    j->batch = zq_max(1, zq_min(ZQ_ROWS, j->batch_items / j->n));
     j->rows_per_job = zq_round_up(zq_max(1, JOB_ITEMS / j->n), j->batch);
     zq_trouble_init(&j->trouble);
     zq_parallel_for(zq_ceil_div(j->m, j->rows_per_job), row_job, j);
@@ -143,7 +144,7 @@ zq_status
 zq_layernorm(const float *x, const float *residual, const float *gamma, const float *beta, int64_t m, int64_t n, float eps,
              const zq_rows_out *out, int64_t *bad_row)
 {
-    row_jobs j = {.fn = layernorm_rows, .x = x, .other = residual, .gamma = gamma, .beta = beta, .eps = eps};
+    row_jobs j = {.fn = layernorm_rows, .batch_items = BATCH_ITEMS, .x = x, .other = residual, .gamma = gamma, .beta = beta, .eps = eps};
     j.m = m, j.n = n, j.out = out;
     return run(&j, bad_row);
 }
@@ -158,7 +159,7 @@ zq_status
 zq_rmsnorm(const float *x, const float *residual, const float *gamma, int64_t m, int64_t n, float eps, const zq_rows_out *out,
            int64_t *bad_row)
 {
-    row_jobs j = {.fn = rmsnorm_rows, .x = x, .other = residual, .gamma = gamma, .eps = eps};
+    row_jobs j = {.fn = rmsnorm_rows, .batch_items = BATCH_ITEMS, .x = x, .other = residual, .gamma = gamma, .eps = eps};
     j.m = m, j.n = n, j.out = out;
     return run(&j, bad_row);
 }
@@ -172,7 +173,7 @@ activation_rows(const row_jobs *j, int64_t row, int64_t rows, float *y, zq_range
 zq_status
 zq_activate(const float *x, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out, int64_t *bad_row)
 {
-    row_jobs j = {.fn = activation_rows, .x = x, .act = act, .m = m, .n = n, .out = out};
+    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .x = x, .act = act, .m = m, .n = n, .out = out};
     return run(&j, bad_row);
 }
 
@@ -180,7 +181,7 @@ zq_status
 zq_gated(const float *gate, const float *up, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out,
          int64_t *bad_row)
 {
-    row_jobs j = {.fn = activation_rows, .x = gate, .other = up, .act = act, .m = m, .n = n, .out = out};
+    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .x = gate, .other = up, .act = act, .m = m, .n = n, .out = out};
     return run(&j, bad_row);
 }
 
@@ -195,6 +196,6 @@ zq_status
 zq_softmax(const float *x, int64_t m, int64_t n, float *y, int64_t *bad_row)
 {
     const zq_rows_out out = {.y = y, .quant = ZQ_QUANT_NONE};
-    row_jobs j = {.fn = softmax_rows, .x = x, .m = m, .n = n, .out = &out};
+    row_jobs j = {.fn = softmax_rows, .batch_items = JOB_ITEMS, .x = x, .m = m, .n = n, .out = &out};
     return run(&j, bad_row);
 }

@@ -224,8 +224,12 @@ def test_codes_are_those_of_the_float_result(mode, name):
         y, codes = everywhere(_core.layer_norm, x, r, w, b, 1e-5, mode)
         assert same_bits(y, ops.layer_norm(x, w, b, 1e-5, r))
         assert same_bits(codes, _core.quantize_tokens(y, mode, False))
+        none, only = _core.layer_norm(x, r, w, b, 1e-5, mode, True)
+        assert none is None and same_bits(only, codes)
         y, codes = everywhere(_core.rms_norm, x, r, w, 1e-5, mode)
         assert same_bits(codes, _core.quantize_tokens(y, mode, False))
+        none, only = _core.rms_norm(x, r, w, 1e-5, mode, True)
+        assert none is None and same_bits(only, codes)
         for act in ACTIVATIONS.values():
             assert same_bits(everywhere(_core.activation, x, act, mode),
                              _core.quantize_tokens(_core.activation(x, act, 0), mode, False))
@@ -233,6 +237,14 @@ def test_codes_are_those_of_the_float_result(mode, name):
         y, public = ops.layer_norm(x.reshape(5, 1, n), w, b, 1e-5, r.reshape(5, 1, n), name)
         assert same_bits(public, ops.quantize_per_token(y, mode == 1)) and y.shape == (5, 1, n)
         assert same_bits(ops.gelu(x, quantize=name), ops.quantize_per_token(ops.gelu(x), mode == 1))
+
+
+def test_norms_without_codes_give_their_rows_even_where_only_codes_are_wanted():
+    x, w = make(3, 13), make(13)
+    assert same_bits(_core.layer_norm(x, None, w, w, 1e-5, 0, True)[0], _core.layer_norm(x, None, w, w, 1e-5, 0)[0])
+    assert same_bits(_core.rms_norm(x, None, w, 1e-5, 0, True)[0], _core.rms_norm(x, None, w, 1e-5, 0)[0])
+    with pytest.raises(ValueError, match="codes_only"):
+        _core.rms_norm(x, None, w, 1e-5, 1, 2)
 
 
 def test_codes_have_zeroed_slack_for_the_matrix_product():

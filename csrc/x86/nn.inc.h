@@ -580,25 +580,22 @@ exp_row(const float *x, int64_t n, float max, const float *next, float *y, float
     return sum4(s);
 }
 
+/* Each row's maximum is taken a row ahead, so that its horizontal steps end under exp; what exp prefetches is the row after. */
 static unsigned
 softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y)
 {
-    float max[ZQ_ROWS], factor = 0.0f;
-    const float *next = x + rows * n;
+    float max = max_f32(x, n), factor = 0.0f;
     unsigned bad = 0;
     assert(rows <= ZQ_ROWS);
-    for (int64_t r = 0; r < rows; r++) {
-        max[r] = max_f32(x + r * n, n);
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        const float *row = x + r * n;
-        const float shift = zq_softmax_shift(max[r]);
-        const float sum = v16_hsum(r ? exp_row(row, n, shift, next + r * n, y + r * n, y + (r - 1) * n, factor)
-                                     : exp_row(row, n, shift, next, y, NULL, 0.0f));
+    for (int64_t r = 0; r < rows; r++, x += n, y += n) {
+        const float shift = zq_softmax_shift(max), next = r + 1 < rows ? max_f32(x + n, n) : 0.0f;
+        const float sum = v16_hsum(r ? exp_row(x, n, shift, x + 2 * n, y, y - n, factor)
+                                     : exp_row(x, n, shift, x + 2 * n, y, NULL, 0.0f));
         factor = zq_softmax_factor(sum);
-        bad |= (unsigned)!zq_softmax_finite(max[r], sum) << r;
+        bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
+        max = next;
     }
-    scale_f32(y + (rows - 1) * n, n, factor, y + (rows - 1) * n);
+    scale_f32(y - n, n, factor, y - n);
     return bad;
 }
 
