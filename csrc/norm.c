@@ -8,9 +8,9 @@
 /* Elements of one job: some microseconds of work. */
 enum { JOB_ITEMS = 16384 };
 
-/* Elements of the rows that a kernel gets at once: with a residual and the output they still fit into L1. Softmax goes over
- * them row by row and takes as many as a job has. */
-enum { BATCH_ITEMS = 3072 };
+/* Elements of the rows that a kernel gets at once: with a residual and the output they still fit into L1. Two rows may be
+ * longer: one alone hides no latency, which costs more. Softmax goes over them row by row and takes as many as a job has. */
+enum { BATCH_ITEMS = 3072, PAIR_ITEMS = 4096 };
 
 /* Floats of a cache line, and rows from which on gamma and beta are worth a copy that begins with a line. */
 enum { LINE_ITEMS = 16, COPY_ROWS = 16 };
@@ -119,7 +119,7 @@ run(row_jobs *j, int64_t *bad_row)
         return run_empty(j);
     }
     align_parameters(j);
-    j->batch = zq_max(1, zq_min(ZQ_ROWS, j->batch_items / j->n));
+    j->batch = zq_max(2 * j->n <= PAIR_ITEMS ? 2 : 1, zq_min(ZQ_ROWS, j->batch_items / j->n));
     j->rows_per_job = zq_round_up(zq_max(1, JOB_ITEMS / j->n), j->batch);
     zq_trouble_init(&j->trouble);
     zq_parallel_for(zq_ceil_div(j->m, j->rows_per_job), row_job, j);

@@ -41,6 +41,9 @@ store16(float *p, v16 x, int64_t m)
     }
 }
 
+/* Floats in 44 KB: where a call reads, writes and prefetches more, prefetching costs more than it saves. */
+enum { L1_ITEMS = 11264 };
+
 /* The block of 64 elements from p on, on its way into L1: a pass that computes asks for the rows that follow the call's own,
  * which the next call begins to read. Behind the last row of all nothing is read: a prefetch never faults. */
 ZQ_INLINE void
@@ -345,7 +348,8 @@ layernorm(const float *x, const float *residual, const float *gamma, const float
     for (int64_t r = 0; r < rows; r++) {
         v16_store(l.first[r], load_sum(x + r * n, residual ? residual + r * n : NULL, n, y + r * n));
     }
-    unsigned bad = layernorm_norms(h, rows, n, eps, x + rows * n, y, &l, &s, &shrunk);
+    const float *next = (3 * rows + 2) * n <= L1_ITEMS ? x + rows * n : h;
+    unsigned bad = layernorm_norms(h, rows, n, eps, next, y, &l, &s, &shrunk);
     for (int64_t r = 0; r < rows; r++) {
         const float *from = (shrunk >> r & 1u ? y : h) + r * n;
         seen[r] = layernorm_apply(from, gamma, beta, n, s.mean[r], s.inv[r], y + r * n, range != NULL);
