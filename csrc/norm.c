@@ -8,8 +8,12 @@
 /* Elements of one job: some microseconds of work. */
 enum { JOB_ITEMS = 16384 };
 
-/* Elements of the rows that a kernel gets at once: with a residual and the output they still fit into L1. */
-enum { BATCH_ITEMS = 3072 };
+/* Elements of the rows that a kernel gets at once: with a residual and the output they still fit into L1. Two rows may be
+ * longer: one alone hides no latency, which costs more. Softmax goes over them row by row and takes as many as a job has. */
+enum { BATCH_ITEMS = 3072, PAIR_ITEMS = 4096 };
+
+/* Floats of a cache line, and rows from which on gamma and beta are worth a copy that begins with a line. */
+enum { LINE_ITEMS = 16, COPY_ROWS = 16 };
 
 typedef struct row_jobs row_jobs;
 
@@ -24,7 +28,7 @@ struct row_jobs {
     const float *gamma, *beta;
     float eps;
     zq_activation act;
-    int64_t m, n, batch, rows_per_job;
+    int64_t m, n, batch_items, batch, rows_per_job;
     const zq_rows_out *out;
     zq_trouble trouble;
 };
@@ -87,6 +91,26 @@ run_empty(const row_jobs *j)
     return ZQ_OK;
 }
 
+/* gamma and beta at the start of a cache line, by a copy for all rows: nearly every vector that is read elsewhere lies across
+ * two lines and costs twice. Few rows do not pay for the copy, and without memory the caller's will do. */
+static void
+align_parameters(row_jobs *j)
+{
+    const float **const given[] = {&j->gamma, &j->beta};
+    const int64_t stride = zq_round_up(j->n, LINE_ITEMS);
+    const uintptr_t both = (uintptr_t)j->gamma | (uintptr_t)j->beta;
+    float *copy = NULL;
+    if (j->m < COPY_ROWS || both % (LINE_ITEMS * sizeof *copy) == 0 ||
+        !(copy = zq_scratch(ZQ_SCRATCH_ROW, (size_t)(2 * stride) * sizeof *copy))) {
+        return;
+    }
+    for (int i = 0; i < 2; i++, copy += stride) {
+        if (*given[i]) {
+            *given[i] = memcpy(copy, *given[i], (size_t)j->n * sizeof *copy);
+        }
+    }
+}
+
 static zq_status
 run(row_jobs *j, int64_t *bad_row)
 {
@@ -94,7 +118,8 @@ run(row_jobs *j, int64_t *bad_row)
     if (j->n == 0) {
         return run_empty(j);
     }
-    j->batch = zq_max(1, zq_min(ZQ_ROWS, BATCH_ITEMS / j->n));
+    align_parameters(j);
+    j->batch = zq_max(2 * j->n <= PAIR_ITEMS ? 2 : 1, zq_min(ZQ_ROWS, j->batch_items / j->n));
     j->rows_per_job = zq_round_up(zq_max(1, JOB_ITEMS / j->n), j->batch);
     zq_trouble_init(&j->trouble);
     zq_parallel_for(zq_ceil_div(j->m, j->rows_per_job), row_job, j);
@@ -119,7 +144,7 @@ zq_status
 zq_layernorm(const float *x, const float *residual, const float *gamma, const float *beta, int64_t m, int64_t n, float eps,
              const zq_rows_out *out, int64_t *bad_row)
 {
-    row_jobs j = {.fn = layernorm_rows, .x = x, .other = residual, .gamma = gamma, .beta = beta, .eps = eps};
+    row_jobs j = {.fn = layernorm_rows, .batch_items = BATCH_ITEMS, .x = x, .other = residual, .gamma = gamma, .beta = beta, .eps = eps};
     j.m = m, j.n = n, j.out = out;
     return run(&j, bad_row);
 }
@@ -134,7 +159,7 @@ zq_status
 zq_rmsnorm(const float *x, const float *residual, const float *gamma, int64_t m, int64_t n, float eps, const zq_rows_out *out,
            int64_t *bad_row)
 {
-    row_jobs j = {.fn = rmsnorm_rows, .x = x, .other = residual, .gamma = gamma, .eps = eps};
+    row_jobs j = {.fn = rmsnorm_rows, .batch_items = BATCH_ITEMS, .x = x, .other = residual, .gamma = gamma, .eps = eps};
     j.m = m, j.n = n, j.out = out;
     return run(&j, bad_row);
 }
@@ -148,7 +173,7 @@ activation_rows(const row_jobs *j, int64_t row, int64_t rows, float *y, zq_range
 zq_status
 zq_activate(const float *x, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out, int64_t *bad_row)
 {
-    row_jobs j = {.fn = activation_rows, .x = x, .act = act, .m = m, .n = n, .out = out};
+    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .x = x, .act = act, .m = m, .n = n, .out = out};
     return run(&j, bad_row);
 }
 
@@ -156,7 +181,7 @@ zq_status
 zq_gated(const float *gate, const float *up, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out,
          int64_t *bad_row)
 {
-    row_jobs j = {.fn = activation_rows, .x = gate, .other = up, .act = act, .m = m, .n = n, .out = out};
+    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .x = gate, .other = up, .act = act, .m = m, .n = n, .out = out};
     return run(&j, bad_row);
 }
 
@@ -171,6 +196,6 @@ zq_status
 zq_softmax(const float *x, int64_t m, int64_t n, float *y, int64_t *bad_row)
 {
     const zq_rows_out out = {.y = y, .quant = ZQ_QUANT_NONE};
-    row_jobs j = {.fn = softmax_rows, .x = x, .m = m, .n = n, .out = &out};
+    row_jobs j = {.fn = softmax_rows, .batch_items = JOB_ITEMS, .x = x, .m = m, .n = n, .out = &out};
     return run(&j, bad_row);
 }

@@ -194,6 +194,25 @@ def test_norms_of_extreme_rows(scale):
         assert_close(z, ref.rms_norm(x, w, 1e-12), atol=1e-5)
 
 
+def floats_behind_a_line(values, offset):
+    """A copy that begins `offset` elements behind the start of a cache line."""
+    room = np.zeros(values.size + 32, np.float32)
+    start = -room.ctypes.data // 4 % 16 + offset
+    room[start:start + values.size] = values
+    return room[start:start + values.size]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_norms_of_many_rows_are_those_of_each_wherever_the_parameters_lie(offset):
+    for n in (1, 16, 33, 384):
+        x = make(40, n)
+        w, b = (floats_behind_a_line(make(n, seed=seed), offset) for seed in (1, 2))
+        y = everywhere(_core.layer_norm, x, None, w, b, 1e-5, 0)[0]
+        z = everywhere(_core.rms_norm, x, None, w, 1e-5, 0)[0]
+        assert same_bits(y, np.concatenate([_core.layer_norm(row[None], None, w, b, 1e-5, 0)[0] for row in x]))
+        assert same_bits(z, np.concatenate([_core.rms_norm(row[None], None, w, 1e-5, 0)[0] for row in x]))
+
+
 # ---- quantized outputs -----------------------------------------------------------------------------------------
 
 
@@ -205,8 +224,12 @@ def test_codes_are_those_of_the_float_result(mode, name):
         y, codes = everywhere(_core.layer_norm, x, r, w, b, 1e-5, mode)
         assert same_bits(y, ops.layer_norm(x, w, b, 1e-5, r))
         assert same_bits(codes, _core.quantize_tokens(y, mode, False))
+        none, only = _core.layer_norm(x, r, w, b, 1e-5, mode, True)
+        assert none is None and same_bits(only, codes)
         y, codes = everywhere(_core.rms_norm, x, r, w, 1e-5, mode)
         assert same_bits(codes, _core.quantize_tokens(y, mode, False))
+        none, only = _core.rms_norm(x, r, w, 1e-5, mode, True)
+        assert none is None and same_bits(only, codes)
         for act in ACTIVATIONS.values():
             assert same_bits(everywhere(_core.activation, x, act, mode),
                              _core.quantize_tokens(_core.activation(x, act, 0), mode, False))
@@ -214,6 +237,14 @@ def test_codes_are_those_of_the_float_result(mode, name):
         y, public = ops.layer_norm(x.reshape(5, 1, n), w, b, 1e-5, r.reshape(5, 1, n), name)
         assert same_bits(public, ops.quantize_per_token(y, mode == 1)) and y.shape == (5, 1, n)
         assert same_bits(ops.gelu(x, quantize=name), ops.quantize_per_token(ops.gelu(x), mode == 1))
+
+
+def test_norms_without_codes_give_their_rows_even_where_only_codes_are_wanted():
+    x, w = make(3, 13), make(13)
+    assert same_bits(_core.layer_norm(x, None, w, w, 1e-5, 0, True)[0], _core.layer_norm(x, None, w, w, 1e-5, 0)[0])
+    assert same_bits(_core.rms_norm(x, None, w, 1e-5, 0, True)[0], _core.rms_norm(x, None, w, 1e-5, 0)[0])
+    with pytest.raises(ValueError, match="codes_only"):
+        _core.rms_norm(x, None, w, 1e-5, 1, 2)
 
 
 def test_codes_have_zeroed_slack_for_the_matrix_product():

@@ -5,7 +5,7 @@ quant_in of linear_forward also 3: per token int16; 4: the scale and zero of lin
 Codes are (q uint8 (m, n), scale float32 (m,), zero int32 (m,)): token codes, symmetric ones moved up by 128.
 A handle is a capsule that owns packed weights.
 """
-from typing import Any, Union
+from typing import Any, Union, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,10 +57,20 @@ def pack_bits(codes: Union[_I8, _U8], bits: int, /) -> _U8: ...
 def unpack_bits(packed: _U8, n: int, bits: int, signed: bool, /) -> Union[_I8, _U8]: ...
 
 # Transformer operators
+@overload
 def layer_norm(
     x: _F32, residual: _F32 | None, weight: _F32, bias: _F32, eps: float, quant: int, /
 ) -> tuple[_F32, _Codes | None]: ...
+@overload
+def layer_norm(
+    x: _F32, residual: _F32 | None, weight: _F32, bias: _F32, eps: float, quant: int, codes_only: bool, /
+) -> tuple[_F32 | None, _Codes | None]: ...
+@overload
 def rms_norm(x: _F32, residual: _F32 | None, weight: _F32, eps: float, quant: int, /) -> tuple[_F32, _Codes | None]: ...
+@overload
+def rms_norm(
+    x: _F32, residual: _F32 | None, weight: _F32, eps: float, quant: int, codes_only: bool, /
+) -> tuple[_F32 | None, _Codes | None]: ...
 def activation(x: _F32, act: int, quant: int, /) -> Any: ...
 def gated(gate: _F32, up: _F32, act: int, quant: int, /) -> Any: ...
 def softmax(x: _F32, /) -> _F32: ...

@@ -17,7 +17,20 @@ read_like(PyObject *o, const char *name, int optional, const zq_arg *x, zq_arg *
     return a->arr ? zq_shape(a, name, 2, x->dim) : 0;
 }
 
-/* (y, codes | None) */
+/* What a norm quantizes its rows to, and whether the float32 rows are wanted too: the optional last argument asks for the codes
+ * alone. */
+static int
+read_norm_out(PyObject *const *args, Py_ssize_t nargs, int at, int64_t *quant, int *want_y)
+{
+    int64_t codes_only = 0;
+    if (zq_read_quant(args[at], quant) < 0 || (nargs > at + 1 && zq_int(args[at + 1], "codes_only", 0, 1, &codes_only) < 0)) {
+        return -1;
+    }
+    *want_y = !codes_only || *quant == ZQ_QUANT_NONE;
+    return 0;
+}
+
+/* (y | None, codes | None) */
 static PyObject *
 give_both(zq_arg a[4])
 {
@@ -25,7 +38,7 @@ give_both(zq_arg a[4])
     if (!codes) {
         return NULL;
     }
-    PyObject *both = PyTuple_Pack(2, (PyObject *)a[0].arr, codes);
+    PyObject *both = PyTuple_Pack(2, a[0].arr ? (PyObject *)a[0].arr : Py_None, codes);
     Py_DECREF(codes);
     return both;
 }
@@ -39,14 +52,15 @@ py_layer_norm(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     zq_arg a[N] = {{0}};
     PyObject *result = NULL;
     float eps;
+    int want_y;
     int64_t quant, bad = 0;
     zq_rows_out out;
-    if (zq_count("layer_norm", nargs, NARGS) < 0 || zq_read_eps(args[EPS], &eps) < 0 ||
-        zq_read_quant(args[QUANT], &quant) < 0 || zq_in(args[X], "x", ZQ_F32, 2, 2, &a[X]) < 0 ||
+    if (zq_count("layer_norm", nargs > NARGS ? nargs - 1 : nargs, NARGS) < 0 || zq_read_eps(args[EPS], &eps) < 0 ||
+        read_norm_out(args, nargs, QUANT, &quant, &want_y) < 0 || zq_in(args[X], "x", ZQ_F32, 2, 2, &a[X]) < 0 ||
         read_like(args[RESIDUAL], "residual", 1, &a[X], &a[RESIDUAL]) < 0 ||
         zq_read_vector(args[GAMMA], "weight", a[X].dim[1], &a[GAMMA]) < 0 ||
         zq_read_vector(args[BETA], "bias", a[X].dim[1], &a[BETA]) < 0 ||
-        zq_new_rows(a[X].dim[0], a[X].dim[1], 1, quant, &a[OUT], &out) < 0) {
+        zq_new_rows(a[X].dim[0], a[X].dim[1], want_y, quant, &a[OUT], &out) < 0) {
         goto cleanup;
     }
     zq_status s;
@@ -70,12 +84,14 @@ py_rms_norm(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     zq_arg a[N] = {{0}};
     PyObject *result = NULL;
     float eps;
+    int want_y;
     int64_t quant, bad = 0;
     zq_rows_out out;
-    if (zq_count("rms_norm", nargs, NARGS) < 0 || zq_read_eps(args[EPS], &eps) < 0 || zq_read_quant(args[QUANT], &quant) < 0 ||
-        zq_in(args[X], "x", ZQ_F32, 2, 2, &a[X]) < 0 || read_like(args[RESIDUAL], "residual", 1, &a[X], &a[RESIDUAL]) < 0 ||
+    if (zq_count("rms_norm", nargs > NARGS ? nargs - 1 : nargs, NARGS) < 0 || zq_read_eps(args[EPS], &eps) < 0 ||
+        read_norm_out(args, nargs, QUANT, &quant, &want_y) < 0 || zq_in(args[X], "x", ZQ_F32, 2, 2, &a[X]) < 0 ||
+        read_like(args[RESIDUAL], "residual", 1, &a[X], &a[RESIDUAL]) < 0 ||
         zq_read_vector(args[GAMMA], "weight", a[X].dim[1], &a[GAMMA]) < 0 ||
-        zq_new_rows(a[X].dim[0], a[X].dim[1], 1, quant, &a[OUT], &out) < 0) {
+        zq_new_rows(a[X].dim[0], a[X].dim[1], want_y, quant, &a[OUT], &out) < 0) {
         goto cleanup;
     }
     zq_status s;
@@ -285,8 +301,10 @@ cleanup:
 
 PyMethodDef zq_methods_nn[] = {
     {"layer_norm", FAST(py_layer_norm), METH_FASTCALL,
-     "layer_norm(x, residual | None, weight, bias, eps, quant) -> (y, codes | None)"},
-    {"rms_norm", FAST(py_rms_norm), METH_FASTCALL, "rms_norm(x, residual | None, weight, eps, quant) -> (y, codes | None)"},
+     "layer_norm(x, residual | None, weight, bias, eps, quant, codes_only = 0) -> (y, codes | None); y is None where there are "
+     "codes and only they are wanted"},
+    {"rms_norm", FAST(py_rms_norm), METH_FASTCALL,
+     "rms_norm(x, residual | None, weight, eps, quant, codes_only = 0) -> (y, codes | None), as layer_norm"},
     {"activation", FAST(py_activation), METH_FASTCALL, "activation(x, act, quant) -> y or codes"},
     {"gated", FAST(py_gated), METH_FASTCALL, "gated(gate, up, act, quant) -> y or codes: act(gate) * up"},
     {"softmax", py_softmax, METH_O, "softmax(x) -> y, over rows"},

@@ -41,6 +41,17 @@ store16(float *p, v16 x, int64_t m)
     }
 }
 
+/* Floats in 44 KB: where a call reads, writes and prefetches more, prefetching costs more than it saves. */
+enum { L1_ITEMS = 11264 };
+
+/* The block of 64 elements from p on, on its way into L1: a pass that computes asks for the rows that follow the call's own,
+ * which the next call begins to read. Behind the last row of all nothing is read: a prefetch never faults. */
+ZQ_INLINE void
+prefetch_block(const float *p)
+{
+    FOUR { __builtin_prefetch(p + 16 * j, 0, 3); }
+}
+
 /* Least and largest of 0 and what was seen, which holds no NaN; Inf shows at the ends. The accumulator is the second operand,
  * so that it stays when a zero of the other sign is seen. */
 typedef struct {
@@ -194,14 +205,15 @@ load_squares(const float *x, const float *residual, int64_t n, float *y)
     return add_row(x, residual, n, y, 1);
 }
 
-/* sum (x - mean), sum (x - mean)^2, in the lanes */
+/* sum (x - mean), sum (x - mean)^2, in the lanes; next: what to prefetch meanwhile */
 ZQ_INLINE void
-row_moments(const float *x, int64_t n, float mean, v16 *first, v16 *second)
+row_moments(const float *x, int64_t n, float mean, const float *next, v16 *first, v16 *second)
 {
     v16 s1[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()}, s2[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
     const v16 mu = v16_set1(mean);
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
+        prefetch_block(next + i);
         FOUR {
             const v16 d = v16_sub(v16_load(x + i + 16 * j), mu);
             s1[j] = v16_add(s1[j], d);
@@ -266,14 +278,15 @@ shrunk_moments(const float *h, int64_t n, float *y)
     v16 first, second;
     scale_f32(h, n, ZQ_SHRINK, y);
     const float mean = zq_mean(v16_hsum(load_sum(y, NULL, n, NULL)), n);
-    row_moments(y, n, mean, &first, &second);
+    row_moments(y, n, mean, y, &first, &second);
     return zq_moments_of(mean, v16_hsum(first), v16_hsum(second), n);
 }
 
 /* Mean and 1 / sqrt(var + eps) of the rows h. Bit r of shrunk: row r is in y, shrunk. Returns bit r where a row is not
  * finite. */
 ZQ_INLINE unsigned
-layernorm_norms(const float *h, int64_t rows, int64_t n, float eps, float *y, row_lanes *l, row_norms *s, unsigned *shrunk)
+layernorm_norms(const float *h, int64_t rows, int64_t n, float eps, const float *next, float *y, row_lanes *l, row_norms *s,
+                unsigned *shrunk)
 {
     unsigned bad = 0;
     for (int64_t r = 0; r < rows; r++) {
@@ -281,7 +294,7 @@ layernorm_norms(const float *h, int64_t rows, int64_t n, float eps, float *y, ro
     }
     for (int64_t r = 0; r < rows; r++) {
         v16 first, second;
-        row_moments(h + r * n, n, s->mean[r], &first, &second);
+        row_moments(h + r * n, n, s->mean[r], next + r * n, &first, &second);
         v16_store(l->first[r], first);
         v16_store(l->second[r], second);
     }
@@ -335,7 +348,8 @@ layernorm(const float *x, const float *residual, const float *gamma, const float
     for (int64_t r = 0; r < rows; r++) {
         v16_store(l.first[r], load_sum(x + r * n, residual ? residual + r * n : NULL, n, y + r * n));
     }
-    unsigned bad = layernorm_norms(h, rows, n, eps, y, &l, &s, &shrunk);
+    const float *next = (3 * rows + 2) * n <= L1_ITEMS ? x + rows * n : h;
+    unsigned bad = layernorm_norms(h, rows, n, eps, next, y, &l, &s, &shrunk);
     for (int64_t r = 0; r < rows; r++) {
         const float *from = (shrunk >> r & 1u ? y : h) + r * n;
         seen[r] = layernorm_apply(from, gamma, beta, n, s.mean[r], s.inv[r], y + r * n, range != NULL);
@@ -432,29 +446,43 @@ rmsnorm_f32(const float *x, const float *residual, const float *gamma, int64_t n
     return !rmsnorm_rows_f32(x, residual, gamma, 1, n, eps, y, NULL);
 }
 
-/* act(x), or act(x) * up, and the range where it is asked for. `act`, and whether up and range are NULL, are constants in
- * every call, so each gets a loop of its own. act(0) is 0, so lanes behind the end do not show in the range. */
+/* act(x), or act(x) * up, of `ways` vectors, the last of m elements. */
+ZQ_INLINE void
+activation_step(const float *x, const float *up, int64_t m, float *y, int ranged, const zq_activation act, ranges *r,
+                const int ways)
+{
+    v16 v[EXP_WAYS], a[EXP_WAYS];
+#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < ways; u++)
+    EACH { a[u] = v[u] = load16(x + 16 * u, m); }
+    v16_activates(a, act, ways);
+    EACH {
+        see_finite(r, u % RANGE_WAYS, v[u]);
+        if (up) {
+            const v16 other = load16(up + 16 * u, m);
+            see_finite(r, u % RANGE_WAYS, other);
+            a[u] = v16_mul(a[u], other);
+        }
+        store16(y + 16 * u, a[u], m);
+        if (ranged) {
+            r->range[u % RANGE_WAYS] = v16_range_see(r->range[u % RANGE_WAYS], a[u]);
+        }
+    }
+#undef EACH
+}
+
+/* A row of it, and the range where it is asked for. `act`, and whether up and range are NULL, are constants in every call, so
+ * each gets a loop of its own. act(0) is 0, so lanes behind the end do not show in the range. */
 ZQ_INLINE range_lanes
 activation_row(const float *x, const float *up, int64_t n, float *y, int ranged, const zq_activation act)
 {
     ranges r = ranges_start();
-#define STEP(i, m, w)                              \
-    do {                                           \
-        const v16 v = load16(x + (i), m);          \
-        v16 a = v16_activate(v, act);              \
-        see_finite(&r, w, v);                      \
-        if (up) {                                  \
-            const v16 u = load16(up + (i), m);     \
-            see_finite(&r, w, u);                  \
-            a = v16_mul(a, u);                     \
-        }                                          \
-        store16(y + (i), a, m);                    \
-        if (ranged) {                              \
-            r.range[w] = v16_range_see(r.range[w], a); \
-        }                                          \
-    } while (0)
-    OVER_ROW(STEP);
-#undef STEP
+    int64_t i = 0;
+    for (; i + 16 * EXP_WAYS <= n; i += 16 * EXP_WAYS) {
+        activation_step(x + i, up ? up + i : NULL, 16, y + i, ranged, act, &r, EXP_WAYS);
+    }
+    for (; i < n; i += 16) {
+        activation_step(x + i, up ? up + i : NULL, zq_min(n - i, 16), y + i, ranged, act, &r, 1);
+    }
     return ranges_join(&r);
 }
 
@@ -513,14 +541,16 @@ max_f32(const float *x, int64_t n)
     return v16_hmax(v16_max(v16_max(s[0], s[1]), v16_max(s[2], s[3])));
 }
 
-/* exp(x - max), its sum in the lanes */
+/* exp(x - max) to y, its sum in the lanes. Between the vectors goes what needs other units than exp: done *= factor, for the
+ * row before, and what is to be prefetched; whether there is a `done` is a constant of each call. */
 ZQ_INLINE v16
-exp_row(const float *x, int64_t n, float max, float *y)
+exp_row(const float *x, int64_t n, float max, const float *next, float *y, float *done, float factor)
 {
-    const v16 shift = v16_set1(max);
+    const v16 shift = v16_set1(max), f = v16_set1(factor);
     v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
+        prefetch_block(next + i);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j += EXP_WAYS) {
             v16 e[EXP_WAYS];
@@ -529,10 +559,17 @@ exp_row(const float *x, int64_t n, float max, float *y)
             }
             v16_exps(e, EXP_WAYS);
             for (int u = 0; u < EXP_WAYS; u++) {
-                v16_store(y + i + 16 * (j + u), e[u]);
+                const int64_t at = i + 16 * (j + u);
+                v16_store(y + at, e[u]);
                 s[j + u] = v16_add(s[j + u], e[u]);
+                if (done) {
+                    v16_store(done + at, v16_mul(v16_load(done + at), f));
+                }
             }
         }
+    }
+    if (done) {
+        scale_f32(done + i, n - i, factor, done + i);
     }
     FOUR {
         const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
@@ -547,26 +584,22 @@ exp_row(const float *x, int64_t n, float max, float *y)
     return sum4(s);
 }
 
+/* Each row's maximum is taken a row ahead, so that its horizontal steps end under exp; what exp prefetches is the row after. */
 static unsigned
 softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y)
 {
-    float max[ZQ_ROWS], factor[ZQ_ROWS], lanes[ZQ_ROWS][16];
+    float max = max_f32(x, n), factor = 0.0f;
     unsigned bad = 0;
     assert(rows <= ZQ_ROWS);
-    for (int64_t r = 0; r < rows; r++) {
-        max[r] = max_f32(x + r * n, n);
+    for (int64_t r = 0; r < rows; r++, x += n, y += n) {
+        const float shift = zq_softmax_shift(max), next = r + 1 < rows ? max_f32(x + n, n) : 0.0f;
+        const float sum = v16_hsum(r ? exp_row(x, n, shift, x + 2 * n, y, y - n, factor)
+                                     : exp_row(x, n, shift, x + 2 * n, y, NULL, 0.0f));
+        factor = zq_softmax_factor(sum);
+        bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
+        max = next;
     }
-    for (int64_t r = 0; r < rows; r++) {
-        v16_store(lanes[r], exp_row(x + r * n, n, zq_softmax_shift(max[r]), y + r * n));
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        const float sum = v16_hsum(v16_load(lanes[r]));
-        factor[r] = zq_softmax_factor(sum);
-        bad |= (unsigned)!zq_softmax_finite(max[r], sum) << r;
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        scale_f32(y + r * n, n, factor[r], y + r * n);
-    }
+    scale_f32(y - n, n, factor, y - n);
     return bad;
 }
 

@@ -25,7 +25,7 @@ row_norm(const zq_norm_grad *g)
     }
     v16 first, second;
     const float mean = zq_mean(v16_hsum(load_sum(g->x, NULL, g->n, NULL)), g->n);
-    row_moments(g->x, g->n, mean, &first, &second);
+    row_moments(g->x, g->n, mean, g->x, &first, &second);
     const zq_moments m = zq_moments_of(mean, v16_hsum(first), v16_hsum(second), g->n);
     return (zq_moments){m.mean, zq_rsqrt(m.var, g->eps)};
 }

@@ -19,11 +19,12 @@ v16_exp_2r(v16 r)
     return p;
 }
 
-/* exp of `ways` vectors in step: a chain of 45 cycles in 16 operations fills the scheduler before it fills the pipes. */
+#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < ways; u++)
+
+/* exp of `ways` <= 4 vectors in step: a chain of 45 cycles in 16 operations fills the scheduler before it fills the pipes. */
 ZQ_INLINE void
 v16_exps(v16 *t, const int ways)
 {
-#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < ways; u++)
     v16 k[4], r[4], p[4];
     EACH { t[u] = v16_max(v16_set1(ZQ_EXP_LO), t[u]); }
     EACH { k[u] = v16_fma(t[u], v16_set1(ZQ_EXP_LOG2E), v16_set1(ZQ_EXP_MAGIC)); }
@@ -35,20 +36,30 @@ v16_exps(v16 *t, const int ways)
         EACH { p[u] = v16_fma(p[u], r[u], v16_set1(zq_exp_poly[i])); }
     }
     EACH { t[u] = v16_mul(p[u], v16_exp_power(k[u])); }
-#undef EACH
+}
+
+/* GELU of `ways` vectors in step, as v16_exps. */
+ZQ_INLINE void
+v16_gelus(v16 *x, const zq_gelu *g, const int ways)
+{
+    v16 a[4], r[4], r4[4];
+    EACH { a[u] = v16_abs_min(x[u], v16_set1(g->end)); }
+    EACH { r[u] = v16_set1(g->r[5]); }
+#pragma GCC unroll 8
+    for (int i = 4; i >= 0; i--) {
+        EACH { r[u] = v16_fma(r[u], a[u], v16_set1(g->r[i])); }
+    }
+    EACH { r[u] = v16_mul(r[u], r[u]); }
+    EACH { r4[u] = v16_mul(r[u], r[u]); }
+    EACH { a[u] = v16_mul(a[u], r4[u]); }
+    EACH { x[u] = v16_fnma(a[u], r4[u], v16_max(x[u], v16_zero())); }
 }
 
 ZQ_INLINE v16
 v16_gelu(v16 x, const zq_gelu *g)
 {
-    const v16 a = v16_abs_min(x, v16_set1(g->end));
-    v16 r = v16_set1(g->r[5]);
-#pragma GCC unroll 8
-    for (int i = 4; i >= 0; i--) {
-        r = v16_fma(r, a, v16_set1(g->r[i]));
-    }
-    const v16 r2 = v16_mul(r, r), r4 = v16_mul(r2, r2);
-    return v16_fnma(v16_mul(a, r4), r4, v16_max(x, v16_zero()));
+    v16_gelus(&x, g, 1);
+    return x;
 }
 
 ZQ_INLINE v16
@@ -86,6 +97,22 @@ v16_activate(v16 x, zq_activation act)
     }
     return x;
 }
+
+/* x = act(x), `ways` vectors in step where act is a long chain. */
+ZQ_INLINE void
+v16_activates(v16 *x, zq_activation act, const int ways)
+{
+    switch (act) {
+    case ZQ_ACT_GELU: v16_gelus(x, &zq_gelu_of_erf, ways); break;
+    case ZQ_ACT_GELU_TANH: v16_gelus(x, &zq_gelu_of_tanh, ways); break;
+    case ZQ_ACT_RELU:
+    case ZQ_ACT_SILU:
+    case ZQ_ACT_NONE:
+    case ZQ_ACTS:
+        EACH { x[u] = v16_activate(x[u], act); }
+    }
+}
+#undef EACH
 
 typedef struct {
     v16 value, slope;

@@ -212,11 +212,12 @@ def attention_case(item: Item) -> harness.Case:
 def rows_case(item: Item) -> harness.Case:
     from zquant import _core
 
-    x, asym = linears.random_floats((item.m, item.k)), linears.TOKEN_ASYM
+    asym = linears.TOKEN_ASYM
+    x = _core.activation(linears.random_floats((item.m, item.k)), 0, 0)  # an operator's output, as in a model: on whole lines
     weight, bias = np.ones(item.k, np.float32), np.zeros(item.k, np.float32)
     call = {"quantize": lambda: _core.quantize_tokens(x, asym, True),
-            "layernorm": lambda: _core.layer_norm(x, None, weight, bias, 1e-12, asym),
-            "rmsnorm": lambda: _core.rms_norm(x, None, weight, 1e-6, asym),
+            "layernorm": lambda: _core.layer_norm(x, None, weight, bias, 1e-12, asym, True),
+            "rmsnorm": lambda: _core.rms_norm(x, None, weight, 1e-6, asym, True),
             "gelu": lambda: _core.activation(x, linears.GELU, asym),
             "softmax": lambda: _core.softmax(x)}[item.kind]
     return harness.Case(item.name, call, 4.0 * item.m * item.k, item.m, item.n, item.k)

@@ -85,8 +85,8 @@ class Norm:
         """A call that gives what a projection reads: the codes if ``quant`` asks for them, else the float32 rows."""
         which = int(quant != 0)
         if self.bias is None:
-            return calls.add(_core.rms_norm, x, None, self.weight, self.eps, quant, item=which)
-        return calls.add(_core.layer_norm, x, None, self.weight, self.bias, self.eps, quant, item=which)
+            return calls.add(_core.rms_norm, x, None, self.weight, self.eps, quant, True, item=which)
+        return calls.add(_core.layer_norm, x, None, self.weight, self.bias, self.eps, quant, True, item=which)
 
 
 def add_rows(calls: Calls, table: Table, index: Register) -> Register:
