@@ -31,7 +31,7 @@ class Resources:
     >>> Resources(memory=-1)
     Traceback (most recent call last):
     ...
-    ValueError: memory, bytes: expected an integer of 0 or more, got -1
+    ValueError: memory: expected an integer of 0 or more, got -1
     """
 
     work_dir: str | os.PathLike[str] | None = None
@@ -39,6 +39,6 @@ class Resources:
     executor: Executor | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "memory", as_count("memory, bytes", self.memory, 0))
+        object.__setattr__(self, "memory", as_count("memory", self.memory, 0))
         if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
             raise TypeError(f"executor: expected a concurrent.futures.Executor, got {type(self.executor).__name__}")
