@@ -4,6 +4,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from zquant import _core, cpu
 #: Test data that is not part of the repository: beside it, or where the environment says.
 SHARED = Path(os.environ.get("ZQUANT_SHARED") or Path(__file__).parents[2] / "shared")
 PAGE = mmap.PAGESIZE
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background by a shell ignores it
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
