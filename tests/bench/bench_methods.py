@@ -58,6 +58,7 @@ _TRAINED: dict[str, Any] = {"ZQ-Local": "zq-local", "LKD": "lkd", "LKD search": 
 METHODS |= {name: Recipe.of(recipe) for name, recipe in _TRAINED.items()}
 CALIB = ("wikitext2", "books", "random")  # the first: for MiniLM its own sentences
 LENGTH = 512
+HIGHER = ("STS-B", "cosine")  # is better
 
 
 class Setting:
@@ -143,9 +144,10 @@ def run(args: argparse.Namespace, found: dict[str, Any], save: Callable[[], None
             print(f"{model} {number}/{len(wanted)} {scheme} {name}: {shown} ({cell.get('seconds', 0):.0f} s)", flush=True)
 
 
-def regained(value: float, rtn: float | None, exact: float) -> str:
+def regained(what: str, value: float, rtn: float | None, exact: float) -> str:
     """The share of round to nearest's loss that a method avoids, where that loss is more than half a percent."""
-    if rtn is None or value == rtn or abs(rtn / exact - 1) < 0.005:
+    sign = -1 if what in HIGHER else 1
+    if rtn is None or value == rtn or sign * (rtn / exact - 1) < 0.005:
         return ""
     return f" ({100 * (1 - (value - exact) / (rtn - exact)):.0f} %)"
 
@@ -166,7 +168,7 @@ def tables(found: dict[str, Any]) -> Iterator[str]:
                 for scheme in schemes:
                     value = cells.get((scheme, name), {}).get("values", {}).get(what)
                     rtn = cells.get((scheme, "RTN"), {}).get("values", {}).get(what)
-                    row.append("" if value is None else f"{value:.{digits}f}{regained(value, rtn, reference)}")
+                    row.append("" if value is None else f"{value:.{digits}f}{regained(what, value, rtn, reference)}")
                 yield f"| {name} | {' | '.join(row)} |"
             yield ""
 
