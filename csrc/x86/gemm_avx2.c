@@ -442,14 +442,10 @@ rows_of(const row_parts *r, int part)
 ZQ_INLINE void
 next_rows(zq_tile *t)
 {
-    const int rows = t->pairs ? t->mr / 2 : t->mr;
-    t->a = (const uint8_t *)t->a + t->mr * t->lda;
-    t->start += t->mr * t->ld_start;
-    t->sx += t->mr;
-    t->zx += t->mr;
-    t->y += rows * t->ldy;
-    t->residual = t->residual ? t->residual + rows * t->ldr : NULL;
-    t->low = t->low ? t->low + rows * t->ld_low : NULL;
+    t->next_rows = t->mr;
+    t->next_a = t->mr * t->lda;
+    t->next_cols = t->next_b = t->next_ahead = 0;
+    zq_tile_next(t);
 }
 
 /* A tile with groups as several, of up to MR_GROUP rows. What the first one prefetches is there for the others. */
