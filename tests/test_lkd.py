@@ -67,7 +67,7 @@ def parameters(shape, biases, seed=0):
 def problem(name, spec="float", tokens=83, seed=1):
     """A block, its parameters in float64, x, and what the reference needs besides."""
     shape, biases, rotary = SHAPES[name]
-    if SPECS[spec].row_block > 1 and shape.width % 2:
+    if SPECS[spec].row_block != 1 and shape.width % 2:
         pytest.skip("an odd number of rows")
     tensors = parameters(shape, biases)
     specs = dict.fromkeys(LINEARS, SPECS[spec])
@@ -196,6 +196,34 @@ def test_mixed_precision():
     found = block.gradients(x, OFFSETS, dy)
     assert relative(block.forward(x, OFFSETS), y) < 2e-3
     assert max(relative(found[n], g) for n, g in expected.items()) < 2e-3
+
+
+@pytest.mark.parametrize("rows", [(10, 4, 2), (1, 20, 1), (40, 20, 5), 16])
+@pytest.mark.parametrize("activations", [None, "symmetric"])
+def test_row_blocks_of_q_k_and_v(rows, activations):
+    """Three heights for 40 rows of q and 20 of k and v each; or one height for all 80, whose blocks run across the borders."""
+    shape, biases, rotary = SHAPES["llama"]
+    spec = LinearSpec(4, row_block=rows, activations=activations)
+    tensors = parameters(shape, biases)
+    block = TrainedBlock(shape, tensors, {"qkv": spec}, rotary)
+    codes, scales = block.codes("qkv")
+    expected = reference.fake_quantize_weight(tensors["qkv"], spec, shape.qkv_rows)
+    np.testing.assert_array_equal(codes * scales, expected)
+    heights = rows if isinstance(rows, tuple) else (rows,) * 3
+    ends = np.cumsum(shape.qkv_rows) if isinstance(rows, tuple) else [80]
+    borders = np.concatenate([np.arange(end - size, end, height) for end, size, height
+                              in zip(ends, shape.qkv_rows if len(ends) == 3 else (80,), heights)])
+    np.testing.assert_array_equal(np.flatnonzero(np.diff(scales[:, 0])) + 1, borders[1:])
+    block.values["qkv"][51, 3] = np.nan
+    with pytest.raises(ValueError, match="row 51"):
+        block.codes("qkv")
+
+
+def test_three_row_blocks_or_one():
+    with pytest.raises(ValueError, match="row_block: expected one number or three"):
+        LinearSpec(4, row_block=(2, 2))
+    with pytest.raises(ValueError, match="row_block: expected"):
+        LinearSpec(4, row_block=0)
 
 
 @pytest.mark.parametrize(("name", "fault"), [
@@ -419,6 +447,9 @@ BERT = BlockShape(48, 4, 72)
     ({"specs": {"up": LinearSpec(1)}}, "bits"), ({"specs": {"up": LinearSpec(4, 12)}}, "multiple of 8"),
     ({"specs": {"up": LinearSpec(4, row_block=5)}}, "blocks of 5 rows"),
     ({"specs": {"up": LinearSpec(4, 16, 2)}}, "blocks of 2 rows"),
+    ({"specs": {"up": LinearSpec(4, row_block=(2, 2, 2))}}, "up: expected one number"),
+    ({"specs": {"qkv": LinearSpec(4, row_block=(2, 5, 2))}}, "qkv: blocks of 5 rows"),
+    ({"specs": {"qkv": LinearSpec(4, 8, (2, 1, 1))}}, "qkv: blocks of 2 rows"),
     ({"specs": {"up": LinearSpec(activations="symmetric")}}, "quantized weight"), ({"specs": {"query": LinearSpec()}}, "query"),
     ({"rotary": tables(7)}, "head_dim / 2"), ({"rotary": (tables(3)[0], tables(4)[1])}, "sin: expected shape"),
     ({"tensors": {"norm1": np.ones(3, np.float32)}}, "norm1: expected shape"),

@@ -53,7 +53,8 @@ def test_a_float_block_computes_what_the_models_does(tmp_path, variant):
 
 
 @pytest.mark.parametrize("variant, schemes", [
-    ("llama", []), ("llama, all heads", ["w4a8-b4", "w8a8-wt"]), ("gpt2", ["w4a8-b12"]), ("gpt_neox", []), ("qwen3", []),
+    ("llama", ["w4a8-b4"]), ("llama, all heads", ["w4a8-b4", "w8a8-wt"]), ("gpt2", ["w4a8-b12", "w4a8-b16"]), ("gpt_neox", []),
+    ("qwen3", ["w4a8-b8"]),
     ("opt, norm after, projections", ["w4a8-b4", "w8a8-wt"]), ("bert", ["w4a8-b4"])])
 def test_zero_steps_are_round_to_nearest(tmp_path, variant, schemes):
     model = make(tmp_path, variant)

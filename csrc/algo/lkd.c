@@ -81,6 +81,8 @@ new_linears(zq_lkd *b)
                           .bias = values_of(b, ZQ_LKD_VALUE, ZQ_LKD_BIAS + i), .dw = values_of(b, ZQ_LKD_GRADIENT, i),
                           .dbias = values_of(b, ZQ_LKD_GRADIENT, ZQ_LKD_BIAS + i)};
         l->groups = zq_ceil_div(l->k, zq_min(l->spec.group, l->k));
+        l->parts[0] = l->spec.rows[1] ? b->q : l->n;
+        l->parts[1] = l->parts[2] = l->spec.rows[1] ? b->kv : 0;
         TRY(lkd_linear_init(l));
     }
     return ZQ_OK;

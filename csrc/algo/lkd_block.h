@@ -18,6 +18,7 @@ typedef struct {
 typedef struct {
     int64_t n, k, groups;
     zq_lkd_spec spec;
+    int64_t parts[ZQ_LKD_PARTS]; /* rows that spec.rows are about */
     float *w;
     const float *bias; /* or NULL */
     float *dw, *dbias;

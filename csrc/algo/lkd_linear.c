@@ -65,16 +65,35 @@ fixed_codes(lkd_linear *l, int64_t *bad_row)
     return zq_trouble_status(&f.trouble, bad_row);
 }
 
+static int
+has_row_blocks(const lkd_linear *l)
+{
+    return zq_max(zq_max(l->spec.rows[0], l->spec.rows[1]), l->spec.rows[2]) > 1;
+}
+
+static zq_status
+row_block_codes(lkd_linear *l, int64_t *bad_row)
+{
+    zq_status s = ZQ_OK;
+    int64_t at = 0;
+    for (int p = 0; p < ZQ_LKD_PARTS && l->parts[p] && s == ZQ_OK; p++) {
+        s = zq_quantize_row_blocks(l->w + at * l->k, l->parts[p], l->k, l->parts[p] / l->spec.rows[p], l->spec.bits,
+                                   l->codes + at * l->k, l->scales + at, bad_row);
+        *bad_row += s == ZQ_ENONFINITE ? at : 0;
+        at += l->parts[p];
+    }
+    return s;
+}
+
 zq_status
 lkd_linear_codes(lkd_linear *l, int64_t *bad_row)
 {
     if (l->fixed) {
         return fixed_codes(l, bad_row);
     }
-    return l->spec.rows > 1 ? zq_quantize_row_blocks(l->w, l->n, l->k, l->n / l->spec.rows, l->spec.bits, l->codes, l->scales,
-                                                     bad_row)
-                            : zq_quantize_groups(l->w, l->n, l->k, l->spec.group, l->spec.bits, 1, l->codes, l->scales, NULL,
-                                                 bad_row);
+    return has_row_blocks(l) ? row_block_codes(l, bad_row)
+                             : zq_quantize_groups(l->w, l->n, l->k, l->spec.group, l->spec.bits, 1, l->codes, l->scales, NULL,
+                                                  bad_row);
 }
 
 zq_status

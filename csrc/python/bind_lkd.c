@@ -39,7 +39,7 @@ enter(PyObject *o)
 /* ---- shape ------------------------------------------------------------------------------------------ */
 
 enum { D, HEADS, KV_HEADS, HEAD_DIM, FF, ORDER, RMS, ACT, GATED, CAUSAL, WINDOW, QK_NORM, INTERLEAVED, SIZES };
-enum { BITS, GROUP, ROWS, QUANT, HAS_BIAS, SPEC_ITEMS };
+enum { BITS, GROUP, ROWS, QUANT = ROWS + ZQ_LKD_PARTS, HAS_BIAS, SPEC_ITEMS };
 
 static int
 in_range(int64_t v, const char *name, int64_t lo, int64_t hi)
@@ -100,20 +100,36 @@ read_tables(PyObject *const *args, zq_arg a[2], zq_lkd_shape *s)
     return 0;
 }
 
-/* A layer of n rows of k inputs; qkv: parts of rows that no scale may straddle are multiples of `part`. */
+/* Rows per scale in each part of a layer: see zq_lkd_spec. */
 static int
-read_spec(const int64_t *v, const char *name, int64_t part, int64_t k, zq_lkd_spec *spec)
+read_row_blocks(const int64_t *rows, const char *name, const int64_t parts[ZQ_LKD_PARTS], int whole_rows, zq_lkd_spec *spec)
+{
+    const int count = rows[1] || rows[2] ? ZQ_LKD_PARTS : 1;
+    const int64_t all = parts[0] + parts[1] + parts[2];
+    if (count > 1 && parts[1] == 0) {
+        PyErr_Format(PyExc_ValueError, "%s: expected one number of rows in a block, got three", name);
+        return -1;
+    }
+    for (int p = 0; p < count; p++) {
+        if (rows[p] < 1 || (count == 1 ? all : parts[p]) % rows[p] || (rows[p] > 1 && !whole_rows)) {
+            PyErr_Format(PyExc_ValueError, "%s: blocks of %lld rows need whole rows and a multiple of so many", name,
+                         (long long)rows[p]);
+            return -1;
+        }
+        spec->rows[p] = rows[p];
+    }
+    return 0;
+}
+
+/* A layer of k inputs; rows of q, k and v, or all rows, 0 and 0. */
+static int
+read_spec(const int64_t *v, const char *name, const int64_t parts[ZQ_LKD_PARTS], int64_t k, zq_lkd_spec *spec)
 {
     if (v[BITS] != 0 && !in_range(v[BITS], "bits", 2, 8)) {
         return -1;
     }
-    if (v[GROUP] < 1 || v[ROWS] < 1 || (v[GROUP] < k && v[GROUP] % 8)) {
+    if (v[GROUP] < 1 || (v[GROUP] < k && v[GROUP] % 8)) {
         PyErr_Format(PyExc_ValueError, "%s: expected a group that is a multiple of 8, or all %lld inputs", name, (long long)k);
-        return -1;
-    }
-    if (v[ROWS] > 1 && (v[GROUP] < k || part % v[ROWS])) {
-        PyErr_Format(PyExc_ValueError, "%s: blocks of %lld rows need whole rows and a multiple of so many", name,
-                     (long long)v[ROWS]);
         return -1;
     }
     if (!in_range(v[QUANT], "activations", ZQ_QUANT_NONE, ZQ_QUANT_TOKEN_ASYM)) {
@@ -123,19 +139,8 @@ read_spec(const int64_t *v, const char *name, int64_t part, int64_t k, zq_lkd_sp
         PyErr_Format(PyExc_ValueError, "%s: quantized activations need a quantized weight", name);
         return -1;
     }
-    *spec = (zq_lkd_spec){(int)v[BITS], zq_min(v[GROUP], k), v[ROWS], (zq_quant)v[QUANT]};
-    return 0;
-}
-
-static int64_t
-common_divisor(int64_t a, int64_t b)
-{
-    while (b) {
-        const int64_t rest = a % b;
-        a = b;
-        b = rest;
-    }
-    return a;
+    *spec = (zq_lkd_spec){.bits = (int)v[BITS], .group = zq_min(v[GROUP], k), .act = (zq_quant)v[QUANT]};
+    return read_row_blocks(v + ROWS, name, parts, v[GROUP] >= k, spec);
 }
 
 static int
@@ -143,7 +148,8 @@ read_specs(PyObject *o, zq_arg *a, zq_lkd_shape *s)
 {
     static const char *const names[ZQ_LKD_LINEARS] = {"qkv", "o", "gate", "up", "down"};
     const int64_t dims[2] = {ZQ_LKD_LINEARS, SPEC_ITEMS}, q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
-    const int64_t parts[] = {common_divisor(q, kv), s->d, s->ff, s->ff, s->d}, k[] = {s->d, q, s->d, s->d, s->ff};
+    const int64_t parts[][ZQ_LKD_PARTS] = {{q, kv, kv}, {s->d}, {s->ff}, {s->ff}, {s->d}};
+    const int64_t k[] = {s->d, q, s->d, s->d, s->ff};
     if (zq_in(o, "linears", ZQ_I64, 2, 2, a) < 0 || zq_shape(a, "linears", 2, dims) < 0) {
         return -1;
     }
@@ -259,7 +265,8 @@ py_codes(PyObject *self, PyObject *const *args, Py_ssize_t n)
     const int64_t groups = zq_lkd_groups(h->b, (int)linear);
     zq_lkd_tensor(h->b, ZQ_LKD_VALUE, (int)linear, dims);
     const int64_t scale_dims[2] = {dims[0], groups};
-    int ok = zq_check(zq_lkd_codes(h->b, (int)linear, &codes, &scales, &bad_row), "weight", bad_row) == 0;
+    const zq_status status = zq_lkd_codes(h->b, (int)linear, &codes, &scales, &bad_row);
+    int ok = zq_check(status, "weight", bad_row) == 0;
     if (ok && codes && zq_new(ZQ_I8, 2, dims, &a[0]) == 0 && zq_new(ZQ_F32, 2, scale_dims, &a[1]) == 0) {
         memcpy(a[0].data, codes, (size_t)a[0].size);
         memcpy(a[1].data, scales, (size_t)a[1].size * sizeof *scales);
@@ -300,7 +307,8 @@ py_fix_scales(PyObject *self, PyObject *const *args, Py_ssize_t n)
         return NULL;
     }
     holder *h = enter(args[0]);
-    int ok = h && zq_check(zq_lkd_codes(h->b, (int)linear, &codes, &scales, &bad_row), "weight", bad_row) == 0;
+    const zq_status status = h ? zq_lkd_codes(h->b, (int)linear, &codes, &scales, &bad_row) : ZQ_OK;
+    int ok = h && zq_check(status, "weight", bad_row) == 0;
     if (ok && !codes) {
         PyErr_SetString(PyExc_ValueError, "scales: that weight is in float32");
         ok = 0;

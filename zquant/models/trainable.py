@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 
@@ -143,12 +143,18 @@ def linear_specs(block: FloatBlock, scheme: Scheme) -> dict[str, LinearSpec]:
         every = {name: _linear_spec(name, scheme, rows.stop - rows.start) for name, rows in cuts.items()}
         first = next(iter(cuts))
         for name, spec in every.items():
-            if spec != every[first]:
+            if replace(spec, row_block=1) != replace(every[first], row_block=1):
                 raise ValueError(f"{name}: layers that read the same rows are trained in the same format; {first} has another")
-        if block.order is not None and linear == "qkv" and every[first].row_block > 1:
+        if block.order is not None and linear == "qkv" and every[first].row_block != 1:
             raise ValueError(f"{first}: rows of q, k and v take turns here and cannot share scales in blocks")
-        found[linear] = every[first]
+        found[linear] = _joined_spec(list(every.values()))
     return found
+
+
+def _joined_spec(specs: list[LinearSpec]) -> LinearSpec:
+    """Of layers that are trained as one: only the rows that share a scale may differ."""
+    blocks = [spec.row_block for spec in specs]
+    return specs[0] if len(set(blocks)) == 1 else replace(specs[0], row_block=cast(tuple[int, int, int], tuple(blocks)))
 
 
 def _linear_spec(name: str, scheme: Scheme, rows: int) -> LinearSpec:

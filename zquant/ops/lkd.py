@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .. import _core
+from ..checks import as_count
 from .linear import _activation
 from .quantize import Array, _array
 
@@ -91,18 +92,24 @@ class LinearSpec:
     ----------
     bits : of the weight, 2 to 8, symmetric; 0 leaves it in float32
     group_size : inputs per scale, a multiple of 8; None for one scale per row
-    row_block : output rows that share a scale (ZeroQuant's grouping); needs group_size None
+    row_block
+        Output rows that share a scale (ZeroQuant's grouping), more than one only with group_size None. Of "qkv" it may be three
+        numbers, of q, k and v, as where these are layers of different heights that have equally many blocks.
     activations : None, "symmetric" or "asymmetric": 8-bit codes of what the layer reads, one scale per token
     """
 
     bits: int = 0
     group_size: int | None = None
-    row_block: int = 1
+    row_block: int | tuple[int, int, int] = 1
     activations: str | None = None
 
     def __post_init__(self) -> None:
         if self.activations not in _ACTIVATIONS:
             raise ValueError(f"activations: expected None, 'symmetric' or 'asymmetric', got {self.activations!r}")
+        for rows in self.row_block if isinstance(self.row_block, tuple) else (self.row_block,):
+            as_count("row_block", rows, 1)
+        if isinstance(self.row_block, tuple) and len(self.row_block) != 3:
+            raise ValueError(f"row_block: expected one number or three, of q, k and v; got {self.row_block}")
 
 
 _FLOAT = LinearSpec()
@@ -185,7 +192,8 @@ class TrainedBlock:
         for name in LINEARS:
             spec = self.specs.get(name, _FLOAT)
             group = 2**30 if spec.group_size is None else spec.group_size
-            rows.append([spec.bits, group, spec.row_block, _ACTIVATIONS.index(spec.activations), name + "_bias" in given])
+            blocks = spec.row_block if isinstance(spec.row_block, tuple) else (spec.row_block, 0, 0)
+            rows.append([spec.bits, group, *blocks, _ACTIVATIONS.index(spec.activations), name + "_bias" in given])
         return np.array(rows, np.int64)
 
     def _views(self, kind: str) -> dict[str, Array]:

@@ -11,6 +11,7 @@ described by a :class:`zquant.ops.lkd.BlockShape` and a dict of arrays named as 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -211,10 +212,14 @@ OPERATORS = {
 
 
 # ---- fake quantization: codes and back ------------------------------------------------------------------------------
-def fake_quantize_weight(w, spec):
-    """The weight as its codes say; ``spec`` is a :class:`zquant.ops.lkd.LinearSpec`."""
+def fake_quantize_weight(w, spec, parts=()):
+    """The weight as its codes say; ``spec`` is a :class:`zquant.ops.lkd.LinearSpec`, ``parts`` the rows of q, k and v."""
     if not spec.bits:
         return w
+    if isinstance(spec.row_block, tuple):
+        pieces = np.split(w, np.cumsum(parts)[:-1])
+        return np.concatenate([fake_quantize_weight(piece, replace(spec, row_block=rows))
+                               for piece, rows in zip(pieces, spec.row_block)])
     w32 = w.astype(np.float32)
     if spec.row_block > 1:
         codes, scales = quantize_weight_blocks(w32, len(w) // spec.row_block, spec.bits)
@@ -236,7 +241,7 @@ class _Block:
 
     def __init__(self, tensors, shape, specs):
         self.shape, self.specs, self.tensors = shape, specs, tensors
-        self.w = {name: fake_quantize_weight(tensors[name], specs[name])
+        self.w = {name: fake_quantize_weight(tensors[name], specs[name], shape.qkv_rows)
                   for name in ("qkv", "o", "gate", "up", "down") if name in tensors}
 
     def bias(self, name):
