@@ -37,6 +37,7 @@ OPTIONS = [
     {"mse": True, "symmetric": False}, {"grid": "nf4", "group_size": 16}, {"grid": "fp4", "mse": True},
     {"grid": [-1, -0.25, 0, 0.3, 1.5], "act_order": False}, {"deviation": True}, {"bits": 2, "group_size": 8},
     {"deviation": True, "alpha": 1.0, "group_size": 32, "act_order": "group", "static_groups": False},
+    {"scales": True}, {"scales": True, "group_size": 32, "grid": "nf4"}, {"scales": True, "deviation": True, "bits": 3},
 ]
 
 
@@ -49,7 +50,19 @@ def options(request):
     given = dict(request.param)
     if given.pop("deviation", False):
         given["deviation"] = drift(101)
+    if given.pop("scales", False):
+        given["scales"] = shared_scales(-(-101 // given.get("group_size", 101)))[:37]
     return given
+
+
+def shared_scales(groups):
+    """For 80 rows: four after another share a scale, and some weights are clipped."""
+    return np.random.default_rng(5).uniform(0.1, 0.5, (20, groups)).astype(np.float32).repeat(4, 0)
+
+
+def of_rows(options, rows):
+    """The same options for other rows."""
+    return {**options, "scales": shared_scales(options["scales"].shape[1])[rows]} if "scales" in options else options
 
 
 def for_reference(options):
@@ -149,6 +162,7 @@ def test_golden_check(golden, group, alpha):
 def test_blocks_threads_and_levels_do_not_show(options):
     """Bit for bit: every weight is one chain of fma over the columns before it."""
     w, h = problem(n=70)
+    options = of_rows(options, slice(70))
     first, info = zq.gptq(w, h, **options)
     for block in (1, 8, 31, 1000):
         assert same(first, zq.gptq(w, h, block=block, **options)[0])
@@ -197,9 +211,9 @@ def test_solvers_side_by_side_leave_blas_its_threads():
 
 def test_rows_do_not_depend_on_each_other(options):
     w, h = problem(n=40)
-    whole, _ = zq.gptq(w, h, **options)
+    whole, _ = zq.gptq(w, h, **of_rows(options, slice(40)))
     for rows in (slice(0, 1), slice(5, 38)):
-        part, _ = zq.gptq(w[rows], h, **options)
+        part, _ = zq.gptq(w[rows], h, **of_rows(options, rows))
         assert np.array_equal(part.codes, whole.codes[rows]) and np.array_equal(part.scales, whole.scales[rows])
 
 
@@ -227,7 +241,7 @@ def test_better_than_round_to_nearest(options):
     w, h = problem()
     q, info = zq.gptq(w, h, **options)
     assert info.loss < 0.7 * info.rtn_loss and info.rtn_rows <= 2 and info.fallback is None
-    if "grid" not in options and "deviation" not in options:
+    if not {"grid", "deviation", "scales"} & set(options):
         group = options.get("group_size")
         codes, scales, zeros = zq.ops.quantize_weight(w, options.get("bits", 4), group, options.get("symmetric", True))
         rtn = zq.ops.dequantize_weight(codes, scales, zeros, group)
@@ -412,6 +426,11 @@ def test_input_is_not_changed(options):
     ({"alpha": np.inf}, ValueError, "alpha"), ({"grid": "nf5"}, ValueError, "grid: unknown"),
     ({"grid": [1.0]}, ValueError, "grid: expected 2"), ({"grid": [1.0, 0.0]}, ValueError, "grid: expected finite"),
     ({"static_groups": False, "group_size": 2}, ValueError, "static_groups"),
+    ({"scales": np.ones((2, 2), np.float32)}, ValueError, "scales: expected shape"),
+    ({"scales": np.ones((2, 1))}, TypeError, "scales: expected float32"),
+    ({"scales": np.array([[1], [0]], np.float32)}, ValueError, "scales: expected normal numbers above 0, got another in row 1"),
+    ({"scales": np.ones((2, 1), np.float32), "symmetric": False}, ValueError, "scales: stay"),
+    ({"scales": np.ones((2, 1), np.float32), "static_groups": False, "act_order": False}, ValueError, "scales: stay"),
 ])
 def test_bad_input(changes, exception, message):
     given = {"w": np.ones((2, 3), np.float32), "hessian": np.eye(3)} | changes
@@ -427,7 +446,7 @@ def test_numpy_s_numbers_are_numbers():
 
 def test_the_core_checks_its_arguments():
     w, h, order = np.ones((2, 4), np.float32), np.eye(4), np.arange(4)
-    rest = (4, True, None, None, 2, False, False, True, 128, 0.01, 1.0)
+    rest = (4, True, None, None, 2, False, False, True, 128, 0.01, 1.0, None)
     assert _core.gptq(w, h, None, order, *rest) is not None
     for bad in (np.array([0, 1, 2, 2]), np.array([0, 1, 2, 4]), np.array([-1, 0, 1, 2]), np.arange(3)):
         with pytest.raises(ValueError, match="order"):
@@ -474,5 +493,20 @@ def test_method():
         method.quantize(w, spec)
     with pytest.raises(ValueError, match="deviation and gram"):
         gptaq.quantize(w, spec, {"gram": h})
-    with pytest.raises(ValueError, match="per channel or in groups"):
-        method.quantize(w, QuantSpec(8, granularity="row_block", blocks=1), stats)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4, granularity="row_block", blocks=4), QuantSpec(3, granularity="tensor")])
+@pytest.mark.parametrize("name", ["gptq", "gptaq"])
+def test_rows_that_share_a_scale(spec, name):
+    """They have that of round to nearest, so that only the codes differ, for the better."""
+    w, h = problem(n=36)
+    stats = {"gram": h, "deviation": drift(101)}
+    tensor, info = METHODS[name]().solve(w, spec, stats)
+    rtn = METHODS["rtn"]().quantize(w, spec)
+    np.testing.assert_array_equal(tensor.scales, rtn.scales)
+    assert tensor.spec == spec and tensor.nbytes == rtn.nbytes and len(np.unique(tensor.scales)) == (spec.blocks or 1)
+    assert info.loss < info.rtn_loss and (name == "gptaq" or trace(error(w, tensor), h) < 0.7 * trace(error(w, rtn), h))
+    with pytest.raises(ValueError, match="scales: stay as they are"):
+        METHODS[name](mse=True).solve(w, spec, stats)
+
+

@@ -97,7 +97,7 @@ def run_sequence(sequence: _Handle, /, *inputs: Any) -> Any: ...
 # solvers
 def gptq(w: _F32, hessian: Union[_F32, _F64], deviation: Union[_F32, _F64, None], order: _I64, bits: int, symmetric: bool,
          values: _F32 | None, borders: _F32 | None, group: int, dynamic: bool, mse: bool, compare: bool, block: int,
-         damping: float, alpha: float,
+         damping: float, alpha: float, scales: _F32 | None,
          /) -> tuple[tuple[NDArray[Any], _F32, _I32, _F64, _F64, NDArray[np.bool_]], float, int, int] | None: ...
 
 # training of a block (zquant.ops.lkd); the handle owns the block's tensors, and the arrays of lkd_tensor are views of them

@@ -327,10 +327,28 @@ pack_panel(const solver *s, const slab *b, int64_t p)
     }
 }
 
-/* Scales of all groups from the weights as they are. */
+static void
+give_scales(const solver *s, const slab *b, int64_t p)
+{
+    const int64_t rows = rows_in_panel(s, b, p);
+    const float *given = s->task->scales + (b->row0 + p * ZQ_NR) * s->groups;
+    for (int64_t g = 0; g < s->groups; g++) {
+        const int64_t to = (p * s->groups + g) * ZQ_NR;
+        for (int64_t r = 0; r < ZQ_NR; r++) {
+            b->scale[to + r] = r < rows ? given[r * s->groups + g] : 1.0f;
+            b->zero[to + r] = 0.0f;
+        }
+    }
+}
+
+/* Scales of all groups: those that are given, or such as fit the weights as they are. */
 static void
 fit_panel(const solver *s, const slab *b, int64_t p, int search)
 {
+    if (s->task->scales) {
+        give_scales(s, b, p);
+        return;
+    }
     const int64_t rows = rows_in_panel(s, b, p), group = s->task->group;
     const float *w = s->task->w + (b->row0 + p * ZQ_NR) * s->k;
     float *scale = b->scale + p * s->groups * ZQ_NR, *zero = b->zero + p * s->groups * ZQ_NR;
@@ -378,7 +396,8 @@ round_columns(const solver *s, slab *b, int64_t p, int64_t c0, int64_t c1, float
     const zq_gptq_tile t = {.columns = c1 - c0, .grid = &s->task->grid, .factor = row_of(&s->f, c0) + c0,
                             .shift = shifted ? row_of(&s->p, c0) + c0 : NULL, .ld = 2 * s->f.ld, .diag = s->diag + c0,
                             .group = s->group + c0, .scale = b->scale + at_scale, .zero = b->zero + at_scale,
-                            .rounding = rounding, .delta = b->delta + at_column, .f = f, .seen = b->seen ? b->seen + at_column : NULL,
+                            .rounding = rounding, .delta = b->delta + at_column, .f = f,
+                            .seen = b->seen ? b->seen + at_column : NULL,
                             .codes = b->codes + at_column, .loss = loss, .size = size};
     s->K->gptq_columns_f32(&t);
     for (int r = 0; r < ZQ_NR && rounding != ZQ_ROUND_NOT; r++) {

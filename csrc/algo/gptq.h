@@ -18,6 +18,7 @@ typedef struct {
     double alpha;        /* what the deviation is multiplied with */
     const int64_t *order; /* (k): a permutation; column order[i] is quantized i-th */
     int64_t group;        /* columns of w per scale */
+    const float *scales;  /* (n, ceil(k / group)) that stay, normal numbers > 0: no dynamic, mse or zero points; or NULL */
     zq_grid grid;
     int symmetric; /* integers: no zero point */
     int dynamic;   /* groups are fitted when they are reached; they must be consecutive in `order` and begin at multiples */

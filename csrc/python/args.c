@@ -3,6 +3,7 @@
 
 #include "../zq_kernels.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -260,6 +261,20 @@ zq_finite(const zq_arg *a, const char *name)
     }
     Py_END_ALLOW_THREADS
     return bad < 0 ? 0 : zq_check(ZQ_ENONFINITE, name, bad);
+}
+
+int
+zq_check_scales(const zq_arg *a, const char *name)
+{
+    const float *v = a->data;
+    for (int64_t i = 0; i < a->size; i++) {
+        if (!(v[i] >= FLT_MIN && v[i] <= FLT_MAX)) {
+            PyErr_Format(PyExc_ValueError, "%s: expected normal numbers above 0, got another in row %lld", name,
+                         (long long)(i / a->dim[1]));
+            return -1;
+        }
+    }
+    return 0;
 }
 
 void

@@ -45,6 +45,8 @@ int zq_new_codes(int64_t m, int64_t n, zq_arg a[3]);
 int zq_shape(const zq_arg *a, const char *name, int ndim, const int64_t *dims);
 /* Refuse NaN and Inf in a float32 array: ValueError with the row (the last dimension is a row). NULL arr passes. */
 int zq_finite(const zq_arg *a, const char *name);
+/* Refuse what weights cannot be divided by, anything but positive normal numbers, in a float32 matrix. */
+int zq_check_scales(const zq_arg *a, const char *name);
 /* Release n arguments (NULL arr allowed). */
 void zq_release(int n, zq_arg *args);
 /* The array as a Python object; gives the reference away. */

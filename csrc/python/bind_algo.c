@@ -7,7 +7,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { W, HESSIAN, DEVIATION, ORDER, VALUES, BORDERS, CODES, SCALES, ZEROS, LOSS, RTN_LOSS, IS_RTN, ARRAYS };
+enum { W, HESSIAN, DEVIATION, ORDER, VALUES, BORDERS, GIVEN, CODES, SCALES, ZEROS, LOSS, RTN_LOSS, IS_RTN, ARRAYS };
 
 /* a[i] as a (k, k) matrix of floats or doubles; refused where it is not finite or, if it has to be, not symmetric. */
 static int
@@ -126,6 +126,22 @@ read_options(PyObject *const *args, zq_gptq_task *t)
     return 0;
 }
 
+/* Scales that stay, or None. */
+static int
+read_scales(PyObject *o, zq_arg *a, zq_gptq_task *t)
+{
+    const int64_t dims[2] = {t->n, zq_ceil_div(t->k, t->group)};
+    if (zq_in_or_none(o, "scales", ZQ_F32, 2, 2, a) < 0 || (a->arr && zq_shape(a, "scales", 2, dims) < 0)) {
+        return -1;
+    }
+    t->scales = a->data;
+    if (a->arr && (t->dynamic || t->mse || (!t->symmetric && !t->grid.values))) {
+        PyErr_SetString(PyExc_ValueError, "scales: stay as they are, unlike dynamic groups, searched scales and zero points");
+        return -1;
+    }
+    return a->arr ? zq_check_scales(a, "scales") : 0;
+}
+
 /* A group that is fitted when it is reached has to be reached at once, and where its number says. */
 static int
 check_dynamic(const zq_gptq_task *t)
@@ -165,7 +181,7 @@ py_gptq(PyObject *self, PyObject *const *args, Py_ssize_t n)
     zq_gptq_task t = {0};
     zq_gptq_result r;
     int64_t bad = 0;
-    if (zq_count("gptq", n, 15) < 0 || zq_in(args[0], "w", ZQ_F32, 2, 2, &a[W]) < 0) {
+    if (zq_count("gptq", n, 16) < 0 || zq_in(args[0], "w", ZQ_F32, 2, 2, &a[W]) < 0) {
         return NULL;
     }
     t.w = a[W].data;
@@ -180,7 +196,7 @@ py_gptq(PyObject *self, PyObject *const *args, Py_ssize_t n)
     if (PyErr_Occurred() || read_square(args[1], "hessian", t.k, 1, &a[HESSIAN], &t.hessian) < 0 ||
         read_square(args[2], "deviation", t.k, 0, &a[DEVIATION], &t.deviation) < 0 ||
         read_order(args[3], t.k, &a[ORDER], &t.order) < 0 || read_grid(args + 4, a, &t) < 0 || read_options(args + 8, &t) < 0 ||
-        check_dynamic(&t) < 0 || new_results(&t, a, &r) < 0) {
+        check_dynamic(&t) < 0 || read_scales(args[15], &a[GIVEN], &t) < 0 || new_results(&t, a, &r) < 0) {
         zq_release(ARRAYS, a);
         return NULL;
     }
@@ -204,6 +220,6 @@ py_gptq(PyObject *self, PyObject *const *args, Py_ssize_t n)
 PyMethodDef zq_methods_algo[] = {
     {"gptq", (PyCFunction)(void (*)(void))py_gptq, METH_FASTCALL,
      "gptq(w, hessian, deviation, order, bits, symmetric, values, borders, group, dynamic, mse, compare, block, damping,"
-     " alpha) -> ((codes, scales, zeros, loss, rtn_loss, is_rtn), damping, rank, dead), or None without a factor"},
+     " alpha, scales) -> ((codes, scales, zeros, loss, rtn_loss, is_rtn), damping, rank, dead), or None without a factor"},
     {NULL, NULL, 0, NULL},
 };

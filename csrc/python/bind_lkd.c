@@ -5,7 +5,6 @@
 #include "../algo/lkd.h"
 #include "bind.h"
 
-#include <float.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -279,21 +278,6 @@ py_codes(PyObject *self, PyObject *const *args, Py_ssize_t n)
     return codes ? zq_give_tuple(2, a) : Py_NewRef(Py_None);
 }
 
-/* Positive normal numbers: a weight is divided by them. */
-static int
-check_scales(const zq_arg *a)
-{
-    const float *v = a->data;
-    for (int64_t i = 0; i < a->size; i++) {
-        if (!(v[i] >= FLT_MIN && v[i] <= FLT_MAX)) {
-            PyErr_Format(PyExc_ValueError, "scales: expected normal numbers above 0, got another in row %lld",
-                         (long long)(i / a->dim[1]));
-            return -1;
-        }
-    }
-    return 0;
-}
-
 static PyObject *
 py_fix_scales(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
@@ -316,7 +300,7 @@ py_fix_scales(PyObject *self, PyObject *const *args, Py_ssize_t n)
     if (ok) {
         zq_lkd_tensor(h->b, ZQ_LKD_VALUE, (int)linear, dims);
         dims[1] = zq_lkd_groups(h->b, (int)linear);
-        ok = zq_shape(&a, "scales", 2, dims) == 0 && check_scales(&a) == 0;
+        ok = zq_shape(&a, "scales", 2, dims) == 0 && zq_check_scales(&a, "scales") == 0;
     }
     if (ok) {
         zq_lkd_fix_scales(h->b, (int)linear, a.data);

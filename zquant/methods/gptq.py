@@ -10,16 +10,16 @@ D = mean of (delta x) x^T. csrc/algo/gptq.c does it without inverting H; zquant/
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Union
 
 import numpy as np
 
 from .. import _core
-from ..ops.quantize import _array, quantize_weight
+from ..ops.quantize import _array, quantize_weight, quantize_weight_blocks
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .base import Method, calibrated, check_by_rows, register, weight_spec
+from .base import Method, calibrated, register, weight_spec
 
 __all__ = ["FP4", "GPTAQ", "GPTQ", "NF4", "GridTensor", "SolveInfo", "gptq"]
 
@@ -158,23 +158,34 @@ def _row_losses(w: Array, w_hat: Array, hessian: Array, deviation: Array | None,
     return np.einsum("ij,ij->i", target, d)
 
 
-def _round(w: Array, spec: QuantSpec, grid: tuple[Array, Array] | None, group: int) -> tuple[Array, Array, Array]:
-    """Round to nearest: codes, scales, zeros."""
+def _round(w: Array, spec: QuantSpec, grid: tuple[Array, Array] | None, group: int,
+           given: Array | None) -> tuple[Array, Array, Array]:
+    """Round to nearest, with the given scales if there are any: codes, scales, zeros."""
+    column = np.arange(w.shape[1]) // group
+    if grid is None and given is not None:
+        top = 2 ** (spec.bits - 1) - 1
+        codes = np.rint(w / given[:, column]).clip(-top, top).astype(np.int8)
+        return codes, given, np.zeros(given.shape, np.int32)
     if grid is None:
         codes, scales, zeros = quantize_weight(w, spec.bits, group, spec.symmetric)
         return codes, scales, np.zeros(scales.shape, np.int32) if zeros is None else zeros
+    scales = _absmax_scales(w, grid[0], group) if given is None else given
+    scaled = w / scales[:, column]
+    return np.searchsorted(grid[1], scaled, side="left").astype(np.uint8), scales, np.zeros(scales.shape, np.int32)
+
+
+def _absmax_scales(w: Array, values: Array, group: int) -> Array:
+    """The largest weight of a group is the grid's largest value."""
     starts = np.arange(0, w.shape[1], group)
     most = np.maximum.reduceat(np.abs(w), starts, axis=1) if w.size else np.zeros((len(w), len(starts)), np.float32)
-    scales = most / np.abs(grid[0]).max()
-    scales = np.where(scales >= np.finfo(np.float32).tiny, scales, np.float32(1))
-    scaled = w / scales[:, np.arange(w.shape[1]) // group]
-    return np.searchsorted(grid[1], scaled, side="left").astype(np.uint8), scales, np.zeros(scales.shape, np.int32)
+    scales = most / np.abs(values).max()
+    return np.where(scales >= np.finfo(np.float32).tiny, scales, np.float32(1))
 
 
 def gptq(w: Array, hessian: Array, bits: int = 4, group_size: int | None = None, symmetric: bool = True, *,
          act_order: bool | str = True, static_groups: bool = True, damping: float = 0.01, block: int = 128, mse: bool = False,
          grid: str | Sequence[float] | Array | None = None, deviation: Array | None = None, alpha: float = 0.25,
-         compare: bool = True) -> tuple[Union[QTensor, GridTensor], SolveInfo]:
+         compare: bool = True, scales: Array | None = None) -> tuple[Union[QTensor, GridTensor], SolveInfo]:
     """GPTQ: quantize a layer's weights so that its outputs change least on the calibration data.
 
         minimise tr (w - q) H (w - q)^T:    e_i = (w'_i - q_i) / U_ii,   w'_c -= e_i U_ic  for c > i,   H^-1 = U^T U
@@ -213,6 +224,9 @@ def gptq(w: Array, hessian: Array, bits: int = 4, group_size: int | None = None,
     compare
         Round to nearest as well, and keep that for the rows where it is better: no row is then worse than by round to
         nearest of w with the dead columns at 0. About half of the time after the factorisation.
+    scales : float32, shape (n, ceil(k / group_size))
+        Scales to keep, positive normal numbers, such as rows share; round to nearest is then with them too. Not with
+        symmetric=False, static_groups=False or mse=True.
 
     Returns
     -------
@@ -224,7 +238,8 @@ def gptq(w: Array, hessian: Array, bits: int = 4, group_size: int | None = None,
     TypeError
         Arrays of other types.
     ValueError
-        Shapes that do not fit; NaN or Inf; an H that is not symmetric or has a negative diagonal element.
+        Shapes that do not fit; NaN or Inf; scales that are not positive; an H that is not symmetric or has a negative
+        diagonal element.
 
     The codes are the same for any number of threads, any block and any dispatch level, given the same OpenBLAS kernels.
 
@@ -252,21 +267,22 @@ def gptq(w: Array, hessian: Array, bits: int = 4, group_size: int | None = None,
     if deviation is not None:
         deviation = _square(deviation, "deviation", k)
     table = None if grid is None else _grid(grid)
+    given = None if scales is None else _array(scales, "scales", "float32")
     if w.size == 0:
-        codes, scales, zeros = _round(w, spec, table, group)
-        return _tensor(codes, scales, zeros, spec, table, group), SolveInfo(0.0, 0.0, float(damping), 0, 0, 0, None)
+        empty = _tensor(*_round(w, spec, table, group, given), spec, table, group)
+        return empty, SolveInfo(0.0, 0.0, float(damping), 0, 0, 0, None)
     order = _order(np.diagonal(hessian), act_order, group)
     values, borders = table if table is not None else (None, None)
     solved = _core.gptq(w, hessian, deviation, order, spec.bits, spec.symmetric, values, borders, group,
-                        not static_groups, bool(mse), bool(compare) and deviation is None, block, damping, alpha)
+                        not static_groups, bool(mse), bool(compare) and deviation is None, block, damping, alpha, given)
     if solved is None:
-        return _fallen_back(w, hessian, deviation, alpha, spec, table, group)
+        return _fallen_back(w, hessian, deviation, alpha, _round(w, spec, table, group, given), spec, table, group)
     (codes, scales, zeros, loss, rtn_loss, is_rtn), used, rank, dead = solved
     if deviation is not None:
         live = np.where(np.diagonal(hessian) > 0, w, np.float32(0))
         loss = _row_losses(live, _tensor(codes, scales, zeros, spec, table, group).dequantize(), hessian, deviation, alpha)
         if compare:
-            rounded = _round(live, spec, table, group)
+            rounded = _round(live, spec, table, group, given)
             rtn_loss = _row_losses(live, _tensor(*rounded, spec, table, group).dequantize(), hessian, deviation, alpha)
             is_rtn = rtn_loss < loss
             loss = np.minimum(loss, rtn_loss)
@@ -284,10 +300,11 @@ def _tensor(codes: Array, scales: Array, zeros: Array, spec: QuantSpec, table: t
     return QTensor(codes, scales, None if spec.symmetric else zeros, spec)
 
 
-def _fallen_back(w: Array, hessian: Array, deviation: Array | None, alpha: float, spec: QuantSpec,
-                 table: tuple[Array, Array] | None, group: int) -> tuple[Union[QTensor, GridTensor], SolveInfo]:
+def _fallen_back(w: Array, hessian: Array, deviation: Array | None, alpha: float, rounded: tuple[Array, Array, Array],
+                 spec: QuantSpec, table: tuple[Array, Array] | None,
+                 group: int) -> tuple[Union[QTensor, GridTensor], SolveInfo]:
     """Round to nearest: H is so far from positive definite that nothing can be solved."""
-    tensor = _tensor(*_round(w, spec, table, group), spec, table, group)
+    tensor = _tensor(*rounded, spec, table, group)
     loss = float(_row_losses(w, tensor.dequantize(), hessian, deviation, alpha).sum())
     dead = int((np.diagonal(hessian) == 0).sum())
     return tensor, SolveInfo(loss, loss, float("inf"), 0, dead, len(w), "rtn")
@@ -315,24 +332,26 @@ class GPTQ(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def quantize(self, w: Array, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> QTensor:
-        """Quantize w (n, k) float32 to ``spec``, one scale per channel or group.
+        """Quantize w (n, k) float32 to ``spec``. Rows that share a scale have that of round to nearest.
 
         Raises
         ------
         ValueError
-            No ``stats["gram"]``; another granularity; what :func:`gptq` refuses.
+            No ``stats["gram"]``; ``mse`` or dynamic groups where rows share scales; what :func:`gptq` refuses.
         """
         return self.solve(w, spec, stats)[0]
 
     def solve(self, w: Array, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> tuple[QTensor, SolveInfo]:
         """As :meth:`quantize`, with what the solver has to say."""
-        check_by_rows(self, spec)
         stats = calibrated(self, stats)
+        shared = None
+        if spec.granularity in ("row_block", "tensor"):
+            shared = quantize_weight_blocks(_array(w, "w", "float32"), spec.blocks or 1, bits=spec.bits)[1]
         tensor, info = gptq(w, stats["gram"], spec.bits, spec.group_size, spec.symmetric, act_order=self.act_order,
                             static_groups=self.static_groups, damping=self.damping, block=self.block, mse=self.mse,
-                            **self._further(stats))
+                            scales=shared, **self._further(stats))
         assert isinstance(tensor, QTensor)
-        return tensor, info
+        return tensor if shared is None else replace(tensor, spec=spec), info
 
     def _further(self, stats: Mapping[str, Array]) -> dict[str, Any]:
         """What is given to :func:`gptq` besides."""

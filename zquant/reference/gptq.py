@@ -62,7 +62,7 @@ def search_scale(x, weight, bits, symmetric, grid=None, search=False):
 
 
 def gptq(w, hessian, bits=4, group_size=None, symmetric=True, act_order=True, static_groups=True, damping=0.01, block=128,
-         mse=False, grid=None, deviation=None, alpha=0.25):
+         mse=False, grid=None, deviation=None, alpha=0.25, scales=None):
     """(codes, scales, zeros, w - q in order, E, U): see :func:`zquant.gptq`. No fallbacks: H + damping must be regular."""
     n, k = w.shape
     group = min(group_size or k, k)
@@ -77,8 +77,9 @@ def gptq(w, hessian, bits=4, group_size=None, symmetric=True, act_order=True, st
         d = np.where(dead | dead[:, None], 0, deviation)[np.ix_(order, order)]
         p = alpha * np.triu(d @ u.T, 1) @ u
     weight = np.where(dead, 0, np.diag(h) / mean)
-    scales, zeros = np.ones((n, -(-k // group)), np.float32), np.zeros((n, -(-k // group)), np.float32)
-    for g in range(scales.shape[1]):
+    given, zeros = scales, np.zeros((n, -(-k // group)), np.float32)
+    scales = np.ones(zeros.shape, np.float32) if given is None else given
+    for g in range(scales.shape[1] if given is None else 0):
         part = slice(g * group, (g + 1) * group)
         scales[:, g], zeros[:, g] = search_scale(w[:, part], weight[part], bits, symmetric, grid, mse)
     codes, e, now = np.zeros((n, k), int), np.zeros((n, k)), w[:, order].copy()
