@@ -303,6 +303,8 @@ TOKEN = QuantSpec(8, granularity="token", dynamic=True)
     (lambda: LowRank(weight(3, 2, QuantSpec(4)), np.ones((2, 4), np.float32)), "codes of u"),
     (lambda: Outliers(0, np.array([1]), np.ones((3, 1), np.float32)), "threshold"),
     (lambda: Outliers(6, np.array([1, 1]), np.ones((3, 2), np.float32)), "ascending"),
+    (lambda: Outliers(6, [0.5], np.ones((3, 1), np.float32)), "ascending int64 of shape .c,., got float64"),
+    (lambda: LowRank(np.ones((3, 0), np.float32), np.ones((0, 4), np.float32)), "rank must be at least 1"),
     (lambda: Outliers(6, np.array([1]), np.ones((3, 2), np.float32)), "weights"),
     (lambda: static_range(QuantSpec(), np.zeros((2, 1), np.float32)), "format"),
     (lambda: static_range(PER_TENSOR[True, False], np.zeros(3, np.float32)), "shape"),

@@ -40,6 +40,9 @@ class MethodResult:
     peak_bytes : the most memory that the process had meanwhile beyond what it had before, sampled 50 times a second
     nbytes : size of the quantized weights
     error : why it failed, or ""
+
+    >>> MethodResult("gptq", "w4a16", {}, value=20.5, increase=0.5, recovered=0.6).increase
+    0.5
     """
 
     name: str
@@ -65,6 +68,13 @@ class MethodsTable(Measured):
     metric, reference : the loss's name, and its value for the float model
     nbytes : size of the float weights
     interrupted : whether it was stopped before its end; what was found until then is here
+
+    >>> import zquant as zq
+    >>> from zquant.demo_model import find_minilm
+    >>> enc = zq.SentenceEncoder(find_minilm())
+    >>> table = zq.compare_methods(enc, {"int8": ("w8a8", "rtn")}, evaluation=["The sky is clear."])
+    >>> [result.name for result in table.results], table.metric
+    (['int8'], 'cosine to float32')
     """
 
     figure = "methods_figure"

@@ -78,6 +78,11 @@ class BlockResult:
     checks : (n, 2) number of steps done, and the loss then on the sequences held out; the first row is the start
     best_step : the number of steps after which the parameters were as they are here: the least of ``checks``
     lr : learning rate that was used
+
+    >>> import numpy as np
+    >>> result = BlockResult({}, {}, np.array([0.5, 0.3]), np.array([[0, 0.6], [2, 0.2]]), 2, 3e-4)
+    >>> bool(result.checks[-1, 1] < result.checks[0, 1])
+    True
     """
 
     codes: dict[str, tuple[Array, Array]] = field(repr=False)

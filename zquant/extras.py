@@ -175,6 +175,10 @@ class LowRank(_Arrays):
         (n, r) float32, or a QTensor: symmetric 8-bit codes with one scale per row.
     v
         (r, k), in either form as well.
+
+    >>> correction = LowRank(np.ones((3, 1), np.float32), np.full((1, 4), 0.5, np.float32))
+    >>> correction.rank, correction.shape
+    (1, (3, 4))
     """
 
     u: Factor
@@ -189,6 +193,8 @@ class LowRank(_Arrays):
                 raise ValueError(f"LowRank: codes of {name} must be {QuantSpec()}, not {factor.spec}")
         if self.u.shape[1] != self.v.shape[0]:
             raise ValueError(f"LowRank: u has rank {self.u.shape[1]} and v rank {self.v.shape[0]}")
+        if self.rank < 1:
+            raise ValueError("LowRank: rank must be at least 1, got factors of rank 0")
 
     @property
     def rank(self) -> int:
@@ -258,6 +264,9 @@ class Outliers(_Arrays):
         (c,) int64, ascending: features known to be outliers. c may be 0.
     weights
         (n, c) float32: their columns of the float weight.
+
+    >>> Outliers(6.0, np.array([2, 7]), np.zeros((3, 2), np.float32))
+    Outliers(threshold 6, float32 weights of 2 columns)
     """
 
     threshold: float
@@ -268,9 +277,9 @@ class Outliers(_Arrays):
         object.__setattr__(self, "threshold", float(np.float32(self.threshold)))
         if not self.threshold > 0:
             raise ValueError(f"Outliers: threshold must be positive, got {self.threshold!r}")
-        columns = self.columns
+        columns = np.asarray(self.columns)
         if columns.dtype != np.int64 or columns.ndim != 1 or (np.diff(columns) <= 0).any() or (columns < 0).any():
-            raise ValueError("Outliers: columns must be ascending int64 of shape (c,)")
+            raise ValueError(f"Outliers: columns must be ascending int64 of shape (c,), got {columns.dtype} {columns.shape}")
         object.__setattr__(self, "columns", _frozen(columns))
         object.__setattr__(self, "weights", _float32("Outliers: weights", self.weights, (-1, len(columns))))
 
@@ -300,6 +309,10 @@ class Extras:
         A low-rank matrix that is added to the weight's product.
     outliers
         Input features that stay float32.
+
+    >>> low_rank = LowRank(np.ones((3, 1), np.float32), np.ones((1, 4), np.float32))
+    >>> Extras(correction=low_rank).correction.shape
+    (3, 4)
     """
 
     static: StaticRange | None = None

@@ -40,6 +40,10 @@ class Generation:
         the state of a :class:`Stream` that has not ended.
     prompt_seconds, seconds
         From the call to the first new token, and to the last. Two results that differ only here are equal.
+
+    >>> written = Generation(" is blue.", (318, 4171, 13), prompt_length=2, finish_reason="length")
+    >>> str(written), len(written.ids)
+    (' is blue.', 3)
     """
 
     text: str | None

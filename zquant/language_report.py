@@ -69,6 +69,13 @@ class LanguageReport(ReportBase):
         :class:`Rates` of reading a prompt and of writing one sequence token by token; None where not measured.
     threads
         Threads that the kernels used.
+
+    >>> from pathlib import Path
+    >>> import zquant as zq
+    >>> lm = zq.load(Path(zq.__file__).parents[1] / "tests" / "data" / "tiny-llama-5m")
+    >>> report = zq.compare(lm, zq.quantize(lm, "w8a8"), "The sky is clear. There are no clouds.", rounds=0)
+    >>> bool(report.kl.mean() < 0.1), report.bytes_after < report.bytes_before
+    (True, True)
     """
 
     scheme: str

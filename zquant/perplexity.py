@@ -43,6 +43,9 @@ class PerplexityResult:
         As asked for.
     seconds
         Time taken, tokenizing included. Two results that differ only here are equal.
+
+    >>> float(PerplexityResult(ppl=20.0, nll=2.996, tokens=511, windows=1, seq_len=512))
+    20.0
     """
 
     ppl: float

@@ -101,6 +101,12 @@ class Sensitivity(Measured):
         Time taken.
     interrupted
         Whether it was stopped before its end; what was found until then is here.
+
+    >>> import zquant as zq
+    >>> from zquant.demo_model import find_minilm
+    >>> found = zq.sensitivity(zq.SentenceEncoder(find_minilm()), ["The sky is clear."], "w8a8", parts=["all"])
+    >>> found.metric, len(found.findings)
+    ('cosine to float32', 3)
     """
 
     figure = "sensitivity_figure"

@@ -74,6 +74,10 @@ class InputStatistics(Mapping[str, np.ndarray]):
     layers : names of the layers that read these rows
     tokens : number of rows
     arrays : what the mapping holds
+
+    >>> stats = InputStatistics(("query", "key"), 5, {"absmax": np.float32([3, 1])})
+    >>> stats["absmax"].tolist(), list(stats)
+    ([3.0, 1.0], ['absmax'])
     """
 
     layers: tuple[str, ...]
@@ -228,6 +232,13 @@ class Statistics(Mapping[str, InputStatistics]):
     info : RunInfo
     seconds : time that it took
     peak_bytes : the process's memory at its highest meanwhile
+
+    >>> from pathlib import Path
+    >>> import zquant as zq
+    >>> lm = zq.load(Path(zq.__file__).parents[1] / "tests" / "data" / "tiny-llama-5m")
+    >>> stats = zq.calibrate(lm, [[1, 2, 3], [4, 5]], needs={"absmax"})
+    >>> len(stats), stats["model.layers.0.mlp.down_proj"].tokens
+    (42, 5)
     """
 
     def __init__(self, groups: Sequence[InputStatistics], info: RunInfo, seconds: float = 0.0, peak_bytes: int = 0) -> None:

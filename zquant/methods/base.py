@@ -70,6 +70,14 @@ class Method(Step):
     by_rows
         Whether each row's codes depend on that row alone (with scales per channel or group): a large matrix is then
         quantized some rows at a time.
+
+    >>> import numpy as np
+    >>> from zquant.qtensor import QTensor
+    >>> class Halves(Method):
+    ...     def quantize(self, w, spec, stats=None):
+    ...         return QTensor(np.rint(2 * w).astype(np.int8), np.full((len(w), 1), 0.5, np.float32), None, spec)
+    >>> Halves().quantize(np.float32([[0.6, 2.0]]), QuantSpec(4)).codes.tolist()
+    [[1, 4]]
     """
 
     by_rows: ClassVar[bool] = False
@@ -81,7 +89,12 @@ class Method(Step):
 
 @dataclass(frozen=True)
 class Transform(Step):
-    """What makes a float model easier to quantize and leaves what it computes as it is."""
+    """What makes a float model easier to quantize and leaves what it computes as it is.
+
+    >>> import zquant as zq
+    >>> isinstance(zq.SmoothQuant(alpha=0.75), Transform)
+    True
+    """
 
     def transform(self, model: Any, statistics: Statistics | None, scheme: Scheme) -> tuple[Any, Scheme]:
         """A model that computes what ``model`` does (within 1e-5), and the scheme for it.
@@ -106,6 +119,10 @@ class Repair(Step):
     ----------
     fills
         The field of :class:`zquant.extras.Extras` that it fills.
+
+    >>> import zquant as zq
+    >>> isinstance(zq.LoRC(rank=4), Repair), zq.LoRC.fills
+    (True, 'correction')
     """
 
     fills: ClassVar[str] = "correction"

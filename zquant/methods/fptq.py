@@ -29,7 +29,12 @@ STATIC = QuantSpec(8, granularity="tensor")
 
 class FPTQPolicy(NamedTuple):
     """What FPTQ does with one input: ``mode`` is "static", "equalize" or "token"; ``scale`` (k,) float64 is 1 unless
-    equalized."""
+    equalized.
+
+    >>> import numpy as np
+    >>> FPTQPolicy("static", np.ones(4)).mode
+    'static'
+    """
 
     mode: str
     scale: np.ndarray

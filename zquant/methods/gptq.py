@@ -62,6 +62,11 @@ class SolveInfo:
     fallback
         None; "damping": H was singular and more damping was needed than was asked for; "rtn": no damping helped and the
         result is round to nearest.
+
+    >>> w, gram = np.array([[0.34, 0.34], [0.7, -0.14]], np.float32), np.array([[1, 0.9], [0.9, 1]])
+    >>> info = gptq(w, gram, bits=3)[1]
+    >>> info.loss <= info.rtn_loss, info.rank, info.dead, info.fallback
+    (True, 2, 0, None)
     """
 
     loss: float

@@ -20,6 +20,9 @@ class Recipe:
     ----------
     name : what it was called, or the steps' names joined with +
     steps : the steps; round to nearest is put where no solver was named
+
+    >>> Recipe.of(["smoothquant", "lorc"]).name
+    'smoothquant+lorc'
     """
 
     name: str

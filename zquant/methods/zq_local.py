@@ -38,6 +38,14 @@ class LocalInfo:
     ----------
     losses : mean over tokens of the layer's squared error after 0, 1, ... steps, at the first learning rate
     start_loss, loss : of the weights it began with, and of the result; ``loss`` is never more
+
+    >>> import numpy as np
+    >>> import zquant as zq
+    >>> rng = np.random.default_rng(0)
+    >>> w, x = rng.standard_normal((4, 8), np.float32), rng.standard_normal((32, 8), np.float32)
+    >>> info = zq.zq_local(w, x, bits=3, steps=20)[1]
+    >>> info.loss <= info.start_loss
+    True
     """
 
     losses: Array = field(repr=False)

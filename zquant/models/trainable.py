@@ -35,6 +35,12 @@ class FloatBlock:
         name or three.
     norms : the model's names of the norms' tensors
     order : (rows,) rows of the model's qkv layer in the order of this block's; None where it is the same
+
+    >>> tensors = {"qkv": np.zeros((24, 8), np.float32), "o": np.zeros((8, 8), np.float32), "up": np.zeros((16, 8), np.float32),
+    ...            "down": np.zeros((8, 16), np.float32)}
+    >>> block = FloatBlock(BlockShape(width=8, heads=2, inner=16), tensors)
+    >>> block.linears, block.cuts("qkv")
+    (('qkv', 'o', 'up', 'down'), {'attention.qkv': slice(0, 24, None)})
     """
 
     shape: BlockShape
