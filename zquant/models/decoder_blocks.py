@@ -156,21 +156,12 @@ class DecoderBlock:
     def __call__(self, x: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any], tap: Tap) -> np.ndarray:
         """x (tokens, hidden) to the block's output; keys and values are appended to the cache. Taps want float32: the layers
         quantize for themselves, to the same codes."""
-        a, i, order = self.a, self.index, self.a.order
-        inner = x if order == "post" else self.attention_norm(x)
-        context = _core.kv_attend(cache, i, self.qkv(inner, tap), offsets, None, a.heads, *rotation, False,
-                                  self.q_norm, self.k_norm, a.eps, a.scales[i], a.windows[i], 0)
-        y = self.attention(context, tap, 0, x)
-        if order == "post":
-            y = inner = self.attention_norm(y)
-        else:
-            inner = self.mlp_norm(y if order == "pre" else x)
-        if self.gate is None:
-            wide = self.up(inner, tap, self.act)
-        else:
-            wide = _core.gated(self.gate(inner, tap), self.up(inner, tap), self.act, 0)
-        out = self.down(wide, tap, 0, y)
-        return self.mlp_norm(out) if order == "post" else out
+        steps = self._walk(x, cache, self.index, offsets, rotation, tap)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
 
     def steps(self, x: np.ndarray, cache: Any, offsets: np.ndarray,
               rotation: tuple[Any, Any]) -> Generator[np.ndarray, None, np.ndarray]:
@@ -179,24 +170,28 @@ class DecoderBlock:
 
         ``cache`` is one of a single layer, this one.
         """
+        return self._walk(x, cache, 0, offsets, rotation, None)
+
+    def _walk(self, x: np.ndarray, cache: Any, layer: int, offsets: np.ndarray, rotation: tuple[Any, Any],
+              tap: Tap | None) -> Generator[np.ndarray, None, np.ndarray]:
         a, i, order = self.a, self.index, self.a.order
         inner = x if order == "post" else self.attention_norm(x)
         yield inner
-        context = _core.kv_attend(cache, 0, self.qkv(inner), offsets, None, a.heads, *rotation, False, self.q_norm,
+        context = _core.kv_attend(cache, layer, self.qkv(inner, tap), offsets, None, a.heads, *rotation, False, self.q_norm,
                                   self.k_norm, a.eps, a.scales[i], a.windows[i], 0)
         yield context
-        y = self.attention(context, None, 0, x)
+        y = self.attention(context, tap, 0, x)
         if order == "post":
             y = inner = self.attention_norm(y)
         else:
             inner = self.mlp_norm(y if order == "pre" else x)
         yield inner
         if self.gate is None:
-            wide = self.up(inner, None, self.act)
+            wide = self.up(inner, tap, self.act)
         else:
-            wide = _core.gated(self.gate(inner), self.up(inner), self.act, 0)
+            wide = _core.gated(self.gate(inner, tap), self.up(inner, tap), self.act, 0)
         yield wide
-        out = self.down(wide, None, 0, y)
+        out = self.down(wide, tap, 0, y)
         return self.mlp_norm(out) if order == "post" else out
 
 
