@@ -154,6 +154,17 @@ prepare_row(gemm_job *g, int64_t r, const prepared *p, int64_t at)
 static void
 prepare_rows(gemm_job *g, int64_t r0, int64_t r1, const prepared *p)
 {
+    const zq_rows *x = g->x;
+    const int64_t k = g->w->k;
+    if (x->f32 && g->w->kind == ZQ_W_S8 && !g->w->in_factor && g->split == 1 && !g->in.one_scale) {
+        const zq_token_rows part = {.x = x->f32 + r0 * x->ld_f32, .ld_x = x->ld_f32, .rows = r1 - r0, .k = k, .mode = x->quant,
+                                    .q = p->q, .ld_q = g->lda, .zeros = g->lda - k, .scale = p->sx, .zero = p->zx};
+        const int64_t bad = zq_quantize_token_rows(g->K, &part);
+        if (bad < part.rows) {
+            zq_note_bad_row(&g->in.trouble, r0 + bad);
+        }
+        return;
+    }
     for (int64_t r = r0; r < r1; r++) {
         prepare_row(g, r, p, (r - r0) * g->split);
     }

@@ -131,6 +131,40 @@ zq_quantize_token(const zq_kernels *K, const float *x, int64_t k, zq_quant mode,
     return 1;
 }
 
+/* Floats between where a range is taken and what is prefetched: what L3 delivers during its latency; more would not stay in
+ * L1 beside two rows of 3072. */
+enum { AHEAD_ITEMS = 3072 };
+
+int64_t
+zq_quantize_token_rows(const zq_kernels *K, const zq_token_rows *t)
+{
+    const float *const last = t->x + (t->rows - 1) * t->ld_x;
+    int64_t bad = t->rows;
+    zq_range range;
+    int finite = t->rows > 0 && K->minmax_f32(t->x, t->k, &range.lo, &range.hi);
+    for (int64_t i = 0; i < t->rows; i++) {
+        const float *x = t->x + i * t->ld_x, *next = i + 1 < t->rows ? x + t->ld_x : NULL;
+        uint8_t *q = t->q + i * t->ld_q;
+        if (!finite) {
+            bad = zq_min(bad, i);
+            range = (zq_range){0.0f, 0.0f};
+        }
+        const float inv = zq_token_scale(t->mode, range.lo, range.hi, t->scale + i, t->zero + i);
+        if (finite && next) {
+            const float *ahead = last - next > AHEAD_ITEMS ? next + AHEAD_ITEMS : last;
+            finite = K->quantize_minmax_f32_b8(x, t->k, inv, t->zero[i], q, next, ahead, &range);
+        }
+        else {
+            if (finite) {
+                K->quantize_mul_f32_b8(x, t->k, inv, t->zero[i], q);
+            }
+            finite = next && K->minmax_f32(next, t->k, &range.lo, &range.hi);
+        }
+        memset(q + t->k, 0, (size_t)t->zeros);
+    }
+    return bad;
+}
+
 int
 zq_quantize_token16(const zq_kernels *K, const float *x, int64_t k, uint8_t *high, uint8_t *low, float scale[2],
                     int32_t zero[2])
@@ -162,15 +196,13 @@ static void
 token_job(void *ctx, int64_t job)
 {
     token_jobs *t = ctx;
-    const int64_t k = t->j.k, slack = zq_min(t->ld_q, zq_round_up(k, 8)) - k;
-    for (int64_t i = job * t->j.per_job; i < rows_end(&t->j, job); i++) {
-        uint8_t *q = t->q + i * t->ld_q;
-        if (!zq_quantize_token(t->j.K, t->x + i * t->ld_x, k, t->mode, q, t->scale + i, t->zero + i)) {
-            atomic_store(&t->j.bad, 1);
-        }
-        if (slack > 0) {
-            memset(q + k, 0, (size_t)slack);
-        }
+    const int64_t k = t->j.k, first = job * t->j.per_job, rows = rows_end(&t->j, job) - first;
+    const zq_token_rows part = {.x = t->x + first * t->ld_x, .ld_x = t->ld_x, .rows = rows, .k = k, .mode = t->mode,
+                                .q = t->q + first * t->ld_q, .ld_q = t->ld_q,
+                                .zeros = zq_max(0, zq_min(t->ld_q, zq_round_up(k, 8)) - k), .scale = t->scale + first,
+                                .zero = t->zero + first};
+    if (zq_quantize_token_rows(t->j.K, &part) < rows) {
+        atomic_store(&t->j.bad, 1);
     }
 }
 

@@ -162,6 +162,9 @@ enum { ZQ_ROWS = 8 };
     X(absmax_columns_f32, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, float *top)) \
     /* q = rint(x * inv) + zero, saturated to 0..255; |x * inv| <= 32000, zero in 0..255 */ \
     X(quantize_mul_f32_b8, void, (const float *x, int64_t n, float inv, int32_t zero, uint8_t *q)) \
+    /* the same, and the range of another row, next (n), as minmax_f32 gives it: returns 1 when all of that is finite. The n \
+     * floats from `ahead` on are prefetched; nothing there is read */ \
+    X(quantize_minmax_f32_b8, int, (const float *x, int64_t n, float inv, int32_t zero, uint8_t *q, const float *next, const float *ahead, zq_range *range)) \
     /* rint(clamp(x * inv, +-32767)) + 32768 as its two bytes. x finite */ \
     X(quantize_mul_f32_b16, void, (const float *x, int64_t n, float inv, uint8_t *high, uint8_t *low)) \
     /* codes of 8 bits with x / scale: what QuantizeLinear means, and what offline code uses */ \

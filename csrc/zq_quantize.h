@@ -14,8 +14,21 @@ zq_status zq_quantize_tokens(const float *x, int64_t m, int64_t k, int64_t ld_x,
 struct zq_kernels;
 int zq_quantize_token(const struct zq_kernels *K, const float *x, int64_t k, zq_quant mode, uint8_t *q, float *scale,
                       int32_t *zero);
-/* The first half of the same, from the row's range, min(0, min x) and max(0, max x), both finite: returns 1 / scale (0 for
- * a row of zeros), with which quantize_mul_f32_b8 does the rest. */
+/* Rows of the same, `zeros` bytes of 0 behind each: one row becomes codes while the range of the next one is found, and rows
+ * after it are fetched. Returns the first row that is not finite, `rows` without one; such a row gets any codes and scale. */
+typedef struct {
+    const float *x;
+    int64_t ld_x, rows, k;
+    zq_quant mode; /* TOKEN_SYM or TOKEN_ASYM */
+    uint8_t *q;
+    int64_t ld_q, zeros;
+    float *scale;
+    int32_t *zero;
+} zq_token_rows;
+int64_t zq_quantize_token_rows(const struct zq_kernels *K, const zq_token_rows *t);
+
+/* The first half of zq_quantize_token, from the row's range, min(0, min x) and max(0, max x), both finite: returns 1 / scale
+ * (0 for a row of zeros), with which quantize_mul_f32_b8 does the rest. */
 float zq_token_scale(zq_quant mode, float lo, float hi, float *scale, int32_t *zero);
 /* TOKEN_16: one row to int16 codes a = rint(x / scale), scale = max|x| / 32767, written as the two rows of bytes of
  * a + 32768 = 256 high + low: x = scale[0] (high - zero[0]) + scale[1] (low - zero[1]). Returns as above. */

@@ -474,6 +474,21 @@ def test_bad_arguments_are_named():
             call()
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_large_outputs_behind_an_activation_have_the_bits_of_small_ones(isa, residual):
+    if isa == "ref":
+        pytest.skip("streaming stores are of the vector levels")
+    rng = np.random.default_rng(3)
+    m, n, k = 1024, 1600, 16  # 6.5 MB of float32 come out
+    handle = _core.linear_pack_s8(rng.integers(-127, 128, (n, k), np.int8), np.full(n, 1e-2, np.float32), None)
+    x, added = rng.standard_normal((m, k), np.float32), rng.standard_normal((m, n), np.float32) if residual else None
+
+    def rows(a, b):
+        return _core.linear_forward(handle, x[a:b], 2, 2, added[a:b] if residual else None, 0)
+
+    assert np.array_equal(rows(0, m), np.concatenate([rows(0, m // 2), rows(m // 2, m)]))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_are_refused_with_the_row(bad):
     d = make(40, 6, 16)

@@ -145,6 +145,14 @@ def test_tokens_of_any_shape(shape, symmetric):
 
 
 @pytest.mark.parametrize("mode", [1, 2])
+@pytest.mark.parametrize("k", [1, 15, 64, 79, 130, 3073])
+def test_each_row_is_coded_as_if_alone(isa, mode, k):
+    x = guard(normal(k, 7, k) * np.float32([[1], [50], [0], [1e-3], [7], [7], [1e30]]))
+    alone = [_core.quantize_tokens(row[None], mode, False) for row in x]
+    same(_core.quantize_tokens(x, mode, False), tuple(map(np.concatenate, zip(*alone))))
+
+
+@pytest.mark.parametrize("mode", [1, 2])
 @pytest.mark.parametrize("k", [1, 7, 8, 63, 64, 65, 130])
 def test_padded_tokens_have_zeroed_slack(isa, mode, k):
     x = normal(k, 5, k)

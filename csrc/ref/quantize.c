@@ -67,6 +67,15 @@ zq_quantize_mul_f32_b8__ref(const float *x, int64_t n, float inv, int32_t zero, 
     }
 }
 
+int
+zq_quantize_minmax_f32_b8__ref(const float *x, int64_t n, float inv, int32_t zero, uint8_t *q, const float *next,
+                               const float *ahead, zq_range *range)
+{
+    (void)ahead;
+    zq_quantize_mul_f32_b8__ref(x, n, inv, zero, q);
+    return zq_minmax_f32__ref(next, n, &range->lo, &range->hi);
+}
+
 void
 zq_quantize_mul_f32_b16__ref(const float *x, int64_t n, float inv, uint8_t *high, uint8_t *low)
 {

@@ -38,11 +38,15 @@ finish_vector(const zq_tile *t, v16 sum, int i, int j, int64_t n, const zq_activ
         const float *r = t->residual + i * t->ldr + j;
         y = v16_add(y, n == 16 ? v16_load(r) : v16_loadn(r, n));
     }
-    if (n == 16) {
-        v16_store(t->y + i * t->ldy + j, y);
+    float *out = t->y + i * t->ldy + j;
+    if (n < 16) {
+        v16_storen(out, y, n);
+    }
+    else if (t->stream) {
+        v16_stream(out, y);
     }
     else {
-        v16_storen(t->y + i * t->ldy + j, y, n);
+        v16_store(out, y);
     }
 }
 

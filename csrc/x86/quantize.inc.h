@@ -95,23 +95,66 @@ to_codes(v16 scaled, v16 lo, v16 hi, v16i zero)
         v16i_storen_b8(q + i, to_codes(SCALED(v16_loadn(x + i, n - i)), lo, hi, zeros), n - i); \
     }
 
-/* Clamping is what the saturating conversions of v16i_store_b8x4 do anyway. */
-static void
-LEVEL(quantize_mul_f32_b8)(const float *x, int64_t n, float inv, int32_t zero, uint8_t *q)
+/* 64 codes of rint(x * factor) + zero. Clamping is what the saturating conversions do anyway. */
+ZQ_INLINE void
+code64(const float *x, v16 factor, int32_t zero, uint8_t *q)
 {
-    const v16 factor = v16_set1(inv);
+    v16i_store_b8x4(q, v16_to_i(v16_mul(v16_load(x), factor)), v16_to_i(v16_mul(v16_load(x + 16), factor)),
+                    v16_to_i(v16_mul(v16_load(x + 32), factor)), v16_to_i(v16_mul(v16_load(x + 48), factor)), (int16_t)zero);
+}
+
+/* The same of a row's last n elements */
+ZQ_INLINE void
+code_rest(const float *x, int64_t n, v16 factor, int32_t zero, uint8_t *q)
+{
     const v16i none = v16i_zero(), zeros = v16i_set1(zero), top = v16i_set1(255);
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-        v16i_store_b8x4(q + i, v16_to_i(v16_mul(v16_load(x + i), factor)), v16_to_i(v16_mul(v16_load(x + i + 16), factor)),
-                        v16_to_i(v16_mul(v16_load(x + i + 32), factor)), v16_to_i(v16_mul(v16_load(x + i + 48), factor)),
-                        (int16_t)zero);
-    }
-    for (; i < n; i += 16) {
+    for (int64_t i = 0; i < n; i += 16) {
         const int64_t m = zq_min(n - i, 16);
         const v16i a = v16i_add(v16_to_i(v16_mul(v16_loadn(x + i, m), factor)), zeros);
         v16i_storen_b8(q + i, v16i_min(v16i_max(a, none), top), m);
     }
+}
+
+static void
+LEVEL(quantize_mul_f32_b8)(const float *x, int64_t n, float inv, int32_t zero, uint8_t *q)
+{
+    const v16 factor = v16_set1(inv);
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        code64(x + i, factor, zero, q + i);
+    }
+    code_rest(x + i, n - i, factor, zero, q + i);
+}
+
+/* While one row, in L1, becomes codes, the next one comes from farther away and needs other units. */
+static int
+LEVEL(quantize_minmax_f32_b8)(const float *x, int64_t n, float inv, int32_t zero, uint8_t *q, const float *next,
+                              const float *ahead, zq_range *range)
+{
+    const v16 factor = v16_set1(inv);
+    const v16i no_sign = v16i_set1(0x7fffffff);
+    v16 lo[4], hi[4];
+    v16i top[4];
+    for (int w = 0; w < MINMAX_WAYS; w++) {
+        lo[w] = hi[w] = v16_zero();
+        top[w] = v16i_zero();
+    }
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            __builtin_prefetch(ahead + i + 16 * j, 0, 3);
+            MINMAX_STEP(v16_load(next + i + 16 * j), lo[j % MINMAX_WAYS], hi[j % MINMAX_WAYS], top[j % MINMAX_WAYS]);
+        }
+        code64(x + i, factor, zero, q + i);
+    }
+    code_rest(x + i, n - i, factor, zero, q + i);
+    for (; i < n; i += 16) {
+        MINMAX_STEP(v16_loadn(next + i, zq_min(n - i, 16)), lo[0], hi[0], top[0]);
+    }
+    range->lo = v16_hmin(v16_min(lo[0], lo[MINMAX_WAYS - 1]));
+    range->hi = v16_hmax(v16_max(hi[0], hi[MINMAX_WAYS - 1]));
+    return v16i_hmax(v16i_max(top[0], top[MINMAX_WAYS - 1])) < 0x7f800000;
 }
 
 static void
@@ -325,6 +368,7 @@ LEVEL(fill)(zq_kernels *t)
     t->absmax_columns_f32 = LEVEL(absmax_columns_f32);
     t->minmax_f32 = LEVEL(minmax_f32);
     t->quantize_mul_f32_b8 = LEVEL(quantize_mul_f32_b8);
+    t->quantize_minmax_f32_b8 = LEVEL(quantize_minmax_f32_b8);
     t->quantize_mul_f32_b16 = LEVEL(quantize_mul_f32_b16);
     t->quantize_div_f32_b8 = LEVEL(quantize_div_f32_b8);
     t->quantize_vec_f32_b8 = LEVEL(quantize_vec_f32_b8);

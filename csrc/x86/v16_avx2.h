@@ -38,6 +38,11 @@ ZQ_INLINE void v16_store(float *p, v16 x)
     _mm256_storeu_ps(p, x.lo);
     _mm256_storeu_ps(p + 8, x.hi);
 }
+ZQ_INLINE void v16_stream(float *p, v16 x) /* p on a cache line */
+{
+    _mm256_stream_ps(p, x.lo);
+    _mm256_stream_ps(p + 8, x.hi);
+}
 ZQ_INLINE void v16_storen(float *p, v16 x, int64_t n)
 {
     _mm256_maskstore_ps(p, v8_mask(n), x.lo);

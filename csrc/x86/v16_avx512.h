@@ -18,6 +18,7 @@ ZQ_INLINE v16 v16_set1(float x) { return _mm512_set1_ps(x); }
 ZQ_INLINE v16 v16_load(const float *p) { return _mm512_loadu_ps(p); }
 ZQ_INLINE v16 v16_loadn(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(v16_mask(n), p); }
 ZQ_INLINE void v16_store(float *p, v16 x) { _mm512_storeu_ps(p, x); }
+ZQ_INLINE void v16_stream(float *p, v16 x) { _mm512_stream_ps(p, x); } /* p on a cache line */
 ZQ_INLINE void v16_storen(float *p, v16 x, int64_t n) { _mm512_mask_storeu_ps(p, v16_mask(n), x); }
 ZQ_INLINE v16 v16_add(v16 a, v16 b) { return _mm512_add_ps(a, b); }
 ZQ_INLINE v16 v16_sub(v16 a, v16 b) { return _mm512_sub_ps(a, b); }
