@@ -21,7 +21,8 @@ enum {
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
     FAR_BYTES = 64 << 10,  /* weights that L2 does not keep from one call to the next */
     AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
-    SMALL_JOBS = 8,        /* of panels, per thread, after one big one */
+    SMALL_JOBS = 8,        /* of panels, per thread, after one big one, */
+    SMALL_BYTES = 96 << 10, /* each of so many bytes at least: some two microseconds */
 };
 
 /* Quantized (or given) activations of rows r0..r1: pointers such that index i * split is row r0 + i. */
@@ -53,7 +54,7 @@ typedef struct {
     int64_t rows, longer; /* rows of a tile; the first `longer` ones have one more */
     int64_t chunks;   /* row chunks (by rows) */
     int64_t panels;
-    int64_t panel_jobs; /* runs of panels (by columns) */
+    int64_t shares, jobs_each; /* of panels: as many as threads where there are enough; jobs in each (by columns) */
     int threads;
     int64_t item;       /* bytes of an element of a */
     int far;            /* the weights are read from beyond L2 */
@@ -64,8 +65,9 @@ typedef struct {
     int stream_out;
     int copy_in; /* float32 rows whose pitch aliases: move them */
     int quantize_out;
-    /* by columns: shared scratch */
-    prepared shared;
+    /* by columns: */
+    prepared shared; /* rows prepared for all threads together, or */
+    uint64_t id;     /* not 0: every thread prepares them for itself, for the product of this number */
     float *y;
     zq_rows_in in;
 } gemm_job;
@@ -400,31 +402,53 @@ prepare_job(void *ctx, int64_t r)
 }
 
 /* Long runs of panels keep the memory busy, as fetching goes on from one panel to the next; short ones end at the same time
- * on all threads. So: one run per thread of three quarters of its share, and the rest in small ones; where those were fewer
- * than threads, equal runs. A job without a panel still costs the threads a turn at the counter of jobs. */
-static int64_t
-count_panel_jobs(const gemm_job *g)
+ * on all threads. So a thread's share, which the pool hands out as a whole, is one run of three quarters of its panels and the
+ * rest in small ones, which others take if they are done before; none of them so small that a run's start shows. */
+static void
+set_panel_jobs(gemm_job *g)
 {
-    const int64_t most = (int64_t)g->threads * SMALL_JOBS, small = zq_min(most, g->panels / 4);
-    return small < g->threads ? zq_min(g->panels, g->threads + most) : g->threads + small;
+    g->shares = zq_min(g->threads, g->panels);
+    const int64_t rest = g->panels / g->shares / 4;
+    g->jobs_each = 1 + zq_min(zq_min(rest, SMALL_JOBS), rest * g->w->panel_bytes / SMALL_BYTES);
 }
 
-/* First panel of a job */
+/* First panel of a job; of the job behind the last one: behind the last panel */
 static int64_t
 job_start(const gemm_job *g, int64_t job)
 {
-    const int64_t small = g->panel_jobs - g->threads, whole = g->panels - g->panels / 4;
-    if (g->panels / 4 < g->threads) {
-        return g->panels * job / g->panel_jobs;
+    const int64_t share = job / g->jobs_each, i = job % g->jobs_each, first = g->panels * share / g->shares;
+    const int64_t panels = g->panels * (share + 1) / g->shares - first, rest = panels / 4;
+    return i == 0 ? first : first + panels - rest + rest * (i - 1) / (g->jobs_each - 1);
+}
+
+/* All rows, prepared by this thread in its own scratch: of few rows that takes less time than to fetch, line by line, what
+ * another core has just written. Once per product: nothing else uses that scratch between its jobs. 0 without memory. */
+static int
+prepare_own(gemm_job *g, prepared *p)
+{
+    static _Thread_local uint64_t prepared_for;
+    char *scratch = zq_scratch(ZQ_SCRATCH_A, prepared_bytes(g, g->m));
+    if (!scratch) {
+        atomic_store(&g->in.trouble.no_memory, 1);
+        return 0;
     }
-    return job <= g->threads ? whole * job / g->threads : whole + (g->panels - whole) * (job - g->threads) / small;
+    *p = prepared_at(g, g->m, scratch);
+    if (prepared_for != g->id) {
+        prepare_rows(g, 0, g->m, p);
+        prepared_for = g->id;
+    }
+    return 1;
 }
 
 static void
 panel_job(void *ctx, int64_t job)
 {
     gemm_job *g = ctx;
-    const operand op = g->prepare_in ? prepared_operand(g, &g->shared) : given_operand(g, 0);
+    prepared rows = g->shared;
+    if (g->id && !prepare_own(g, &rows)) {
+        return;
+    }
+    const operand op = g->prepare_in ? prepared_operand(g, &rows) : given_operand(g, 0);
     const int64_t ldy = g->out->y ? g->out->ld_y : zq_round_up(g->w->n, 16);
     strip s = strip_of(g, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
     run_panels(g, job_start(g, job), job_start(g, job + 1), &s);
@@ -441,7 +465,11 @@ requantize_job(void *ctx, int64_t r)
 static void
 run_by_columns(gemm_job *g)
 {
-    if (g->prepare_in) {
+    static _Atomic(uint64_t) products;
+    if (g->prepare_in && g->m * g->w->k < ZQ_SHARED_ITEMS) {
+        g->id = atomic_fetch_add_explicit(&products, 1, memory_order_relaxed) + 1;
+    }
+    else if (g->prepare_in) {
         char *scratch = zq_scratch(ZQ_SCRATCH_A, prepared_bytes(g, g->m));
         if (!scratch) {
             atomic_store(&g->in.trouble.no_memory, 1);
@@ -457,8 +485,8 @@ run_by_columns(gemm_job *g)
             return;
         }
     }
-    g->panel_jobs = count_panel_jobs(g);
-    zq_parallel_for(g->panel_jobs, panel_job, g);
+    set_panel_jobs(g);
+    zq_parallel_for(g->shares * g->jobs_each, panel_job, g);
     if (g->quantize_out) {
         zq_for_rows(g->m, g->w->n, requantize_job, g);
     }

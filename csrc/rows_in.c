@@ -4,8 +4,6 @@
 #include <math.h>
 #include <string.h>
 
-enum { SHARED_ITEMS = 32768 }; /* quantizing so many takes longer than a barrier */
-
 void
 zq_rows_in_init(zq_rows_in *in, const zq_linear *w, const zq_rows *x, int64_t m)
 {
@@ -106,7 +104,7 @@ zq_find_scale(zq_rows_in *in)
 void
 zq_for_rows(int64_t m, int64_t row_items, zq_job_fn fn, void *ctx)
 {
-    if (m * row_items >= SHARED_ITEMS) {
+    if (m * row_items >= ZQ_SHARED_ITEMS) {
         zq_parallel_for(m, fn, ctx);
         return;
     }

@@ -34,7 +34,9 @@ const float *zq_read_row_scratch(zq_rows_in *in, int64_t r);
  * and scale. */
 void zq_code_row(zq_rows_in *in, int64_t r, const float *x, uint8_t *q, float *scale, int32_t *zero);
 
-/* fn(ctx, row) for every row; rows of `row_items` elements are shared out when that is worth a barrier. */
+/* fn(ctx, row) for every row; rows of `row_items` elements are shared out when that is worth a barrier: quantizing so many
+ * takes longer. */
+enum { ZQ_SHARED_ITEMS = 32768 };
 void zq_for_rows(int64_t m, int64_t row_items, zq_job_fn fn, void *ctx);
 
 #endif

@@ -1,6 +1,10 @@
 """Linear layers and integer products: every kernel at every level against the layer below, bit for bit."""
 from __future__ import annotations
 
+import threading
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -563,6 +567,43 @@ def test_many_python_threads_at_once():
     with ThreadPoolExecutor(8) as pool:
         for got in pool.map(lambda _: _core.linear_forward(handle, d["x"], 2, 2, None, 0), range(64)):
             assert same_bits(got, want)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7, 40])
+@pytest.mark.parametrize("kind", ["codes", "rows", "int8-out", "g32"])
+def test_shares_of_panels(kind, threads):
+    """Few rows, panels in numbers that threads do not divide: more threads than panels, small jobs or none, rows that each
+    thread prepares for itself or all of them together."""
+    for m, n, k in [(1, 33, 64), (8, 33, 64), (3, 224, 320), (8, 1000, 1024), (9, 480, 4096)]:
+        d = make(m, n, k, group=32 if kind == "g32" else None)
+        if kind == "g32":
+            handle = _core.linear_pack_group(np.clip(d["codes"], -8, 7), d["scales"], 32, 4, d["bias"])
+        else:
+            handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])
+        x = (d["q"], d["sx"], d["zx"]) if kind == "codes" else d["x"]
+        results = []
+        for count in (1, threads, threads):
+            _core.set_threads(count)
+            results.append(_core.linear_forward(handle, x, 0 if kind == "codes" else 2, 0, None, 2 * (kind == "int8-out")))
+        assert same_bits(results[0], results[1]) and same_bits(results[0], results[2]), (m, n, k)
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs the scheduler's statistics")
+def test_workers_that_sleep_wake_up():
+    d = make(2048, 256, 512)
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])
+
+    def others():
+        me, tasks = str(threading.get_native_id()), Path("/proc/self/task").iterdir()
+        return {t.name: int((t / "schedstat").read_text().split()[0]) for t in tasks if t.name != me}
+
+    with zq.cpu.use("ref"):  # slow enough for a worker on a busy machine
+        _core.set_threads(2)
+        _core.linear_forward(handle, d["x"][:64], 2, 0, None, 0)
+        time.sleep(0.05)
+        before = others()
+        _core.linear_forward(handle, d["x"], 2, 0, None, 0)
+    assert max(ran - before.get(tid, 0) for tid, ran in others().items()) > 5e6
 
 
 def test_works_in_a_forked_child():
