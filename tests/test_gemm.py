@@ -353,6 +353,23 @@ def test_weights_beyond_the_second_level_cache(kind):
                     assert same_bits(part, whole[:m].copy()), f"{level}, {threads} threads, {m} rows"
 
 
+@pytest.mark.parametrize("kind", ["s8", "f32"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_outputs_beyond_the_caches(kind, with_residual):
+    """From 6 MiB on, whole lines of outputs are not left in the caches."""
+    d = make(800, 2048, 5)
+    x, residual = (d["q"], d["sx"], d["zx"]), d["residual"] if with_residual else None
+    if kind == "f32":
+        got = everywhere(lambda: ops.linear(d["x"], d["w"], d["bias"], None, residual))
+        want = reference.linear(d["x"], d["w"], d["bias"], None, residual)
+    else:
+        handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])
+        got = everywhere(lambda: _core.linear_forward(handle, x, 0, 0, residual, 0))
+        want = reference.linear_w8a8(*x, d["codes"], d["scales"][:, 0], d["bias"], None, residual)
+    assert got.nbytes >= 6 << 20
+    close(got, want, 4e-6)
+
+
 def test_no_rows():
     d = make(1, 40, 24)
     for handle, quant in ((_core.linear_pack_f32(d["w"], None), 0),

@@ -336,39 +336,46 @@ pack_word(const float *x, int64_t rows, int64_t ldx, v16 inv, int64_t m)
     return word;
 }
 
-/* Up to sixteen columns. */
+/* Vectors of columns, side by side: the cache lines of a row lie beside each other, and rows may be so far apart that few of
+ * them stay in L1. Of each vector m columns are there; panels are `panel` bytes apart. */
 ZQ_INLINE void
-pack_sixteen(const float *x, int64_t rows, int64_t m, int64_t ldx, uint8_t *q, float *scale)
+pack_vectors(const float *x, int64_t rows, int64_t m, int64_t ldx, uint8_t *q, int64_t panel, float *scale, const int vectors)
 {
-    v16i top[2] = {v16i_zero(), v16i_zero()};
-    int64_t k = 0;
-    for (; k + 2 <= rows; k += 2) {
-        top[0] = v16i_max(top[0], v16_abs_bits(load16(x + k * ldx, m)));
-        top[1] = v16i_max(top[1], v16_abs_bits(load16(x + (k + 1) * ldx, m)));
+    v16i top[4];
+    v16 inv[4];
+#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < vectors; u++)
+    EACH { top[u] = v16i_zero(); }
+    for (int64_t k = 0; k < rows; k++) {
+        EACH { top[u] = v16i_max(top[u], v16_abs_bits(load16(x + k * ldx + 16 * u, m))); }
     }
-    if (k < rows) {
-        top[0] = v16i_max(top[0], v16_abs_bits(load16(x + k * ldx, m)));
+    EACH { inv[u] = code_scales(v16_from_bits(top[u]), scale + 16 * u); }
+#define PACK_WORDS(here) \
+    EACH { v16i_store((int32_t *)(void *)(q + u / 2 * panel + u % 2 * 64), pack_word(x + 16 * u, here, ldx, inv[u], m)); }
+    for (; rows >= 4; rows -= 4, x += 4 * ldx, q += 4 * ZQ_NR) {
+        PACK_WORDS(4)
     }
-    const v16 inv = code_scales(v16_from_bits(v16i_max(top[0], top[1])), scale);
-    for (k = 0; k + 4 <= rows; k += 4, q += 4 * ZQ_NR) {
-        v16i_store((int32_t *)(void *)q, pack_word(x + k * ldx, 4, ldx, inv, m));
+    if (rows > 0) {
+        PACK_WORDS(rows)
     }
-    if (k < rows) {
-        v16i_store((int32_t *)(void *)q, pack_word(x + k * ldx, rows - k, ldx, inv, m));
-    }
+#undef PACK_WORDS
+#undef EACH
 }
 
 static void
 pack_columns_f32_s8(const float *x, int64_t rows, int64_t n, int64_t ldx, uint8_t *q, float *scale)
 {
-    for (int64_t j = 0; j < zq_round_up(n, ZQ_NR); j += 16) {
-        uint8_t *panel = q + j / ZQ_NR * ZQ_NR * zq_round_up(rows, 4) + j % ZQ_NR * 4;
-        if (j + 16 <= n) {
-            pack_sixteen(x + j, rows, 16, ldx, panel, scale + j);
-        }
-        else {
-            pack_sixteen(x + zq_min(j, n), rows, zq_max(0, n - j), ldx, panel, scale + j);
-        }
+    const int64_t panel = ZQ_NR * zq_round_up(rows, 4);
+    int64_t j = 0;
+    for (; j + 64 <= n; j += 64, q += 2 * panel) {
+        pack_vectors(x + j, rows, 16, ldx, q, panel, scale + j, 4);
+    }
+    if (j + 32 <= n) {
+        pack_vectors(x + j, rows, 16, ldx, q, panel, scale + j, 2);
+        j += 32;
+        q += panel;
+    }
+    for (int64_t at = 0; j < zq_round_up(n, ZQ_NR); j += 16, at += 64) {
+        pack_vectors(x + zq_min(j, n), rows, zq_max(0, zq_min(16, n - j)), ldx, q + at, panel, scale + j, 1);
     }
 }
 

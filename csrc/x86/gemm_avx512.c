@@ -1,7 +1,7 @@
 /* AVX-512 VNNI tiles: mr rows by one panel of 32 columns, two zmm wide. Accumulators stay in registers: 24 for
  * S8 and F32 (12 rows), 16 integer + 8 float for groups (4 rows). A last panel of at most 16 columns is half as much
- * work for S8. The epilogue's scale and bias are applied in registers, and of S8 a residual that nothing else goes with;
- * activation and residual run over the tile just stored otherwise, which is still in L1. */
+ * work for S8. The epilogue's scale and bias are applied in registers, and of S8 and F32 a residual that nothing else goes
+ * with; activation and residual run over the tile just stored otherwise, which is still in L1. */
 #if defined(__x86_64__)
 #include "../zq_kernels.h"
 
@@ -95,14 +95,15 @@ enum { PART, WHOLE, STREAM };
 
 typedef struct {
     float *y;
-    int64_t ldy;
+    const float *residual;
+    int64_t ldy, ldr;
     __mmask16 m0, m1;
 } rows_out;
 
 ZQ_INLINE rows_out
 out_of(const zq_tile *t)
 {
-    return (rows_out){t->y, t->ldy, v16_mask(zq_min(t->nr, 16)), v16_mask(zq_max(t->nr - 16, 0))};
+    return (rows_out){t->y, t->residual, t->ldy, t->ldr, v16_mask(zq_min(t->nr, 16)), v16_mask(zq_max(t->nr - 16, 0))};
 }
 
 ZQ_INLINE void
@@ -136,26 +137,45 @@ store2(const int how, const rows_out *o, int i, __m512 y0, __m512 y1)
         END(WHOLE);                                   \
     }
 
-/* y = (acc * sx) * scale + bias, and with `add` + residual: of whole rows only */
+/* store2 of y, with `add` of y + residual: whole rows only */
+ZQ_INLINE void
+store_row(const int how, const int add, const rows_out *o, int i, __m512 y0, __m512 y1)
+{
+    if (add) {
+        const float *residual = o->residual + i * o->ldr;
+        y0 = _mm512_add_ps(y0, _mm512_loadu_ps(residual));
+        y1 = _mm512_add_ps(y1, _mm512_loadu_ps(residual + 16));
+    }
+    store2(how, o, i, y0, y1);
+}
+
+/* END(how) for how t's rows are stored, END##_ADD(how) where t has a residual */
+#define ADD_AND_STORE_ROWS(t, END)                    \
+    if (!(t)->residual) {                             \
+        STORE_ROWS(t, END)                            \
+    }                                                 \
+    else if ((t)->stream) {                           \
+        END##_ADD(STREAM);                            \
+    }                                                 \
+    else {                                            \
+        END##_ADD(WHOLE);                             \
+    }
+
+/* y = (acc * sx) * scale + bias, and with `add` + residual */
 ZQ_INLINE void
 finish_s8(const int mr, const int how, const int add, const zq_tile *t, __m512i acc[MR][NV])
 {
     const __m512 s0 = _mm512_loadu_ps(t->scale), s1 = _mm512_loadu_ps(t->scale + 16);
     const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
-    const float *scale = t->sx, *residual = t->residual;
-    const int64_t ldr = t->ldr;
+    const float *scale = t->sx;
     const rows_out out = out_of(t);
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
         const __m512 sx = _mm512_set1_ps(scale[i]);
         IN_PLACE(acc[i]);
-        __m512 y0 = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][0]), sx), s0, bias0);
-        __m512 y1 = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][1]), sx), s1, bias1);
-        if (add) {
-            y0 = _mm512_add_ps(y0, _mm512_loadu_ps(residual + i * ldr));
-            y1 = _mm512_add_ps(y1, _mm512_loadu_ps(residual + i * ldr + 16));
-        }
-        store2(how, &out, i, y0, y1);
+        store_row(how, add, &out, i,
+                  _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][0]), sx), s0, bias0),
+                  _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][1]), sx), s1, bias1));
     }
 }
 
@@ -202,15 +222,7 @@ one_s8(const int mr, const int far, const zq_tile *t)
     accumulate_s8(mr, far, t, acc);
 #define END_S8(how) finish_s8(mr, how, 0, t, acc)
 #define END_S8_ADD(how) finish_s8(mr, how, 1, t, acc)
-    if (!t->residual) {
-        STORE_ROWS(t, END_S8)
-    }
-    else if (t->stream) {
-        END_S8_ADD(STREAM);
-    }
-    else {
-        END_S8_ADD(WHOLE);
-    }
+    ADD_AND_STORE_ROWS(t, END_S8)
 }
 
 /* The first 16 columns of a panel that has no others: half the products. */
@@ -368,14 +380,16 @@ one_group(const int mr, const int four_bits, const int far, const zq_tile *t)
     STORE_ROWS(t, END_GROUP)
 }
 
+/* y = acc + bias, and with `add` + residual */
 ZQ_INLINE void
-finish_f32(const int mr, const int how, const zq_tile *t, __m512 acc[MR][NV])
+finish_f32(const int mr, const int how, const int add, const zq_tile *t, __m512 acc[MR][NV])
 {
     const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
     const rows_out out = out_of(t);
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
-        store2(how, &out, i, _mm512_add_ps(acc[i][0], bias0), _mm512_add_ps(acc[i][1], bias1));
+        IN_PLACE(acc[i]);
+        store_row(how, add, &out, i, _mm512_add_ps(acc[i][0], bias0), _mm512_add_ps(acc[i][1], bias1));
     }
 }
 
@@ -389,6 +403,7 @@ one_f32(const int mr, const int far, const zq_tile *t)
     for (int i = 0; i < mr; i++) {
         acc[i][0] = acc[i][1] = _mm512_setzero_ps();
     }
+    prefetch_residual(t);
     for (int64_t k = 0; k < t->k; k++, b += ZQ_NR) {
         const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
         prefetch_ahead(far, t, &ahead);
@@ -399,8 +414,9 @@ one_f32(const int mr, const int far, const zq_tile *t)
             acc[i][1] = _mm512_fmadd_ps(x, b1, acc[i][1]);
         }
     }
-#define END_F32(how) finish_f32(mr, how, t, acc)
-    STORE_ROWS(t, END_F32)
+#define END_F32(how) finish_f32(mr, how, 0, t, acc)
+#define END_F32_ADD(how) finish_f32(mr, how, 1, t, acc)
+    ADD_AND_STORE_ROWS(t, END_F32)
 }
 
 /* `one` for every tile that t describes. The copy is private: its fields stay in registers, whatever the stores write. Its
@@ -431,6 +447,13 @@ one_f32(const int mr, const int far, const zq_tile *t)
     case n: EVERY_TILE(one_group, n, 0, far)
 #define G4(n, far) \
     case n: EVERY_TILE(one_group, n, 1, far)
+
+/* Of S8 and F32: the tile function adds the residual, which nothing else goes with. */
+ZQ_INLINE int
+residual_alone(const zq_tile *t)
+{
+    return t->residual && t->nr == ZQ_NR && t->act == ZQ_ACT_NONE && !t->pairs && !t->rank;
+}
 
 /* Tile functions go on to the next tile themselves where nothing is left to do after each of them. */
 ZQ_INLINE void
@@ -463,8 +486,7 @@ zq_gemm_u8s8_12x32_tile__avx512vnni(const zq_tile *t)
 static void
 zq_gemm_u8s8_12x32__avx512vnni(zq_tile *t)
 {
-    const int residual_alone = t->residual && t->nr == ZQ_NR && t->act == ZQ_ACT_NONE && !t->pairs && !t->rank;
-    if (residual_alone) {
+    if (residual_alone(t)) {
         zq_gemm_u8s8_12x32_tile__avx512vnni(t);
     }
     else {
@@ -487,7 +509,12 @@ zq_gemm_f32_12x32_tile__avx512vnni(const zq_tile *t)
 static void
 zq_gemm_f32_12x32__avx512vnni(zq_tile *t)
 {
-    run_tiles(t, zq_gemm_f32_12x32_tile__avx512vnni);
+    if (residual_alone(t)) {
+        zq_gemm_f32_12x32_tile__avx512vnni(t);
+    }
+    else {
+        run_tiles(t, zq_gemm_f32_12x32_tile__avx512vnni);
+    }
 }
 
 static void

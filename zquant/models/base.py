@@ -12,6 +12,7 @@ import numpy as np
 from ..linear import Linear
 from .blocks import Block, Embeddings, Packed, Table, Tap, pack
 from .family import Dims, Family
+from .sequence import Calls
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -170,7 +171,7 @@ class Network:
         self._reset()
 
 
-_TRANSIENT = ("_lock", "_blocks", "_embeddings", "_parts")
+_TRANSIENT = ("_lock", "_blocks", "_embeddings", "_parts", "_plain")
 
 
 class Model(Network):
@@ -202,6 +203,7 @@ class Model(Network):
         super()._reset()
         self._blocks: list[Block | None] = [None] * self.dims.layers
         self._embeddings: Embeddings | None = None
+        self._plain: Callable[..., np.ndarray] | None = None
 
     @property
     def max_length(self) -> int:
@@ -305,13 +307,24 @@ class Model(Network):
             x, codes = self._embedder()(packed, first, last, wanted[0])
         else:
             x, codes = packed.embedded[first:last], None
+        if tap is None:
+            return (self._plain or self._make_plain(blocks))(x, x if codes is None else codes, offsets) if blocks else x
         for block, quant in zip(blocks, wanted[1:]):
             try:
-                x, codes = (block(x, codes, offsets, quant) if tap is None
-                            else block.tapped(x, codes, offsets, quant, tap))
+                x, codes = block.tapped(x, codes, offsets, quant, tap)
             except ValueError as error:
                 raise ValueError(f"{block.names['block']}: {error}") from None
         return x
+
+    def _make_plain(self, blocks: list[Block]) -> Callable[..., np.ndarray]:
+        """All blocks as one sequence of kernels, a function of hidden states, what the first layer is given for them, and
+        offsets. For short sequences a kernel takes tens of microseconds, and every Python call around it shows."""
+        calls = Calls()
+        x, given, offsets = calls.input(), calls.input(), calls.input()
+        for block, following in zip(blocks, [*blocks[1:], None]):
+            x, given = block.add(calls, x, given, offsets, 0 if following is None else following.quant_in)
+        self._plain = calls.bind()
+        return self._plain
 
     def _classify(self, first: np.ndarray, tap: Tap | None) -> np.ndarray:
         head = self.family.head

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from .. import _core
 from ..formats.safetensors import Stored
 from ..linear import ACTIVATIONS, QUANT, Codes, Linear
 from ..qtensor import QTensor
+from .sequence import Calls, Register
 
-__all__ = ["CHUNK", "Block", "Embeddings", "Packed", "Table", "pack", "rows"]
+__all__ = ["CHUNK", "Block", "Embeddings", "Packed", "Table", "add_linear", "pack", "rows"]
 
 # Tokens per micro-batch and thread: most activations of one block then stay in the second-level caches. Whole sequences only.
 CHUNK = 256
@@ -237,9 +239,9 @@ class Block:
         self.scale = 1.0 / np.sqrt(linears["query"].out_features / heads).item()
         self.attention_norm, self.output_norm = norms["attention_norm"], norms["output_norm"]
         self._prepare_attention([linears[role] for role in ("query", "key", "value")])
-        self.attention, self.attention_in, _ = _bind(linears["attention"])
-        self.intermediate, self.intermediate_in, _ = _bind(linears["intermediate"])
-        self.output, self.output_in, _ = _bind(linears["output"])
+        self.attention, self.attention_in, self._attention = _bind(linears["attention"])
+        self.intermediate, self.intermediate_in, self._intermediate = _bind(linears["intermediate"])
+        self.output, self.output_in, self._output = _bind(linears["output"])
 
     def _prepare_attention(self, parts: Sequence[Linear]) -> None:
         """One product for q, k and v, unless an override gave them different formats."""
@@ -248,28 +250,40 @@ class Block:
             fused = Linear.fuse(parts)
         except ValueError:
             split = [_bind(part)[0] for part in parts]
-            self.qkv: Callable = lambda x: np.concatenate([project(x) for project in split], axis=1)
+            self.qkv: Callable = lambda x, *_: np.concatenate([project(x) for project in split], axis=1)
+            self._qkv: _Direct = None
             return
-        self.qkv = _bind(fused)[0]
+        self.qkv, _, self._qkv = _bind(fused)
         for part in parts:
             part.release()
 
-    def __call__(self, x: np.ndarray, codes: Codes | None, offsets: np.ndarray,
-                 quant_out: int) -> tuple[np.ndarray, Codes | None]:
-        """x (tokens, d) and its codes (or None) to the same of the block's output; quant_out as in ``_core.layer_norm``."""
-        norm = _core.layer_norm
-        context = _core.attention_fused(self.qkv(x if codes is None else codes), offsets, self.heads, self.scale, None,
-                                        self.attention_in, self.int8_rows)
-        y = self.attention(context, 0, x)
-        y, codes = norm(y, None, *self.attention_norm, self.eps, self.intermediate_in)
-        wide = self.intermediate(y if codes is None else codes, self.activation, None, self.output_in)
-        y = self.output(wide, 0, y)
-        return norm(y, None, *self.output_norm, self.eps, quant_out)
+    def add(self, calls: Calls, x: Register, given: Register, offsets: Register, quant_out: int) -> tuple[Register, Register]:
+        """Calls from x (tokens, d) and what a layer is given for it (codes, or x itself) to the same of the block's output;
+        quant_out as in ``_core.layer_norm``."""
+        calls.part = self.names["block"]
+        qkv = add_linear(calls, self.qkv, self._qkv, given)
+        context = calls.add(_core.attention_fused, qkv, offsets, self.heads, self.scale, None, self.attention_in,
+                            self.int8_rows)
+        y = add_linear(calls, self.attention, self._attention, context, 0, x)
+        y, given = self._add_norm(calls, y, self.attention_norm, self.intermediate_in)
+        wide = add_linear(calls, self.intermediate, self._intermediate, given, self.activation, None, self.output_in)
+        y = add_linear(calls, self.output, self._output, wide, 0, y)
+        return self._add_norm(calls, y, self.output_norm, quant_out)
+
+    def _add_norm(self, calls: Calls, x: Register, norm: tuple[np.ndarray, np.ndarray],
+                  quant: int) -> tuple[Register, Register]:
+        """Calls that normalise x: the float32 rows, and what a layer is given for them."""
+        if not quant:
+            y = calls.add(_core.layer_norm, x, None, *norm, self.eps, 0, item=0)
+            return y, y
+        both = calls.add(_core.layer_norm, x, None, *norm, self.eps, quant)
+        return calls.add(getitem, both, 0), calls.add(getitem, both, 1)
 
     def tapped(self, x: np.ndarray, codes: Codes | None, offsets: np.ndarray, quant_out: int,
                tap: Tap) -> tuple[np.ndarray, Codes | None]:
-        """The same numbers, with ``tap(name, input, output)`` for every linear layer (output before the activation and
-        without the residual): what is fused away is computed a second time for the tap."""
+        """x (tokens, d) and its codes (or None) to the same of the block's output, the numbers that :meth:`add` gives, with
+        ``tap(name, input, output)`` for every linear layer (output before the activation and without the residual): what is
+        fused away is computed a second time for the tap."""
         norm, names = _core.layer_norm, self.names
         qkv = self.qkv(x if codes is None else codes)
         for role, part in zip(("query", "key", "value"), np.split(qkv, 3, axis=1)):
@@ -283,7 +297,7 @@ class Block:
         return norm(self.output(wide, 0, y), None, *self.output_norm, self.eps, quant_out)
 
     def steps(self, x: np.ndarray, offsets: np.ndarray) -> Generator[np.ndarray, None, np.ndarray]:
-        """The same numbers as __call__'s, stopping before each product to yield its float32 input: that of query, key and
+        """The same numbers, stopping before each product to yield its float32 input: that of query, key and
         value, of attention, of intermediate, of output. Returns the block's output; whoever stops earlier computes less."""
         norm = _core.layer_norm
         yield x
@@ -299,7 +313,10 @@ class Block:
 _ACTIVATION_NAMES, _QUANT_NAMES = list(ACTIVATIONS), list(QUANT)
 
 
-def _bind(linear: Linear) -> tuple[Callable, int, tuple[Any, int] | None]:
+_Direct = tuple[Any, int] | None  # packed weights and mode of _core.linear_forward
+
+
+def _bind(linear: Linear) -> tuple[Callable, int, _Direct]:
     """The layer as f(x, activation, residual, quantize), numbers for names; which codes it takes for x; and the packed weights
     and mode of ``_core.linear_forward``, where f is only that. f holds no more than these, so that the concatenated copy of
     a fused layer can go."""
@@ -310,3 +327,12 @@ def _bind(linear: Linear) -> tuple[Callable, int, tuple[Any, int] | None]:
                 (handle, quant_in))
     return (lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant]), mode,
             None)
+
+
+def add_linear(calls: Calls, run: Callable, direct: _Direct, x: Register, act: int = 0, residual: Register | None = None,
+               quant: int = 0) -> Register:
+    """A call of run(x, act, residual, quant), past the interpreter where ``direct`` says how."""
+    if direct is None:
+        return calls.add(run, x, act, residual, quant)
+    handle, quant_in = direct
+    return calls.add(_core.linear_forward, handle, x, quant_in, act, residual, quant)

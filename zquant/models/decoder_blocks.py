@@ -12,7 +12,7 @@ from ..formats.safetensors import Stored
 from ..linear import ACTIVATIONS, Linear
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .blocks import Table, Tap, _bind, rows
+from .blocks import Table, Tap, _bind, add_linear, rows
 from .decoder_family import Architecture
 from .sequence import Calls, Register
 
@@ -58,10 +58,7 @@ class Projection:
 
     def add(self, calls: Calls, x: Register, act: int = 0, residual: Register | None = None, quant: int = 0) -> Register:
         """A call that does what __call__ does without a tap; x may also be codes, and with ``quant`` the result is."""
-        if self.direct is None:
-            return calls.add(self.run, x, act, residual, quant)
-        handle, quant_in = self.direct
-        return calls.add(_core.linear_forward, handle, x, quant_in, act, residual, quant)
+        return add_linear(calls, self.run, self.direct, x, act, residual, quant)
 
     def _show(self, tap: Tap, x: np.ndarray, y: np.ndarray) -> None:
         y = y if self.order is None else y[:, self.order]
