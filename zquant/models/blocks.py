@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ..linear import ACTIVATIONS, QUANT, Codes, Linear
 from ..qtensor import QTensor
 from .sequence import Calls, Register
 
-__all__ = ["CHUNK", "Block", "Embeddings", "Packed", "Table", "add_linear", "pack", "rows"]
+__all__ = ["CHUNK", "Block", "BoundLinear", "Embeddings", "Packed", "Table", "pack", "rows"]
 
 # Tokens per micro-batch and thread: most activations of one block then stay in the second-level caches. Whole sequences only.
 CHUNK = 256
@@ -220,6 +220,68 @@ class Embeddings:
             raise ValueError(where) from None
 
 
+_ACTIVATION_NAMES, _QUANT_NAMES = list(ACTIVATIONS), list(QUANT)
+
+
+class BoundLinear(NamedTuple):
+    """A linear layer for a block to call, with numbers in place of the names of activations and forms.
+
+    Attributes
+    ----------
+    run : f(x, activation, residual, quantize); it holds no more of the layer than it needs, so that the concatenated copy of a
+        fused layer can go
+    mode : which codes the layer takes for x; 0 for float32
+    direct : packed weights and mode of ``_core.linear_forward``, where ``run`` is only that
+    """
+
+    run: Callable
+    mode: int
+    direct: tuple[Any, int] | None
+
+    @staticmethod
+    def of(linear: Linear) -> BoundLinear:
+        """One layer."""
+        handle, mode, forward, quant_in = linear._packed(), QUANT[linear.quant], _core.linear_forward, linear._quant_in
+
+        def direct(x: Any, act: int = 0, residual: np.ndarray | None = None, quant: int = 0) -> Any:
+            return forward(handle, x, quant_in, act, residual, quant)
+
+        def by_names(x: Any, act: int = 0, residual: np.ndarray | None = None, quant: int = 0) -> Any:
+            return linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant])
+
+        if linear.activations is None or linear._integer:
+            return BoundLinear(direct, mode, (handle, quant_in))
+        return BoundLinear(by_names, mode, None)
+
+    @staticmethod
+    def joined(layers: Sequence[Linear]) -> BoundLinear:
+        """Layers that read the same rows, outputs side by side: one product unless an override gave them different formats.
+        They let go of their packed weights."""
+        try:
+            bound = BoundLinear.of(Linear.fuse(layers) if len(layers) > 1 else layers[0])
+        except ValueError:
+            if len(layers) == 1:
+                raise
+            parts = [BoundLinear.of(layer) for layer in layers]
+            modes = {part.mode for part in parts}
+            bound = BoundLinear(lambda x, *_: np.concatenate([part.run(x) for part in parts], axis=1),
+                                modes.pop() if len(modes) == 1 else 0, None)
+        for layer in layers:
+            layer.release()
+        return bound
+
+    def __call__(self, *args: Any) -> np.ndarray:
+        """``run``."""
+        return self.run(*args)
+
+    def add(self, calls: Calls, x: Register, act: int = 0, residual: Register | None = None, quant: int = 0) -> Register:
+        """A call of ``run``, past the interpreter where ``direct`` says how."""
+        if self.direct is None:
+            return calls.add(self.run, x, act, residual, quant)
+        handle, quant_in = self.direct
+        return calls.add(_core.linear_forward, handle, x, quant_in, act, residual, quant)
+
+
 class Block:
     """One encoder block, post-norm (BERT): seven kernel calls, activations handed on as codes between integer layers.
 
@@ -238,36 +300,21 @@ class Block:
         self.heads, self.eps, self.activation = heads, eps, ACTIVATIONS[activation]
         self.scale = 1.0 / np.sqrt(linears["query"].out_features / heads).item()
         self.attention_norm, self.output_norm = norms["attention_norm"], norms["output_norm"]
-        self._prepare_attention([linears[role] for role in ("query", "key", "value")])
-        self.attention, self.attention_in, self._attention = _bind(linears["attention"])
-        self.intermediate, self.intermediate_in, self._intermediate = _bind(linears["intermediate"])
-        self.output, self.output_in, self._output = _bind(linears["output"])
-
-    def _prepare_attention(self, parts: Sequence[Linear]) -> None:
-        """One product for q, k and v, unless an override gave them different formats."""
-        self.quant_in = QUANT[parts[0].quant] if len({part.quant for part in parts}) == 1 else 0
-        try:
-            fused = Linear.fuse(parts)
-        except ValueError:
-            split = [_bind(part)[0] for part in parts]
-            self.qkv: Callable = lambda x, *_: np.concatenate([project(x) for project in split], axis=1)
-            self._qkv: _Direct = None
-            return
-        self.qkv, _, self._qkv = _bind(fused)
-        for part in parts:
-            part.release()
+        self.qkv = BoundLinear.joined([linears[role] for role in ("query", "key", "value")])
+        self.quant_in = self.qkv.mode
+        self.attention, self.intermediate, self.output = (
+            BoundLinear.of(linears[role]) for role in ("attention", "intermediate", "output"))
 
     def add(self, calls: Calls, x: Register, given: Register, offsets: Register, quant_out: int) -> tuple[Register, Register]:
         """Calls from x (tokens, d) and what a layer is given for it (codes, or x itself) to the same of the block's output;
         quant_out as in ``_core.layer_norm``."""
         calls.part = self.names["block"]
-        qkv = add_linear(calls, self.qkv, self._qkv, given)
-        context = calls.add(_core.attention_fused, qkv, offsets, self.heads, self.scale, None, self.attention_in,
-                            self.int8_rows)
-        y = add_linear(calls, self.attention, self._attention, context, 0, x)
-        y, given = self._add_norm(calls, y, self.attention_norm, self.intermediate_in)
-        wide = add_linear(calls, self.intermediate, self._intermediate, given, self.activation, None, self.output_in)
-        y = add_linear(calls, self.output, self._output, wide, 0, y)
+        context = calls.add(_core.attention_fused, self.qkv.add(calls, given), offsets, self.heads, self.scale, None,
+                            self.attention.mode, self.int8_rows)
+        y = self.attention.add(calls, context, 0, x)
+        y, given = self._add_norm(calls, y, self.attention_norm, self.intermediate.mode)
+        wide = self.intermediate.add(calls, given, self.activation, None, self.output.mode)
+        y = self.output.add(calls, wide, 0, y)
         return self._add_norm(calls, y, self.output_norm, quant_out)
 
     def _add_norm(self, calls: Calls, x: Register, norm: tuple[np.ndarray, np.ndarray],
@@ -308,31 +355,3 @@ class Block:
         wide = self.intermediate(y, self.activation)
         yield wide
         return norm(self.output(wide, 0, y), None, *self.output_norm, self.eps, 0)[0]
-
-
-_ACTIVATION_NAMES, _QUANT_NAMES = list(ACTIVATIONS), list(QUANT)
-
-
-_Direct = tuple[Any, int] | None  # packed weights and mode of _core.linear_forward
-
-
-def _bind(linear: Linear) -> tuple[Callable, int, _Direct]:
-    """The layer as f(x, activation, residual, quantize), numbers for names; which codes it takes for x; and the packed weights
-    and mode of ``_core.linear_forward``, where f is only that. f holds no more than these, so that the concatenated copy of
-    a fused layer can go."""
-    handle, mode, forward = linear._packed(), QUANT[linear.quant], _core.linear_forward
-    quant_in = linear._quant_in
-    if linear.activations is None or linear._integer:
-        return (lambda x, act=0, residual=None, quant=0: forward(handle, x, quant_in, act, residual, quant), mode,
-                (handle, quant_in))
-    return (lambda x, act=0, residual=None, quant=0: linear(x, _ACTIVATION_NAMES[act], residual, _QUANT_NAMES[quant]), mode,
-            None)
-
-
-def add_linear(calls: Calls, run: Callable, direct: _Direct, x: Register, act: int = 0, residual: Register | None = None,
-               quant: int = 0) -> Register:
-    """A call of run(x, act, residual, quant), past the interpreter where ``direct`` says how."""
-    if direct is None:
-        return calls.add(run, x, act, residual, quant)
-    handle, quant_in = direct
-    return calls.add(_core.linear_forward, handle, x, quant_in, act, residual, quant)

@@ -1,7 +1,7 @@
 """The pieces of a decoder on packed tokens. Between integer layers activations travel as token codes."""
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from operator import getitem
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..formats.safetensors import Stored
 from ..linear import ACTIVATIONS, Linear
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .blocks import Table, Tap, _bind, add_linear, rows
+from .blocks import BoundLinear, Table, Tap, rows
 from .decoder_family import Architecture
 from .sequence import Calls, Register
 
@@ -34,31 +34,20 @@ class Projection:
         self.names = [layer.name for layer in layers]
         self.cuts = np.cumsum([layer.out_features for layer in layers])[:-1]
         self.order = None if rows is None else np.argsort(rows)  # back to the checkpoint's order, for taps
-        try:
-            bound = [_bind(Linear.fuse(layers) if len(layers) > 1 else layers[0] if rows is None else layers[0].take(rows))]
-        except ValueError:
-            if len(layers) == 1:
-                raise
-            bound = [_bind(layer) for layer in layers]  # an override gave them different formats
-        parts = [part for part, _, _ in bound]
-        self.run: Callable = parts[0]
-        self.direct = bound[0][2] if len(bound) == 1 else None
-        if len(parts) > 1:
-            self.run = lambda x, *_: np.concatenate([part(x) for part in parts], axis=1)
-        modes = {mode for _, mode, _ in bound}
-        self.mode = modes.pop() if len(modes) == 1 else 0
+        self.bound = BoundLinear.joined(layers if rows is None else [layer.take(rows) for layer in layers])
+        self.mode = self.bound.mode
         for layer in layers:
             layer.release()
 
     def __call__(self, x: np.ndarray, tap: Tap | None = None, act: int = 0, residual: np.ndarray | None = None) -> np.ndarray:
         """act(x W^T + b) + residual; the tap sees what comes before the activation."""
         if tap is not None:
-            self._show(tap, x, self.run(x))
-        return self.run(x, act, residual)
+            self._show(tap, x, self.bound(x))
+        return self.bound(x, act, residual)
 
     def add(self, calls: Calls, x: Register, act: int = 0, residual: Register | None = None, quant: int = 0) -> Register:
         """A call that does what __call__ does without a tap; x may also be codes, and with ``quant`` the result is."""
-        return add_linear(calls, self.run, self.direct, x, act, residual, quant)
+        return self.bound.add(calls, x, act, residual, quant)
 
     def _show(self, tap: Tap, x: np.ndarray, y: np.ndarray) -> None:
         y = y if self.order is None else y[:, self.order]
