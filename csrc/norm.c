@@ -144,7 +144,8 @@ zq_status
 zq_layernorm(const float *x, const float *residual, const float *gamma, const float *beta, int64_t m, int64_t n, float eps,
              const zq_rows_out *out, int64_t *bad_row)
 {
-    row_jobs j = {.fn = layernorm_rows, .batch_items = BATCH_ITEMS, .x = x, .other = residual, .gamma = gamma, .beta = beta, .eps = eps};
+    row_jobs j = {.fn = layernorm_rows, .batch_items = BATCH_ITEMS, .x = x, .other = residual, .gamma = gamma, .beta = beta,
+                  .eps = eps};
     j.m = m, j.n = n, j.out = out;
     return run(&j, bad_row);
 }
@@ -181,7 +182,8 @@ zq_status
 zq_gated(const float *gate, const float *up, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out,
          int64_t *bad_row)
 {
-    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .x = gate, .other = up, .act = act, .m = m, .n = n, .out = out};
+    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .x = gate, .other = up, .act = act, .m = m, .n = n,
+                  .out = out};
     return run(&j, bad_row);
 }
 

@@ -506,7 +506,19 @@ def test_rows_that_share_a_scale(spec, name):
     np.testing.assert_array_equal(tensor.scales, rtn.scales)
     assert tensor.spec == spec and tensor.nbytes == rtn.nbytes and len(np.unique(tensor.scales)) == (spec.blocks or 1)
     assert info.loss < info.rtn_loss and (name == "gptaq" or trace(error(w, tensor), h) < 0.7 * trace(error(w, rtn), h))
-    with pytest.raises(ValueError, match="scales: stay as they are"):
-        METHODS[name](mse=True).solve(w, spec, stats)
+    for options in ({"mse": True}, {"static_groups": False, "act_order": False}):
+        with pytest.raises(ValueError, match="with the scales of round to nearest: not with mse=True"):
+            METHODS[name](**options).solve(w, spec, stats)
+
+
+def test_given_scales_are_not_the_result_s():
+    """Neither where round to nearest is all there is; and weights far beyond the last code are that code, without a warning."""
+    w, scales = np.full((2, 3), 3e38, np.float32), np.full((2, 1), 1e-37, np.float32)
+    for hessian in (np.eye(3), np.diag([1.0, 0, 1]), -1e30 * (np.ones((3, 3)) - np.eye(3)) + 1e30 * np.eye(3)):
+        tensor, _ = zq.gptq(w, hessian, scales=scales)
+        assert np.abs(tensor.codes).max() == 7
+        np.testing.assert_array_equal(tensor.scales, scales)
+        assert not np.shares_memory(tensor.scales, scales)
+    assert scales.flags.writeable
 
 

@@ -25,6 +25,7 @@ from .distill_files import Finished
 from .hidden_states import HiddenStates, remove_stale
 from .linear import Linear
 from .methods.lkd import TrainOptions
+from .models.blocks import last_value
 from .models.steps import Unit, steps_of
 from .models.trainable import FloatBlock, block_of, given_scales, linear_specs
 from .ops.lkd import LinearSpec, TrainedBlock
@@ -200,12 +201,7 @@ def train_block(job: BlockJob, inputs: Rows, targets: Rows, offsets: Array) -> B
     ValueError
         As :func:`lkd`; it begins with the job's name.
     """
-    steps = _training(job, inputs, targets, offsets)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+    return last_value(_training(job, inputs, targets, offsets))
 
 
 def _training(job: BlockJob, inputs: Rows, targets: Rows, offsets: Array) -> Generator[float, None, BlockResult]:

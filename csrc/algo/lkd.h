@@ -34,7 +34,8 @@ typedef struct {
     int bits;                   /* of the weight's codes, 2..8, symmetric; 0: float32 */
     int64_t group;              /* inputs per scale: a multiple of 8, or at least all of them */
     int64_t rows[ZQ_LKD_PARTS]; /* rows per scale, more than one only with one group: of q, k and v; or of all rows, 0, 0 */
-    zq_quant act;               /* of what the layer reads: NONE, TOKEN_SYM, TOKEN_ASYM; NONE where bits is 0; the same for gate and up */
+    /* of what the layer reads: NONE, TOKEN_SYM, TOKEN_ASYM; NONE where bits is 0; the same for gate and up */
+    zq_quant act;
 } zq_lkd_spec;
 
 typedef struct {

@@ -169,13 +169,15 @@ def _round(w: Array, spec: QuantSpec, grid: tuple[Array, Array] | None, group: i
     column = np.arange(w.shape[1]) // group
     if grid is None and given is not None:
         top = 2 ** (spec.bits - 1) - 1
-        codes = np.rint(w / given[:, column]).clip(-top, top).astype(np.int8)
-        return codes, given, np.zeros(given.shape, np.int32)
+        with np.errstate(over="ignore"):  # beyond float32 is beyond the last code
+            codes = np.rint(w / given[:, column]).clip(-top, top).astype(np.int8)
+        return codes, given.copy(), np.zeros(given.shape, np.int32)
     if grid is None:
         codes, scales, zeros = quantize_weight(w, spec.bits, group, spec.symmetric)
         return codes, scales, np.zeros(scales.shape, np.int32) if zeros is None else zeros
-    scales = _absmax_scales(w, grid[0], group) if given is None else given
-    scaled = w / scales[:, column]
+    scales = _absmax_scales(w, grid[0], group) if given is None else given.copy()
+    with np.errstate(over="ignore"):
+        scaled = w / scales[:, column]
     return np.searchsorted(grid[1], scaled, side="left").astype(np.uint8), scales, np.zeros(scales.shape, np.int32)
 
 
@@ -351,6 +353,9 @@ class GPTQ(Method):
         stats = calibrated(self, stats)
         shared = None
         if spec.granularity in ("row_block", "tensor"):
+            if self.mse or not self.static_groups:
+                raise ValueError(f"{type(self).__name__} quantizes to {spec} with the scales of round to nearest: "
+                                 "not with mse=True or static_groups=False, which find others for each row")
             shared = quantize_weight_blocks(_array(w, "w", "float32"), spec.blocks or 1, bits=spec.bits)[1]
         tensor, info = gptq(w, stats["gram"], spec.bits, spec.group_size, spec.symmetric, act_order=self.act_order,
                             static_groups=self.static_groups, damping=self.damping, block=self.block, mse=self.mse,

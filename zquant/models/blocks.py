@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,7 +14,9 @@ from ..linear import ACTIVATIONS, QUANT, Codes, Linear
 from ..qtensor import QTensor
 from .sequence import Calls, Register
 
-__all__ = ["CHUNK", "Block", "BoundLinear", "Embeddings", "Packed", "Table", "pack", "rows"]
+__all__ = ["CHUNK", "Block", "BoundLinear", "Embeddings", "Packed", "Table", "last_value", "pack", "rows"]
+
+Result = TypeVar("Result")
 
 # Tokens per micro-batch and thread: most activations of one block then stay in the second-level caches. Whole sequences only.
 CHUNK = 256
@@ -221,6 +223,15 @@ class Embeddings:
 
 
 _ACTIVATION_NAMES, _QUANT_NAMES = list(ACTIVATIONS), list(QUANT)
+
+
+def last_value(steps: Generator[Any, None, Result]) -> Result:
+    """What a generator returns, whatever it yields before."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 class BoundLinear(NamedTuple):

@@ -12,7 +12,7 @@ from ..formats.safetensors import Stored
 from ..linear import ACTIVATIONS, Linear
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .blocks import BoundLinear, Table, Tap, rows
+from .blocks import BoundLinear, Table, Tap, last_value, rows
 from .decoder_family import Architecture
 from .sequence import Calls, Register
 
@@ -36,7 +36,7 @@ class Projection:
         self.order = None if rows is None else np.argsort(rows)  # back to the checkpoint's order, for taps
         self.bound = BoundLinear.joined(layers if rows is None else [layer.take(rows) for layer in layers])
         self.mode = self.bound.mode
-        for layer in layers:
+        for layer in layers:  # those that others were taken from
             layer.release()
 
     def __call__(self, x: np.ndarray, tap: Tap | None = None, act: int = 0, residual: np.ndarray | None = None) -> np.ndarray:
@@ -142,12 +142,7 @@ class DecoderBlock:
     def __call__(self, x: np.ndarray, cache: Any, offsets: np.ndarray, rotation: tuple[Any, Any], tap: Tap) -> np.ndarray:
         """x (tokens, hidden) to the block's output; keys and values are appended to the cache. Taps want float32: the layers
         quantize for themselves, to the same codes."""
-        steps = self._walk(x, cache, self.index, offsets, rotation, tap)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return end.value
+        return last_value(self._walk(x, cache, self.index, offsets, rotation, tap))
 
     def steps(self, x: np.ndarray, cache: Any, offsets: np.ndarray,
               rotation: tuple[Any, Any]) -> Generator[np.ndarray, None, np.ndarray]:
