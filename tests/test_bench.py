@@ -76,6 +76,23 @@ def test_kernels(tmp_path: Path, harness: Any) -> None:
 
 
 @needs_cc
+@pytest.mark.parametrize("kind", ["w8a8", "w4a8 g32"])
+def test_a_loop_in_c_runs_the_products_in_turn(harness: Any, kind: str) -> None:
+    import linears
+
+    from zquant import _core
+
+    other = _core.linear_pack_s8(np.ones((70, 100), np.int8), np.ones(70, np.float32), None)
+    weights = [*linears.handles(kind, 70, 100), other]
+    for times, last in ((1, 0), (2, 1), (5, 0)):
+        loop = linears.Loop(kind, 3, 100, weights, times)
+        loop()
+        np.testing.assert_array_equal(loop.y, _core.linear_forward(weights[last], *linears.arguments(kind, 3, 100)))
+    with pytest.raises(ValueError, match=r"w8a8\+gelu: expected codes in and float32 out"):
+        linears.Loop("w8a8+gelu", 3, 100, weights, 1)
+
+
+@needs_cc
 def test_only_some_kernels(tmp_path: Path) -> None:
     text, rows = run("bench_kernels.py", "--tiny", "--only", "f32,rows", "--seconds", "0.01", "--threads", "1",
                      tmp_path=tmp_path)

@@ -524,6 +524,15 @@ py_bytes(PyObject *self, PyObject *handle)
     return w ? PyLong_FromLongLong(zq_linear_bytes(w)) : NULL;
 }
 
+/* For C code that holds a handle's zq_linear and includes zq.h: tests/bench/calls.c. */
+static PyObject *
+py_forward_c(PyObject *self, PyObject *unused)
+{
+    (void)self;
+    (void)unused;
+    return PyCapsule_New((void *)zq_linear_forward, "zquant.linear_forward", NULL);
+}
+
 /* a (m, k) int8 or uint8 as padded uint8 rows; int8 codes move up by 128 and so does the zero point. */
 static int
 shifted_rows(const zq_arg *a, const zq_arg *zero, zq_arg *rows, zq_arg *zeros)
@@ -616,6 +625,7 @@ PyMethodDef zq_methods_linear[] = {
      "linear_forward(handle, x, quant_in, act, residual, quant_out) -> y or (q, scale, zero), "
      "or q when quant_out is (scale, zero)"},
     {"linear_bytes", py_bytes, METH_O, "linear_bytes(handle) -> bytes of packed weights"},
+    {"linear_forward_c", py_forward_c, METH_NOARGS, "linear_forward_c() -> capsule of the C function zq_linear_forward"},
     {"gemm_s32", FAST(py_gemm_s32), METH_FASTCALL, "gemm_s32(a, handle, zero) -> int32 (m, n)"},
     {"check_finite", FAST(py_check_finite), METH_FASTCALL,
      "check_finite(x, name) -> x; ValueError that names the first bad row"},

@@ -5,16 +5,10 @@ Run by itself it prints them; the benchmarks import :class:`Ceilings` for the pe
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import shlex
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-SOURCE = HERE / "ceilings.c"
+import native
 
 # As in ceilings.c; where the end of a group counts, one kind for each size of groups.
 GROUPS = (128, 64, 32)
@@ -34,32 +28,6 @@ KIND_NAMES = {
 SLICE = 0.2e-3
 
 
-def _cache_dir() -> Path:
-    """Where the library goes: build/ beside the source, or a private temporary directory if that is read-only."""
-    path = HERE / "build"
-    try:
-        path.mkdir(exist_ok=True)
-        (path / ".gitignore").write_text("*\n")
-        return path
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="zquant-bench-"))
-
-
-def build() -> Path:
-    """Compile ceilings.c with the system's C compiler unless this very source is built already."""
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    cache = _cache_dir()
-    target = cache / f"ceilings-{digest}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as tmp:
-            out = Path(tmp) / "out.so"
-            cc = shlex.split(os.environ.get("CC", "cc"))
-            subprocess.run([*cc, "-std=c11", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread", str(SOURCE),
-                            "-o", str(out)], check=True)
-            os.replace(out, target)
-    return target
-
-
 class Ceilings:
     """The library, with its helper threads pinned to ``cpus[1:]``.
 
@@ -70,7 +38,7 @@ class Ceilings:
     """
 
     def __init__(self, cpus: list[int] | None = None) -> None:
-        lib = ctypes.CDLL(str(build()))
+        lib = native.library("ceilings.c")
         lib.zqb_peak.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
         lib.zqb_peak.restype = ctypes.c_double
         lib.zqb_runs.argtypes = [ctypes.c_int]

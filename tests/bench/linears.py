@@ -6,12 +6,14 @@ A kind is the weights' type and what is fused: ``w8a8`` (codes with zero points 
 """
 from __future__ import annotations
 
+import ctypes
 import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import native
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -90,6 +92,44 @@ def call(kind: str, m: int, k: int, weights: list[Any]) -> Callable[[], Any]:
         only = weights[0]
         return lambda: forward(only, *args)
     return lambda: forward(next(turn), *args)
+
+
+def is_plain(kind: str) -> bool:
+    """Whether a kind takes codes and gives float32, with nothing fused."""
+    return kind == weight_of(kind) and "a8" in kind
+
+
+class Loop:
+    """``times`` products of the same m rows of codes, on the copies of the weights in turn, called from C: nothing but the
+    library's own function is timed.
+
+    Attributes
+    ----------
+    y : float32 (m, n), the last product
+    """
+
+    def __init__(self, kind: str, m: int, k: int, weights: list[Any], times: int) -> None:
+        from zquant import _core
+
+        if not is_plain(kind):
+            raise ValueError(f"{kind}: expected codes in and float32 out, nothing fused")
+        self.weights, given = weights, arguments(kind, m, k)
+        self.rows, n = given[0], _core.linear_forward(weights[0], *given).shape[1]
+        q, scale, zero = self.rows
+        self.y = np.zeros((m, n), np.float32)
+        self.run = native.library("calls.c", "zq.h").zqb_forward
+        pointer, int64 = ctypes.c_void_p, ctypes.c_int64
+        get = ctypes.pythonapi.PyCapsule_GetPointer
+        get.restype, get.argtypes = pointer, (ctypes.py_object, ctypes.c_char_p)
+        handles = (pointer * len(weights))(*(get(w, b"zquant.linear") for w in weights))
+        self.run.argtypes = (pointer, pointer, int64, pointer, int64, pointer, pointer, int64, pointer, int64)
+        self.arguments = (get(_core.linear_forward_c(), b"zquant.linear_forward"), handles, len(weights), q.ctypes.data,
+                          q.strides[0], scale.ctypes.data, zero.ctypes.data, m, self.y.ctypes.data, times)
+
+    def __call__(self) -> None:
+        status = self.run(*self.arguments)
+        if status:
+            raise RuntimeError(f"zq_linear_forward: status {status}")
 
 
 def sequence(kind: str, m: int, k: int, weights: list[Any], times: int) -> Callable[[], Any]:
