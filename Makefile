@@ -10,7 +10,7 @@ export PYTHON
 
 # Kernel and boundary tests: at every level, with both compilers and under the sanitizers; NumPy and pytest suffice.
 KERNEL_TESTS := $(wildcard $(addprefix tests/test_, kernels*.py boundary*.py gemm*.py quantize.py nn*.py norm*.py \
-	attention*.py activation*.py threads*.py kv*.py rope*.py gptq.py sequence.py low_rank.py lkd.py))
+	attention*.py activation*.py threads*.py kv*.py rope*.py gptq.py sequence.py low_rank.py lkd.py memory.py))
 # With Debian's python3-numpy and python3-pytest everything runs but what needs these packages from PyPI.
 NEEDS_PYPI := $(wildcard $(addprefix tests/test_, accuracy*.py calibrate.py cli.py docs.py encoder.py formats*.py models.py \
 	notebook*.py report.py safetensors*.py save*.py))

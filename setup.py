@@ -4,6 +4,7 @@ Environment: ZQUANT_SANITIZE=1 (ASan + UBSan), ZQUANT_DEBUG=1 (-O0 -g, asserts o
 CC=clang-14 as usual.
 """
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -38,6 +39,11 @@ class BuildExt(build_ext):
             if "clang" not in version:
                 # gcc 12 spills the accumulators of the micro-kernels on every iteration with tree-PRE (x0.45).
                 ext.extra_compile_args.append("-fno-tree-pre")
+                if platform.machine() in ("x86_64", "AMD64"):
+                    # gcc clears and copies structs of some hundred bytes by "rep stos" and "rep movs", which take longer to
+                    # start than memset() takes for all of it: a call of linear_forward has four, and takes 0.04 us less.
+                    ext.extra_compile_args += [f"-m{what}-strategy=unrolled_loop:64:noalign,libcall:-1:noalign"
+                                               for what in ("memset", "memcpy")]
         super().build_extensions()
 
 

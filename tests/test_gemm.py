@@ -458,6 +458,18 @@ def test_inputs_may_overlap_one_another():
         assert same_bits(call(windows), call(windows.copy()))
 
 
+def test_codes_of_somebody_else():
+    """Only rows over the core's own memory are known to be readable behind their end; all others are copied."""
+    d = make(6, 32, 72)
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0].copy(), None)
+    q, scale, zero = _core.quantize_tokens(d["x"], 2, True)
+    want = _core.linear_forward(handle, (q, scale, zero), 0, 0, None, 0)
+    shared = np.from_dlpack(q)  # the same memory, which a capsule of NumPy's owns
+    assert type(shared.base).__name__ == "PyCapsule" and shared.strides == q.strides
+    for other in (shared, q[:], q.copy()):
+        assert same_bits(_core.linear_forward(handle, (other, scale, zero), 0, 0, None, 0), want)
+
+
 def test_inputs_are_not_modified_and_outputs_do_not_alias():
     d = make(30, 40, 50)
     before = {name: a.copy() for name, a in d.items()}

@@ -104,8 +104,11 @@ def test_results_that_are_not_needed_are_let_go():
     x = calls.add(make, calls.input())
     for _ in range(5):
         x = calls.add(make, calls.add(make, x), calls.add(make, x))
-    calls.bind()(None)
-    assert alive == [0] + 5 * [1, 2, 2]
+    calls.add(make, x)
+    calls.add(make, x)  # nobody reads the one before
+    calls.add(make)
+    assert isinstance(calls.bind()(None), Result)
+    assert alive == [0] + 5 * [1, 2, 2] + [1, 1, 0]
 
 
 @pytest.mark.parametrize("error, text", [(ValueError("no"), "^there: no$"), (UnicodeError("no"), "^there: no$"),

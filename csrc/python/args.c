@@ -173,10 +173,26 @@ zq_shape(const zq_arg *a, const char *name, int ndim, const int64_t *dims)
     return 0;
 }
 
+static const char MEMORY[] = "zquant.memory";
+
 static void
 free_capsule(PyObject *capsule)
 {
-    zq_free(PyCapsule_GetPointer(capsule, "zquant.memory"));
+    zq_free(PyCapsule_GetPointer(capsule, MEMORY));
+}
+
+int
+zq_owns_core_memory(PyArrayObject *a)
+{
+    PyObject *base = PyArray_BASE(a);
+    if (!base || !PyCapsule_CheckExact(base)) {
+        return 0;
+    }
+    const void *p = PyCapsule_GetPointer(base, MEMORY);
+    if (!p) { /* somebody else's */
+        PyErr_Clear();
+    }
+    return p == PyArray_DATA(a);
 }
 
 /* An array over `bytes` bytes of the core's allocator, which keeps big blocks for the next call. */
@@ -188,7 +204,7 @@ new_on_core_memory(int type, int ndim, npy_intp *dims, npy_intp *strides, int64_
         PyErr_NoMemory();
         return -1;
     }
-    PyObject *base = PyCapsule_New(p, "zquant.memory", free_capsule);
+    PyObject *base = PyCapsule_New(p, MEMORY, free_capsule);
     if (!base) {
         zq_free(p);
         return -1;
@@ -203,7 +219,6 @@ new_on_core_memory(int type, int ndim, npy_intp *dims, npy_intp *strides, int64_
         Py_DECREF(a);
         return -1;
     }
-    PyArray_UpdateFlags(a, NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS | NPY_ARRAY_ALIGNED);
     fill_arg(out, a);
     return 0;
 }
@@ -296,7 +311,7 @@ zq_give(zq_arg *a)
 int
 zq_int(PyObject *o, const char *name, int64_t lo, int64_t hi, int64_t *out)
 {
-    PyObject *index = PyNumber_Index(o);
+    PyObject *index = PyLong_CheckExact(o) ? Py_NewRef(o) : PyNumber_Index(o);
     if (!index) {
         if (PyErr_ExceptionMatches(PyExc_TypeError)) {
             PyErr_Format(PyExc_TypeError, "%s: expected an integer", name);

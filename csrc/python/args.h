@@ -39,6 +39,8 @@ int zq_new(int type, int ndim, const int64_t *dims, zq_arg *out);
 /* A new (rows, cols) array of `type` whose rows are ld >= cols items apart (64-byte aligned buffer, slack zeroed
  * by whoever fills it): what the GEMM reads without copying. data points to row 0. */
 int zq_new_strided(int type, int64_t rows, int64_t cols, int64_t ld, zq_arg *out);
+/* Whether the array begins where a block of the core's allocator does and owns it. */
+int zq_owns_core_memory(PyArrayObject *a);
 /* New token codes of m rows of n: q (m, n) uint8 with padded rows, scale (m), zero (m). */
 int zq_new_codes(int64_t m, int64_t n, zq_arg a[3]);
 /* Refuse a shape: ValueError "name: expected shape (a, b), got (c, d)". -1 in dims matches anything. */

@@ -289,10 +289,8 @@ is_padded(PyObject *o, int64_t k)
         return 0;
     }
     PyArrayObject *q = (PyArrayObject *)o;
-    PyObject *base = PyArray_BASE(q);
     return PyArray_NDIM(q) == 2 && PyArray_TYPE(q) == NPY_UINT8 && PyArray_STRIDE(q, 1) == 1 &&
-           PyArray_STRIDE(q, 0) >= zq_round_up(k, ZQ_KSTEP) && base && PyCapsule_IsValid(base, "zquant.memory") &&
-           PyArray_DATA(q) == PyCapsule_GetPointer(base, "zquant.memory");
+           PyArray_STRIDE(q, 0) >= zq_round_up(k, ZQ_KSTEP) && zq_owns_core_memory(q);
 }
 
 /* A padded copy of any (m, k) uint8 array. */

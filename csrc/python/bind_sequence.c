@@ -77,18 +77,19 @@ parse_call(PyObject *entry, int known, call *c)
     return 0;
 }
 
-/* Backwards: what a register holds before a call that writes it, only that call can still read. */
+/* Backwards: what a register holds before a call that writes it, only that call can still read. A result that nobody reads is
+ * dead at once; the caller reads the last one. */
 static void
 find_dead(sequence *s)
 {
-    uint32_t read_later = 0;
+    uint32_t read_later = 1u << s->call[s->calls - 1].out;
     for (int i = s->calls - 1; i >= 0; i--) {
         call *c = &s->call[i];
         uint32_t read = 0;
         for (int a = 0; a < c->count; a++) {
             read |= c->from[a] < 0 ? 0 : 1u << c->from[a];
         }
-        c->dead = read & ~read_later;
+        c->dead = (read | 1u << c->out) & ~read_later;
         read_later = (read_later & ~(1u << c->out)) | read;
     }
 }
@@ -193,14 +194,14 @@ py_run_sequence(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     for (int i = 0; i < s->calls; i++) {
         const call *c = &s->call[i];
         last = PyErr_CheckSignals() < 0 ? NULL : run_call(c, registers);
-        for (uint32_t dead = c->dead; dead; dead &= dead - 1) {
-            Py_CLEAR(registers[__builtin_ctz(dead)]);
-        }
         Py_XDECREF(registers[c->out]);
         registers[c->out] = last;
         if (!last) {
             name_part(c->part);
             break;
+        }
+        for (uint32_t dead = c->dead; dead; dead &= dead - 1) {
+            Py_CLEAR(registers[__builtin_ctz(dead)]);
         }
     }
     Py_XINCREF(last);
