@@ -1,6 +1,7 @@
 /* LayerNorm, RMSNorm, activations, gates and softmax over rows: threads, and quantization of each row while it is in
  * L1. The kernels do some rows at once. */
 #include "bad_row.h"
+#include "row_jobs.h"
 #include "zq_kernels.h"
 
 #include <string.h>
@@ -28,7 +29,7 @@ struct row_jobs {
     const float *gamma, *beta;
     float eps;
     zq_activation act;
-    int64_t m, n, batch_items, batch, rows_per_job;
+    int64_t m, n, batch_items, batch, jobs;
     const zq_rows_out *out;
     zq_trouble trouble;
 };
@@ -64,11 +65,11 @@ row_job(void *ctx, int64_t job)
         atomic_store(&j->trouble.no_memory, 1);
         return;
     }
-    const int64_t end = zq_min(j->m, (job + 1) * j->rows_per_job);
+    const int64_t end = zq_first_row(j->m, job + 1, j->jobs);
     const int quant = j->out->quant != ZQ_QUANT_NONE;
-    for (int64_t row = job * j->rows_per_job, rows; row < end; row += rows) {
+    for (int64_t row = zq_first_row(j->m, job, j->jobs), rows; row < end; row += rows) {
         zq_range range[ZQ_ROWS];
-        rows = zq_min(j->batch, end - row);
+        rows = zq_ceil_div(end - row, zq_ceil_div(end - row, j->batch)); /* no batch is much smaller than the others */
         float *y = scratch ? scratch : j->out->y + row * j->n;
         const unsigned bad = j->fn(j, row, rows, y, quant ? range : NULL);
         if (bad) {
@@ -120,9 +121,9 @@ run(row_jobs *j, int64_t *bad_row)
     }
     align_parameters(j);
     j->batch = zq_max(2 * j->n <= PAIR_ITEMS ? 2 : 1, zq_min(ZQ_ROWS, j->batch_items / j->n));
-    j->rows_per_job = zq_round_up(zq_max(1, JOB_ITEMS / j->n), j->batch);
+    j->jobs = zq_row_jobs(j->m, j->n, JOB_ITEMS);
     zq_trouble_init(&j->trouble);
-    zq_parallel_for(zq_ceil_div(j->m, j->rows_per_job), row_job, j);
+    zq_parallel_for(j->jobs, row_job, j);
     return zq_trouble_status(&j->trouble, bad_row);
 }
 
