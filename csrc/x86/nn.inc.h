@@ -571,24 +571,40 @@ max_f32(const float *x, int64_t n)
     return max_end(s);
 }
 
-/* exp(x - max) to y; returns its sum. Beside the exponentials goes what needs other units: done *= factor, for the row before,
- * *next = the maximum of the row after, and the row behind that one is prefetched. Whether there are the rows done and after
- * (NULL) is a constant of each call. */
+/* The last n < 64 elements of a row: exp(x - max) to y, into the running sums. */
+ZQ_INLINE void
+exp_rest(const float *x, int64_t n, v16 shift, float *y, v16 *s)
+{
+    FOUR {
+        const int64_t m = zq_min(n - 16 * j, 16);
+        if (m > 0) {
+            v16 e = v16_sub(v16_loadn(x + 16 * j, m), shift);
+            v16_exps(&e, 1);
+            e = keep(e, m, v16_zero());
+            v16_storen(y + 16 * j, e, m);
+            s[j] = v16_add(s[j], e);
+        }
+    }
+}
+
+/* exp(x - max) to y; returns its sum. Beside the exponentials goes what needs other units: done *= factor, for the row before
+ * (whether there is one is a constant of each call), *top_after = the maximum of the row `after`, and the row behind x + 2 n is
+ * prefetched. */
 ZQ_INLINE float
-exp_row(const float *x, int64_t n, float max, float *y, float *done, float factor, const float *after, float *next)
+exp_row(const float *x, int64_t n, float max, float *y, float *done, float factor, const float *after,
+        float *top_after)
 {
     const v16 shift = v16_set1(max), f = v16_set1(factor), low = v16_set1(-INFINITY);
     v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()}, top[4] = {low, low, low, low};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
+        prefetch_block(x + 3 * n + i);
         FOUR {
             const int64_t at = i + 16 * j;
             if (done) {
                 v16_store(done + at, v16_mul(v16_load(done + at), f));
             }
-            if (after) {
-                top[j] = v16_max(top[j], v16_load(after + at));
-            }
+            top[j] = v16_max(top[j], v16_load(after + at));
         }
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j += EXP_WAYS) {
@@ -598,50 +614,43 @@ exp_row(const float *x, int64_t n, float max, float *y, float *done, float facto
             }
             v16_exps(e, EXP_WAYS);
             for (int u = 0; u < EXP_WAYS; u++) {
-                const int64_t at = i + 16 * (j + u);
-                v16_store(y + at, e[u]);
+                v16_store(y + i + 16 * (j + u), e[u]);
                 s[j + u] = v16_add(s[j + u], e[u]);
             }
         }
     }
-    FOUR {
-        const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
-        if (m > 0) {
-            v16 e = v16_sub(v16_loadn(x + at, m), shift);
-            v16_exps(&e, 1);
-            e = keep(e, m, v16_zero());
-            v16_storen(y + at, e, m);
-            s[j] = v16_add(s[j], e);
+    if (i < n) {
+        exp_rest(x + i, n - i, shift, y + i, s);
+        max_rest(after + i, n - i, top);
+        if (done) {
+            scale_f32(done + i, n - i, factor, done + i);
         }
     }
-    if (done) {
-        scale_f32(done + i, n - i, factor, done + i);
-    }
-    if (after) {
-        max_rest(after + i, n - i, top);
-        *next = max_end(top);
-    }
+    *top_after = max_end(top);
     return v16_hsum(sum4(s));
 }
 
-/* Each row's maximum is taken beside the exponentials of the row before, and that row is scaled beside the next one's. */
+/* A row's maximum is taken beside the exponentials of the row two before, so that its horizontal steps have ended when it is
+ * wanted (the last row's stands in behind the end); a row is scaled beside the exponentials of the next one. Between two rows
+ * there are few instructions: they would drain the pipes. */
 static unsigned
 softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y)
 {
-    float max = max_f32(x, n), next = 0.0f, factor = 0.0f;
+    const float *const last = x + (rows - 1) * n;
+    float max = max_f32(x, n), next = rows > 1 ? max_f32(x + n, n) : max, second;
     unsigned bad = 0;
-    assert(rows <= ZQ_ROWS);
-#define EXP_ROW(done, after) exp_row(x, n, zq_softmax_shift(max), y, done, factor, after, &next)
-    for (int64_t r = 0; r < rows; r++, x += n, y += n) {
-        const int last = r + 1 == rows;
-        const float sum = r == 0 ? (last ? EXP_ROW(NULL, NULL) : EXP_ROW(NULL, x + n))
-                                 : (last ? EXP_ROW(y - n, NULL) : EXP_ROW(y - n, x + n));
-        factor = zq_softmax_factor(sum);
+    assert(rows >= 1 && rows <= ZQ_ROWS);
+#define EXP_ROW(done, factor) \
+    exp_row(x, n, zq_softmax_shift(max), y, done, factor, rows > 2 && x < last - n ? x + 2 * n : last, &second)
+    float sum = EXP_ROW(NULL, 0.0f);
+    bad |= (unsigned)!zq_softmax_finite(max, sum);
+    for (int64_t r = 1; r < rows; r++) {
+        x += n, y += n, max = next, next = second;
+        sum = EXP_ROW(y - n, zq_softmax_factor(sum));
         bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
-        max = next;
     }
 #undef EXP_ROW
-    scale_f32(y - n, n, factor, y - n);
+    scale_f32(y, n, zq_softmax_factor(sum), y);
     return bad;
 }
 
