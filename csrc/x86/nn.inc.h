@@ -588,8 +588,8 @@ exp_rest(const float *x, int64_t n, v16 shift, float *y, v16 *s)
 }
 
 /* exp(x - max) to y; returns its sum. Beside the exponentials goes what needs other units: done *= factor, for the row before
- * (whether there is one is a constant of each call), *top_after = the maximum of the row `after`, and the row behind x + 2 n is
- * prefetched. */
+ * (whether there is one is a constant of each call), *top_after = the maximum of the row `after` (as max_f32, but for the sign of
+ * a zero, which no exponential shows), and the row behind x + 2 n is prefetched. */
 ZQ_INLINE float
 exp_row(const float *x, int64_t n, float max, float *y, float *done, float factor, const float *after,
         float *top_after)
@@ -604,7 +604,7 @@ exp_row(const float *x, int64_t n, float max, float *y, float *done, float facto
             if (done) {
                 v16_store(done + at, v16_mul(v16_load(done + at), f));
             }
-            top[j] = v16_max(top[j], v16_load(after + at));
+            top[j % 2] = v16_max(top[j % 2], v16_load(after + at)); /* two: all registers are taken */
         }
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j += EXP_WAYS) {
