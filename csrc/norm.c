@@ -8,7 +8,7 @@
 #include <string.h>
 
 /* Elements of one job: some microseconds of work. */
-enum { JOB_ITEMS = 16384 };
+enum { JOB_ITEMS = 32768 };
 
 /* Elements of the rows that a kernel gets at once: with a residual and the output they still fit into L1. Two rows may be
  * longer: one alone hides no latency, which costs more. Softmax goes over them row by row and takes as many as a job has. */
