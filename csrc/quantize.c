@@ -3,6 +3,7 @@
  * No scale is ever 0, denormal, Inf or NaN for finite input. A range below FLT_MIN * levels, whose scale would be
  * denormal and whose inverse would overflow, counts as zero: scale 1, codes 0. A range whose width overflows (both
  * ends beyond FLT_MAX / 2) is divided before it is subtracted. */
+#include "row_jobs.h"
 #include "zq_kernels.h"
 
 #include <float.h>
@@ -44,22 +45,21 @@ enum { JOB_ITEMS = 16384 };
 typedef struct {
     const zq_kernels *K;
     int64_t m, k;
-    int64_t per_job; /* rows, or elements for flat jobs */
+    int64_t count; /* of jobs over rows */
     atomic_int bad;
 } jobs;
 
 static void
 run_rows(jobs *j, zq_job_fn fn, void *ctx)
 {
-    j->per_job = zq_max(1, JOB_ITEMS / zq_max(j->k, 1));
-    zq_parallel_for(zq_ceil_div(j->m, j->per_job), fn, ctx);
+    j->count = zq_row_jobs(j->m, j->k, JOB_ITEMS);
+    zq_parallel_for(j->count, fn, ctx);
 }
 
 static void
 run_flat(jobs *j, zq_job_fn fn, void *ctx)
 {
-    j->per_job = JOB_ITEMS;
-    zq_parallel_for(zq_ceil_div(j->m * j->k, j->per_job), fn, ctx);
+    zq_parallel_for(zq_ceil_div(j->m * j->k, JOB_ITEMS), fn, ctx);
 }
 
 static zq_status
@@ -77,11 +77,11 @@ finish(jobs *j, const float *x, int64_t ld, int64_t *bad_row)
     return ZQ_ENONFINITE;
 }
 
-/* Behind the last row of a job; the first is job * per_job. */
+/* The first row of a job over rows; behind its last one the next job begins. */
 static int64_t
-rows_end(const jobs *j, int64_t job)
+first_row(const jobs *j, int64_t job)
 {
-    return zq_min(j->m, (job + 1) * j->per_job);
+    return zq_first_row(j->m, job, j->count);
 }
 
 /* ---- tokens ------------------------------------------------------------------------------------- */
@@ -196,7 +196,7 @@ static void
 token_job(void *ctx, int64_t job)
 {
     token_jobs *t = ctx;
-    const int64_t k = t->j.k, first = job * t->j.per_job, rows = rows_end(&t->j, job) - first;
+    const int64_t k = t->j.k, first = first_row(&t->j, job), rows = first_row(&t->j, job + 1) - first;
     const zq_token_rows part = {.x = t->x + first * t->ld_x, .ld_x = t->ld_x, .rows = rows, .k = k, .mode = t->mode,
                                 .q = t->q + first * t->ld_q, .ld_q = t->ld_q,
                                 .zeros = zq_max(0, zq_min(t->ld_q, zq_round_up(k, 8)) - k), .scale = t->scale + first,
@@ -225,7 +225,7 @@ static void
 minmax_job(void *ctx, int64_t job)
 {
     minmax_jobs *t = ctx;
-    for (int64_t i = job * t->j.per_job; i < rows_end(&t->j, job); i++) {
+    for (int64_t i = first_row(&t->j, job); i < first_row(&t->j, job + 1); i++) {
         if (!t->j.K->minmax_f32(t->x + i * t->j.k, t->j.k, t->lo + i, t->hi + i)) {
             atomic_store(&t->j.bad, 1);
         }
@@ -271,7 +271,7 @@ static_job(void *ctx, int64_t job)
 {
     given_jobs *t = ctx;
     const zq_kernels *K = t->j.K;
-    const int64_t at = job * t->j.per_job, end = zq_min(at + t->j.per_job, t->j.m * t->j.k);
+    const int64_t at = job * JOB_ITEMS, end = zq_min(at + JOB_ITEMS, t->j.m * t->j.k);
     if (!(K->absmax_f32(t->x + at, end - at) <= FLT_MAX)) {
         atomic_store(&t->j.bad, 1);
     }
@@ -301,7 +301,7 @@ static void
 dequantize_rows_job(void *ctx, int64_t job)
 {
     given_jobs *t = ctx;
-    const int64_t at = job * t->j.per_job, end = zq_min(at + t->j.per_job, t->j.m * t->j.k);
+    const int64_t at = job * JOB_ITEMS, end = zq_min(at + JOB_ITEMS, t->j.m * t->j.k);
     for (int64_t i = at, n; i < end; i += n) {
         const int64_t row = i / t->j.k;
         n = run_in_row(t, i, end);
@@ -322,7 +322,7 @@ dequantize_static_job(void *ctx, int64_t job)
 {
     given_jobs *t = ctx;
     const zq_kernels *K = t->j.K;
-    const int64_t at = job * t->j.per_job, end = zq_min(at + t->j.per_job, t->j.m * t->j.k);
+    const int64_t at = job * JOB_ITEMS, end = zq_min(at + JOB_ITEMS, t->j.m * t->j.k);
     if (t->count == 1) {
         K->dequantize_b8_f32(t->codes + at, end - at, t->is_signed, t->scale[0], t->zero[0], t->out + at);
         return;
@@ -393,7 +393,7 @@ static void
 group_job(void *ctx, int64_t job)
 {
     group_jobs *t = ctx;
-    for (int64_t i = job * t->j.per_job; i < rows_end(&t->j, job); i++) {
+    for (int64_t i = first_row(&t->j, job); i < first_row(&t->j, job + 1); i++) {
         for (int64_t g = 0; g < t->groups; g++) {
             const int64_t at = i * t->j.k + g * t->group, n = zq_min(t->group, t->j.k - g * t->group);
             const int64_t s = i * t->groups + g;
@@ -422,7 +422,7 @@ static void
 dequantize_group_job(void *ctx, int64_t job)
 {
     given_jobs *t = ctx;
-    for (int64_t i = job * t->j.per_job; i < rows_end(&t->j, job); i++) {
+    for (int64_t i = first_row(&t->j, job); i < first_row(&t->j, job + 1); i++) {
         for (int64_t g = 0; g < t->count; g++) {
             const int64_t at = i * t->j.k + g * t->group, n = zq_min(t->group, t->j.k - g * t->group);
             const int64_t s = i * t->count + g;

@@ -173,6 +173,19 @@ def test_norms_at_every_size(residual, scale, shift):
         assert_close(z, ref.rms_norm(h, w, 1e-5), rtol=8 * EPS32)
 
 
+@pytest.mark.parametrize("ratio", [0, 0.99, 1.01, 30, 1e4])
+def test_layer_norm_is_exact_to_rounding_whatever_the_mean(ratio):
+    """Means on both sides of the deviation: one pass over a row takes its sums, or a second one corrects them."""
+    for n in (2, 5, 64, 384, 3072):
+        x = make(20, n).astype(np.float64)
+        x -= x.mean(-1, keepdims=True)
+        x = (x / x.std(-1, keepdims=True) + ratio).astype(np.float32)
+        w, b = np.ones(n, np.float32), np.zeros(n, np.float32)
+        want = ref.layer_norm(x, w, b)
+        bound = 2 * EPS32 * (1 + ratio) * (1 + np.abs(want))
+        assert (np.abs(everywhere(_core.layer_norm, x, None, w, b, 1e-12, 0)[0] - want) <= bound).all()
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-12])
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e4, 3e38, 1e-40])
 def test_a_constant_row_normalises_to_the_bias(value, eps):
@@ -192,6 +205,22 @@ def test_norms_of_extreme_rows(scale):
         z = everywhere(_core.rms_norm, x, None, w, 1e-12, 0)[0]
         assert_close(y, ref.layer_norm(x, w, b), atol=2e-4)
         assert_close(z, ref.rms_norm(x, w, 1e-12), atol=1e-5)
+
+
+@pytest.mark.parametrize("m", [1, 7, 130, 257])
+def test_rows_do_not_depend_on_how_they_are_shared_out(m):
+    n = 384
+    x, w = make(m, n), make(n, seed=1)
+    for run in (lambda a: _core.layer_norm(a, None, w, w, 1e-5, 2)[0], lambda a: _core.activation(a, ACTIVATIONS["gelu"], 0),
+                _core.softmax, lambda a: _core.quantize_tokens(a, 2, False)[0]):
+        alone = np.concatenate([run(row[None]) for row in x])
+        before = _core.threads()
+        try:
+            for threads in (1, 2, 3, 5):
+                _core.set_threads(threads)
+                assert same_bits(run(x), alone)
+        finally:
+            _core.set_threads(before)
 
 
 def floats_behind_a_line(values, offset):

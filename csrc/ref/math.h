@@ -228,6 +228,17 @@ zq_mean(float sum, int64_t n)
     return sum / (float)n;
 }
 
+/* From sum x and sum x^2: E x^2 - (E x)^2. Returns 1 where the difference loses one bit at the most, that is (E x)^2 <= var, and
+ * all is finite; else a second pass is needed. */
+ZQ_INLINE int
+zq_moments_in_one(float first, float second, int64_t n, zq_moments *m)
+{
+    const float mean = zq_mean(first, n), square = mean * mean;
+    m->mean = mean;
+    m->var = zq_mean(second, n) - square;
+    return square <= m->var && zq_is_finite(m->var);
+}
+
 /* Corrected two-pass: with d = x - mean for a mean that was rounded, mean + E d and E d^2 - (E d)^2 make up for the
  * rounding, and a constant row has exactly its value as mean. */
 ZQ_INLINE zq_moments

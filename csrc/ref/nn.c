@@ -13,22 +13,29 @@ load_row(const float *x, const float *residual, int64_t n, float *y)
     }
 }
 
+static zq_moments
+corrected_moments(const float *y, int64_t n, float mean)
+{
+    float first, second;
+    row_moments(y, n, mean, &first, &second);
+    return zq_moments_of(mean, first, second, n);
+}
+
+/* One pass over h where its mean is small beside its deviation, as it is in nearly all rows; two elsewhere. */
 static int
 layernorm(const float *x, const float *residual, const float *gamma, const float *beta, int64_t n, float eps, float *y)
 {
     load_row(x, residual, n, y);
     zq_moments s;
-    for (int attempt = 0; attempt < 2; attempt++) {
-        const float mean = zq_mean(row_sum(y, n), n);
-        float first, second;
-        row_moments(y, n, mean, &first, &second);
-        s = zq_moments_of(mean, first, second, n);
-        if (attempt == 0 && !zq_is_finite(s.var)) {
+    float first, second;
+    row_moments(y, n, 0.0f, &first, &second);
+    if (!zq_moments_in_one(first, second, n, &s)) {
+        s = corrected_moments(y, n, s.mean);
+        if (!zq_is_finite(s.var)) {
             zq_scale_f32__ref(y, n, ZQ_SHRINK, y);
+            s = corrected_moments(y, n, zq_mean(row_sum(y, n), n));
             eps *= ZQ_SHRINK * ZQ_SHRINK;
-            continue;
         }
-        break;
     }
     const float inv = zq_rsqrt(s.var, eps);
     for (int64_t i = 0; i < n; i++) {

@@ -162,21 +162,25 @@ end_finite(const range_lanes *lanes, int64_t rows)
         }                                                                     \
     } while (0)
 
-/* The sum of h, or of h^2, in the lanes, h = x (+ residual). h goes to y; without a residual nothing is stored. Whether there
- * is a residual, and `squares`, are constants of each call. */
-ZQ_INLINE v16
-add_row(const float *x, const float *residual, int64_t n, float *y, const int squares)
+/* The sums of h and of h^2 in the lanes, h = x (+ residual). h goes to y; without a residual nothing is stored. Which sums are
+ * wanted (the other is NULL), and whether there are a residual and rows to prefetch, are constants of each call. */
+ZQ_INLINE void
+add_row(const float *x, const float *residual, int64_t n, float *y, const float *next, v16 *sum, v16 *squares)
 {
-    v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
+    v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()}, q[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
+        if (next) {
+            prefetch_block(next + i);
+        }
         FOUR {
             v16 h = v16_load(x + i + 16 * j);
             if (residual) {
                 h = v16_add(h, v16_load(residual + i + 16 * j));
                 v16_store(y + i + 16 * j, h);
             }
-            s[j] = squares ? v16_fma(h, h, s[j]) : v16_add(s[j], h);
+            s[j] = sum ? v16_add(s[j], h) : s[j];
+            q[j] = squares ? v16_fma(h, h, q[j]) : q[j];
         }
     }
     FOUR {
@@ -187,33 +191,42 @@ add_row(const float *x, const float *residual, int64_t n, float *y, const int sq
                 h = v16_add(h, v16_loadn(residual + at, m));
                 v16_storen(y + at, h, m);
             }
-            s[j] = squares ? v16_fma(h, h, s[j]) : v16_add(s[j], h);
+            s[j] = sum ? v16_add(s[j], h) : s[j];
+            q[j] = squares ? v16_fma(h, h, q[j]) : q[j];
         }
     }
-    return sum4(s);
+    if (sum) {
+        *sum = sum4(s);
+    }
+    if (squares) {
+        *squares = sum4(q);
+    }
 }
 
 ZQ_INLINE v16
-load_sum(const float *x, const float *residual, int64_t n, float *y)
+load_sum(const float *x, int64_t n)
 {
-    return add_row(x, residual, n, y, 0);
+    v16 sum;
+    add_row(x, NULL, n, NULL, NULL, &sum, NULL);
+    return sum;
 }
 
 ZQ_INLINE v16
 load_squares(const float *x, const float *residual, int64_t n, float *y)
 {
-    return add_row(x, residual, n, y, 1);
+    v16 squares;
+    add_row(x, residual, n, y, NULL, NULL, &squares);
+    return squares;
 }
 
-/* sum (x - mean), sum (x - mean)^2, in the lanes; next: what to prefetch meanwhile */
+/* sum (x - mean), sum (x - mean)^2, in the lanes */
 ZQ_INLINE void
-row_moments(const float *x, int64_t n, float mean, const float *next, v16 *first, v16 *second)
+row_moments(const float *x, int64_t n, float mean, v16 *first, v16 *second)
 {
     v16 s1[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()}, s2[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
     const v16 mu = v16_set1(mean);
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        prefetch_block(next + i);
         FOUR {
             const v16 d = v16_sub(v16_load(x + i + 16 * j), mu);
             s1[j] = v16_add(s1[j], d);
@@ -271,45 +284,48 @@ typedef struct {
     float mean[ZQ_ROWS], inv[ZQ_ROWS];
 } row_norms;
 
-/* A row whose sums overflow: h * ZQ_SHRINK goes to y, and its moments are returned. */
-static __attribute__((noinline)) zq_moments
-shrunk_moments(const float *h, int64_t n, float *y)
+/* The second pass over a row, with the mean that the first one found. */
+ZQ_INLINE zq_moments
+corrected_moments(const float *h, int64_t n, float mean)
 {
     v16 first, second;
-    scale_f32(h, n, ZQ_SHRINK, y);
-    const float mean = zq_mean(v16_hsum(load_sum(y, NULL, n, NULL)), n);
-    row_moments(y, n, mean, y, &first, &second);
+    row_moments(h, n, mean, &first, &second);
     return zq_moments_of(mean, v16_hsum(first), v16_hsum(second), n);
 }
 
-/* Mean and 1 / sqrt(var + eps) of the rows h. Bit r of shrunk: row r is in y, shrunk. Returns bit r where a row is not
- * finite. */
+/* Mean and 1 / sqrt(var + eps) of a row for which one pass is not enough. Where its sums overflow, h * ZQ_SHRINK goes to y, its
+ * numbers are those of that, and bit r of *shrunk is set. Returns bit r where it is not finite. */
+static __attribute__((noinline)) unsigned
+layernorm_second_pass(const float *h, int64_t n, float eps, int64_t r, float *y, row_norms *s, unsigned *shrunk)
+{
+    zq_moments m = corrected_moments(h, n, s->mean[r]);
+    if (!zq_is_finite(m.var)) {
+        scale_f32(h, n, ZQ_SHRINK, y);
+        m = corrected_moments(y, n, zq_mean(v16_hsum(load_sum(y, n)), n));
+        eps *= ZQ_SHRINK * ZQ_SHRINK;
+        *shrunk |= 1u << r;
+    }
+    s->mean[r] = m.mean;
+    s->inv[r] = zq_rsqrt(m.var, eps);
+    return (unsigned)!zq_is_finite(m.var) << r;
+}
+
+/* Mean and 1 / sqrt(var + eps) of the rows h, whose sums are given. Bit r of shrunk: row r is in y, shrunk. Returns bit r where
+ * a row is not finite. */
 ZQ_INLINE unsigned
-layernorm_norms(const float *h, int64_t rows, int64_t n, float eps, const float *next, float *y, row_lanes *l, row_norms *s,
+layernorm_norms(const float *h, int64_t rows, int64_t n, float eps, float *y, const row_lanes *l, row_norms *s,
                 unsigned *shrunk)
 {
-    unsigned bad = 0;
+    unsigned bad = 0, again = 0;
     for (int64_t r = 0; r < rows; r++) {
-        s->mean[r] = zq_mean(v16_hsum(v16_load(l->first[r])), n);
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        v16 first, second;
-        row_moments(h + r * n, n, s->mean[r], next + r * n, &first, &second);
-        v16_store(l->first[r], first);
-        v16_store(l->second[r], second);
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        const float first = v16_hsum(v16_load(l->first[r])), second = v16_hsum(v16_load(l->second[r]));
-        zq_moments m = zq_moments_of(s->mean[r], first, second, n);
-        float e = eps;
-        if (!zq_is_finite(m.var)) {
-            m = shrunk_moments(h + r * n, n, y + r * n);
-            e *= ZQ_SHRINK * ZQ_SHRINK;
-            *shrunk |= 1u << r;
-            bad |= (unsigned)!zq_is_finite(m.var) << r;
-        }
+        zq_moments m;
+        again |= (unsigned)!zq_moments_in_one(v16_hsum(v16_load(l->first[r])), v16_hsum(v16_load(l->second[r])), n, &m) << r;
         s->mean[r] = m.mean;
-        s->inv[r] = zq_rsqrt(m.var, e);
+        s->inv[r] = zq_rsqrt(m.var, eps);
+    }
+    for (; again; again &= again - 1) {
+        const int64_t r = __builtin_ctz(again);
+        bad |= layernorm_second_pass(h + r * n, n, eps, r, y + r * n, s, shrunk);
     }
     return bad;
 }
@@ -345,11 +361,14 @@ layernorm(const float *x, const float *residual, const float *gamma, const float
     unsigned shrunk = 0;
     const float *h = residual ? y : x;
     assert(rows <= ZQ_ROWS);
+    const float *next = (3 * rows + 2) * n <= L1_ITEMS ? x + rows * n : x;
     for (int64_t r = 0; r < rows; r++) {
-        v16_store(l.first[r], load_sum(x + r * n, residual ? residual + r * n : NULL, n, y + r * n));
+        v16 first, second;
+        add_row(x + r * n, residual ? residual + r * n : NULL, n, y + r * n, next + r * n, &first, &second);
+        v16_store(l.first[r], first);
+        v16_store(l.second[r], second);
     }
-    const float *next = (3 * rows + 2) * n <= L1_ITEMS ? x + rows * n : h;
-    unsigned bad = layernorm_norms(h, rows, n, eps, next, y, &l, &s, &shrunk);
+    unsigned bad = layernorm_norms(h, rows, n, eps, y, &l, &s, &shrunk);
     for (int64_t r = 0; r < rows; r++) {
         const float *from = (shrunk >> r & 1u ? y : h) + r * n;
         seen[r] = layernorm_apply(from, gamma, beta, n, s.mean[r], s.inv[r], y + r * n, range != NULL);
@@ -520,6 +539,25 @@ activation_rows_f32(const float *x, const float *up, int64_t rows, int64_t n, zq
     return up ? activation_of(x, up, rows, n, act, y, NULL) : activation_of(x, NULL, rows, n, act, y, NULL);
 }
 
+/* The last n < 64 elements of a row to its running maximum, and that of its lanes. -Inf in the cut lanes; the running maximum on
+ * the left, as in the scalar code, decides between equal zeros. */
+ZQ_INLINE void
+max_rest(const float *x, int64_t n, v16 *s)
+{
+    FOUR {
+        const int64_t m = zq_min(n - 16 * j, 16);
+        if (m > 0) {
+            s[j] = keep(v16_max(s[j], v16_loadn(x + 16 * j, m)), m, s[j]);
+        }
+    }
+}
+
+ZQ_INLINE float
+max_end(const v16 *s)
+{
+    return v16_hmax(v16_max(v16_max(s[0], s[1]), v16_max(s[2], s[3])));
+}
+
 static float
 max_f32(const float *x, int64_t n)
 {
@@ -527,30 +565,47 @@ max_f32(const float *x, int64_t n)
     v16 s[4] = {low, low, low, low};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        FOUR {
-            s[j] = v16_max(s[j], v16_load(x + i + 16 * j));
-        }
+        FOUR { s[j] = v16_max(s[j], v16_load(x + i + 16 * j)); }
     }
-    FOUR {
-        const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
-        if (m > 0) {
-            /* -Inf in the cut lanes; s on the left, as in the scalar code, decides between equal zeros */
-            s[j] = keep(v16_max(s[j], v16_loadn(x + at, m)), m, s[j]);
-        }
-    }
-    return v16_hmax(v16_max(v16_max(s[0], s[1]), v16_max(s[2], s[3])));
+    max_rest(x + i, n - i, s);
+    return max_end(s);
 }
 
-/* exp(x - max) to y, its sum in the lanes. Between the vectors goes what needs other units than exp: done *= factor, for the
- * row before, and what is to be prefetched; whether there is a `done` is a constant of each call. */
-ZQ_INLINE v16
-exp_row(const float *x, int64_t n, float max, const float *next, float *y, float *done, float factor)
+/* The last n < 64 elements of a row: exp(x - max) to y, into the running sums. */
+ZQ_INLINE void
+exp_rest(const float *x, int64_t n, v16 shift, float *y, v16 *s)
 {
-    const v16 shift = v16_set1(max), f = v16_set1(factor);
-    v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
+    FOUR {
+        const int64_t m = zq_min(n - 16 * j, 16);
+        if (m > 0) {
+            v16 e = v16_sub(v16_loadn(x + 16 * j, m), shift);
+            v16_exps(&e, 1);
+            e = keep(e, m, v16_zero());
+            v16_storen(y + 16 * j, e, m);
+            s[j] = v16_add(s[j], e);
+        }
+    }
+}
+
+/* exp(x - max) to y; returns its sum. Beside the exponentials goes what needs other units: done *= factor, for the row before
+ * (whether there is one is a constant of each call), *top_after = the maximum of the row `after` (as max_f32, but for the sign of
+ * a zero, which no exponential shows), and the row behind x + 2 n is prefetched. */
+ZQ_INLINE float
+exp_row(const float *x, int64_t n, float max, float *y, float *done, float factor, const float *after,
+        float *top_after)
+{
+    const v16 shift = v16_set1(max), f = v16_set1(factor), low = v16_set1(-INFINITY);
+    v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()}, top[4] = {low, low, low, low};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        prefetch_block(next + i);
+        prefetch_block(x + 3 * n + i);
+        FOUR {
+            const int64_t at = i + 16 * j;
+            if (done) {
+                v16_store(done + at, v16_mul(v16_load(done + at), f));
+            }
+            top[j % 2] = v16_max(top[j % 2], v16_load(after + at)); /* two: all registers are taken */
+        }
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j += EXP_WAYS) {
             v16 e[EXP_WAYS];
@@ -559,47 +614,43 @@ exp_row(const float *x, int64_t n, float max, const float *next, float *y, float
             }
             v16_exps(e, EXP_WAYS);
             for (int u = 0; u < EXP_WAYS; u++) {
-                const int64_t at = i + 16 * (j + u);
-                v16_store(y + at, e[u]);
+                v16_store(y + i + 16 * (j + u), e[u]);
                 s[j + u] = v16_add(s[j + u], e[u]);
-                if (done) {
-                    v16_store(done + at, v16_mul(v16_load(done + at), f));
-                }
             }
         }
     }
-    if (done) {
-        scale_f32(done + i, n - i, factor, done + i);
-    }
-    FOUR {
-        const int64_t at = i + 16 * j, m = zq_min(n - at, 16);
-        if (m > 0) {
-            v16 e = v16_sub(v16_loadn(x + at, m), shift);
-            v16_exps(&e, 1);
-            e = keep(e, m, v16_zero());
-            v16_storen(y + at, e, m);
-            s[j] = v16_add(s[j], e);
+    if (i < n) {
+        exp_rest(x + i, n - i, shift, y + i, s);
+        max_rest(after + i, n - i, top);
+        if (done) {
+            scale_f32(done + i, n - i, factor, done + i);
         }
     }
-    return sum4(s);
+    *top_after = max_end(top);
+    return v16_hsum(sum4(s));
 }
 
-/* Each row's maximum is taken a row ahead, so that its horizontal steps end under exp; what exp prefetches is the row after. */
+/* A row's maximum is taken beside the exponentials of the row two before, so that its horizontal steps have ended when it is
+ * wanted (the last row's stands in behind the end); a row is scaled beside the exponentials of the next one. Between two rows
+ * there are few instructions: they would drain the pipes. */
 static unsigned
 softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y)
 {
-    float max = max_f32(x, n), factor = 0.0f;
+    const float *const last = x + (rows - 1) * n;
+    float max = max_f32(x, n), next = rows > 1 ? max_f32(x + n, n) : max, second;
     unsigned bad = 0;
-    assert(rows <= ZQ_ROWS);
-    for (int64_t r = 0; r < rows; r++, x += n, y += n) {
-        const float shift = zq_softmax_shift(max), next = r + 1 < rows ? max_f32(x + n, n) : 0.0f;
-        const float sum = v16_hsum(r ? exp_row(x, n, shift, x + 2 * n, y, y - n, factor)
-                                     : exp_row(x, n, shift, x + 2 * n, y, NULL, 0.0f));
-        factor = zq_softmax_factor(sum);
+    assert(rows >= 1 && rows <= ZQ_ROWS);
+#define EXP_ROW(done, factor) \
+    exp_row(x, n, zq_softmax_shift(max), y, done, factor, rows > 2 && x < last - n ? x + 2 * n : last, &second)
+    float sum = EXP_ROW(NULL, 0.0f);
+    bad |= (unsigned)!zq_softmax_finite(max, sum);
+    for (int64_t r = 1; r < rows; r++) {
+        x += n, y += n, max = next, next = second;
+        sum = EXP_ROW(y - n, zq_softmax_factor(sum));
         bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
-        max = next;
     }
-    scale_f32(y - n, n, factor, y - n);
+#undef EXP_ROW
+    scale_f32(y, n, zq_softmax_factor(sum), y);
     return bad;
 }
 

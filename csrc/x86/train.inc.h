@@ -23,10 +23,7 @@ row_norm(const zq_norm_grad *g)
     if (!g->centred) {
         return (zq_moments){0.0f, zq_rsqrt(zq_mean(v16_hsum(load_squares(g->x, NULL, g->n, NULL)), g->n), g->eps)};
     }
-    v16 first, second;
-    const float mean = zq_mean(v16_hsum(load_sum(g->x, NULL, g->n, NULL)), g->n);
-    row_moments(g->x, g->n, mean, g->x, &first, &second);
-    const zq_moments m = zq_moments_of(mean, v16_hsum(first), v16_hsum(second), g->n);
+    const zq_moments m = corrected_moments(g->x, g->n, zq_mean(v16_hsum(load_sum(g->x, g->n)), g->n));
     return (zq_moments){m.mean, zq_rsqrt(m.var, g->eps)};
 }
 
@@ -118,7 +115,7 @@ softmax_grad_f32(const float *p, int64_t n, float *dp)
 static float
 sum_f32(const float *x, int64_t n)
 {
-    return v16_hsum(load_sum(x, NULL, n, NULL));
+    return v16_hsum(load_sum(x, n));
 }
 
 static float
