@@ -19,6 +19,7 @@ enum {
     FEW_TILES = 8,         /* per chunk: with less, chunks of one tile more and of one less are too unequal */
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
+    FEW_STRIP_TILES = 6,   /* up to so many go through a block of panels one after the other */
     FAR_BYTES = 64 << 10,  /* weights that L2 does not keep from one call to the next */
     AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
     SMALL_JOBS = 8,        /* of panels, per thread, after one big one, */
@@ -292,12 +293,34 @@ run_one_tile(const gemm_job *g, int64_t p, int64_t end, strip *s)
     }
 }
 
+/* Panels [p, end) times the strip's few tiles of rows: in blocks that stay in L2, each tile through the block by itself. A
+ * panel at a time has two or three tiles to spread over what its start and its way into L1 take. */
+static void
+run_few_tiles(const gemm_job *g, int64_t p, int64_t end, const strip *s)
+{
+    const int64_t panels = end - p, blocks = zq_ceil_div(panels * g->w->panel_bytes, L2_BYTES);
+    for (int64_t block = 0; block < blocks; block++) {
+        for (int64_t tile = s->t0; tile < s->t1; tile++) {
+            strip one = *s;
+            one.t0 = tile;
+            one.t1 = tile + 1;
+            one.tile.ahead_step = 128;
+            run_one_tile(g, p + panels * block / blocks, p + panels * (block + 1) / blocks, &one);
+        }
+    }
+}
+
 /* Panels [p, end) times the strip's rows */
 static void
 run_panels(const gemm_job *g, int64_t p, int64_t end, strip *s)
 {
-    if (s->t1 - s->t0 == 1) {
+    const int64_t tiles = s->t1 - s->t0;
+    if (tiles == 1) {
         run_one_tile(g, p, end, s);
+        return;
+    }
+    if (g->far && tiles <= FEW_STRIP_TILES) {
+        run_few_tiles(g, p, end, s);
         return;
     }
     for (; p < end; p++) {

@@ -42,15 +42,46 @@ broadcast4(const uint8_t *a)
     return _mm512_set1_epi32(v);
 }
 
+/* Rows of a, three to a pointer: all addresses out of the pointers, lda and its double. Each row's multiple of lda would take a
+ * register of its own, and the only ones left for that are vector registers. */
+enum { ROWS_BY = 3, POINTERS = MR / ROWS_BY };
+
+typedef struct {
+    const uint8_t *at[POINTERS];
+} row_cursor;
+
+ZQ_INLINE row_cursor
+rows_of(const int mr, const zq_tile *t)
+{
+    row_cursor row;
+    row.at[0] = t->a;
+#pragma GCC unroll 4
+    for (int i = 1; i < (mr + ROWS_BY - 1) / ROWS_BY; i++) {
+        row.at[i] = row.at[i - 1] + ROWS_BY * t->lda;
+        __asm__("" : "+r"(row.at[i]));
+    }
+    return row;
+}
+
 ZQ_INLINE void
-step_s8(const int mr, const int far, const zq_tile *t, const uint8_t *a, const int8_t *b, const char **ahead,
-        __m512i acc[MR][NV])
+advance_rows(const int mr, const int bytes, row_cursor *row)
+{
+#pragma GCC unroll 4
+    for (int i = 0; i < (mr + ROWS_BY - 1) / ROWS_BY; i++) {
+        row->at[i] += bytes;
+    }
+}
+
+/* The four codes of each row at `offset` times 128 bytes of the panel */
+ZQ_INLINE void
+step_s8(const int mr, const int far, const zq_tile *t, const row_cursor *row, const int offset, const int8_t *b,
+        const char **ahead, __m512i acc[MR][NV])
 {
     const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
     prefetch_ahead(far, t, ahead);
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
-        const __m512i x = broadcast4(a + i * t->lda);
+        const __m512i x = broadcast4(row->at[i / ROWS_BY] + i % ROWS_BY * t->lda + offset);
         acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, b0);
         acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, b1);
     }
@@ -60,16 +91,17 @@ step_s8(const int mr, const int far, const zq_tile *t, const uint8_t *a, const i
 ZQ_INLINE void
 accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
 {
-    const uint8_t *a = t->a;
-    const int8_t *b = t->b;
+    row_cursor row = rows_of(mr, t);
+    const int8_t *b = t->b, *const end = b + ZQ_NR * t->k;
     const char *ahead = t->ahead;
-    int64_t k = 0;
-    for (; mr <= 8 && k + 4 < t->k; k += 8, b += 128 * NV) { /* of few rows two steps, or the loop itself takes time */
-        step_s8(mr, far, t, a + k, b, &ahead, acc);
-        step_s8(mr, far, t, a + k + 4, b + 64 * NV, &ahead, acc);
+    for (; mr <= 8 && end - b > 64 * NV; b += 128 * NV) { /* of few rows two steps, or the loop itself takes time */
+        step_s8(mr, far, t, &row, 0, b, &ahead, acc);
+        step_s8(mr, far, t, &row, 4, b + 64 * NV, &ahead, acc);
+        advance_rows(mr, 8, &row);
     }
-    for (; k < t->k; k += 4, b += 64 * NV) {
-        step_s8(mr, far, t, a + k, b, &ahead, acc);
+    for (; b < end; b += 64 * NV) {
+        step_s8(mr, far, t, &row, 0, b, &ahead, acc);
+        advance_rows(mr, 4, &row);
     }
 }
 
