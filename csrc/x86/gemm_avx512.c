@@ -263,19 +263,20 @@ one_s8_half(const int mr, const zq_tile *t)
 {
     __m512i acc[MR];
     const __m512i c = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(t->colsum));
-    const uint8_t *a = t->a;
-    const int8_t *b = t->b;
+    const int8_t *b = t->b, *const end = b + ZQ_NR * t->k;
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
         acc[i] = _mm512_mullo_epi32(_mm512_set1_epi32(t->zx[i]), c);
     }
     fetch_out(mr, 1, t);
-    for (int64_t k = 0; k < t->k; k += 4, b += 64 * NV) {
+    row_cursor row = rows_of(mr, t);
+    for (; b < end; b += 64 * NV) {
         const __m512i w = _mm512_load_si512(b);
 #pragma GCC unroll 16
         for (int i = 0; i < mr; i++) {
-            acc[i] = _mm512_dpbusd_epi32(acc[i], broadcast4(a + i * t->lda + k), w);
+            acc[i] = _mm512_dpbusd_epi32(acc[i], broadcast4(row.at[i / ROWS_BY] + i % ROWS_BY * t->lda), w);
         }
+        advance_rows(mr, 4, &row);
     }
     const __m512 s = _mm512_loadu_ps(t->scale), bias = _mm512_loadu_ps(t->bias);
     const float *scale = t->sx;
