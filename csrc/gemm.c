@@ -19,7 +19,6 @@ enum {
     FEW_TILES = 8,         /* per chunk: with less, chunks of one tile more and of one less are too unequal */
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
-    FEW_STRIP_TILES = 6,   /* up to so many go through a block of panels one after the other */
     FAR_BYTES = 64 << 10,  /* weights that L2 does not keep from one call to the next */
     AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
     SMALL_JOBS = 8,        /* of panels, per thread, after one big one, */
@@ -293,8 +292,8 @@ run_one_tile(const gemm_job *g, int64_t p, int64_t end, strip *s)
     }
 }
 
-/* Panels [p, end) times the strip's few tiles of rows: in blocks that stay in L2, each tile through the block by itself. A
- * panel at a time has two or three tiles to spread over what its start and its way into L1 take. */
+/* Panels [p, end) times the strip's few tiles of rows: in blocks that stay in L2, each tile through the block by itself. Panel
+ * by panel, what every panel's start takes would be shared by these few tiles only. */
 static void
 run_few_tiles(const gemm_job *g, int64_t p, int64_t end, const strip *s)
 {
@@ -319,7 +318,7 @@ run_panels(const gemm_job *g, int64_t p, int64_t end, strip *s)
         run_one_tile(g, p, end, s);
         return;
     }
-    if (g->far && tiles <= FEW_STRIP_TILES) {
+    if (g->far && tiles <= g->K->few_tiles) {
         run_few_tiles(g, p, end, s);
         return;
     }

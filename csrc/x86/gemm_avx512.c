@@ -587,6 +587,7 @@ zq_fill_gemm__avx512vnni(zq_kernels *t)
     t->center_groups_b8 = center_groups_b8__avx512vnni;
     t->mr_u8s8 = t->mr_f32 = MR;
     t->mr_group = MR_GROUP;
+    t->few_tiles = 6;
 }
 #else
 typedef int zq_no_x86;
