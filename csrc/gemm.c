@@ -292,12 +292,34 @@ run_one_tile(const gemm_job *g, int64_t p, int64_t end, strip *s)
     }
 }
 
+/* Panels [p, end) times the strip's few tiles of rows: in blocks that stay in L2, each tile through the block by itself. Panel
+ * by panel, what every panel's start takes would be shared by these few tiles only. */
+static void
+run_few_tiles(const gemm_job *g, int64_t p, int64_t end, const strip *s)
+{
+    const int64_t panels = end - p, blocks = zq_ceil_div(panels * g->w->panel_bytes, L2_BYTES);
+    for (int64_t block = 0; block < blocks; block++) {
+        for (int64_t tile = s->t0; tile < s->t1; tile++) {
+            strip one = *s;
+            one.t0 = tile;
+            one.t1 = tile + 1;
+            one.tile.ahead_step = 128;
+            run_one_tile(g, p + panels * block / blocks, p + panels * (block + 1) / blocks, &one);
+        }
+    }
+}
+
 /* Panels [p, end) times the strip's rows */
 static void
 run_panels(const gemm_job *g, int64_t p, int64_t end, strip *s)
 {
-    if (s->t1 - s->t0 == 1) {
+    const int64_t tiles = s->t1 - s->t0;
+    if (tiles == 1) {
         run_one_tile(g, p, end, s);
+        return;
+    }
+    if (g->far && tiles <= g->K->few_tiles) {
+        run_few_tiles(g, p, end, s);
         return;
     }
     for (; p < end; p++) {

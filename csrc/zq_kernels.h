@@ -268,6 +268,8 @@ typedef struct zq_kernels {
 #undef X
     /* Tile heights: they only make sense beside the kernels. */
     int mr_u8s8, mr_group, mr_f32, mr_matmul;
+    /* Up to so many tiles of rows are quicker one after the other, each over many panels, than panel by panel. */
+    int few_tiles;
 } zq_kernels;
 
 #define X(name, ret, args) ret zq_##name##__ref args;

@@ -42,15 +42,46 @@ broadcast4(const uint8_t *a)
     return _mm512_set1_epi32(v);
 }
 
+/* Rows of a, three to a pointer: all addresses out of the pointers, lda and its double. Each row's multiple of lda would take a
+ * register of its own, and the only ones left for that are vector registers. */
+enum { ROWS_BY = 3, POINTERS = MR / ROWS_BY };
+
+typedef struct {
+    const uint8_t *at[POINTERS];
+} row_cursor;
+
+ZQ_INLINE row_cursor
+rows_of(const int mr, const zq_tile *t)
+{
+    row_cursor row;
+    row.at[0] = t->a;
+#pragma GCC unroll 4
+    for (int i = 1; i < (mr + ROWS_BY - 1) / ROWS_BY; i++) {
+        row.at[i] = row.at[i - 1] + ROWS_BY * t->lda;
+        __asm__("" : "+r"(row.at[i]));
+    }
+    return row;
+}
+
 ZQ_INLINE void
-step_s8(const int mr, const int far, const zq_tile *t, const uint8_t *a, const int8_t *b, const char **ahead,
-        __m512i acc[MR][NV])
+advance_rows(const int mr, const int bytes, row_cursor *row)
+{
+#pragma GCC unroll 4
+    for (int i = 0; i < (mr + ROWS_BY - 1) / ROWS_BY; i++) {
+        row->at[i] += bytes;
+    }
+}
+
+/* The four codes of each row at `offset` times 128 bytes of the panel */
+ZQ_INLINE void
+step_s8(const int mr, const int far, const zq_tile *t, const row_cursor *row, const int offset, const int8_t *b,
+        const char **ahead, __m512i acc[MR][NV])
 {
     const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
     prefetch_ahead(far, t, ahead);
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
-        const __m512i x = broadcast4(a + i * t->lda);
+        const __m512i x = broadcast4(row->at[i / ROWS_BY] + i % ROWS_BY * t->lda + offset);
         acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, b0);
         acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, b1);
     }
@@ -60,16 +91,17 @@ step_s8(const int mr, const int far, const zq_tile *t, const uint8_t *a, const i
 ZQ_INLINE void
 accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
 {
-    const uint8_t *a = t->a;
-    const int8_t *b = t->b;
+    row_cursor row = rows_of(mr, t);
+    const int8_t *b = t->b, *const end = b + ZQ_NR * t->k;
     const char *ahead = t->ahead;
-    int64_t k = 0;
-    for (; mr <= 8 && k + 4 < t->k; k += 8, b += 128 * NV) { /* of few rows two steps, or the loop itself takes time */
-        step_s8(mr, far, t, a + k, b, &ahead, acc);
-        step_s8(mr, far, t, a + k + 4, b + 64 * NV, &ahead, acc);
+    for (; mr <= 8 && end - b > 64 * NV; b += 128 * NV) { /* of few rows two steps, or the loop itself takes time */
+        step_s8(mr, far, t, &row, 0, b, &ahead, acc);
+        step_s8(mr, far, t, &row, 4, b + 64 * NV, &ahead, acc);
+        advance_rows(mr, 8, &row);
     }
-    for (; k < t->k; k += 4, b += 64 * NV) {
-        step_s8(mr, far, t, a + k, b, &ahead, acc);
+    for (; b < end; b += 64 * NV) {
+        step_s8(mr, far, t, &row, 0, b, &ahead, acc);
+        advance_rows(mr, 4, &row);
     }
 }
 
@@ -231,19 +263,20 @@ one_s8_half(const int mr, const zq_tile *t)
 {
     __m512i acc[MR];
     const __m512i c = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(t->colsum));
-    const uint8_t *a = t->a;
-    const int8_t *b = t->b;
+    const int8_t *b = t->b, *const end = b + ZQ_NR * t->k;
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
         acc[i] = _mm512_mullo_epi32(_mm512_set1_epi32(t->zx[i]), c);
     }
     fetch_out(mr, 1, t);
-    for (int64_t k = 0; k < t->k; k += 4, b += 64 * NV) {
+    row_cursor row = rows_of(mr, t);
+    for (; b < end; b += 64 * NV) {
         const __m512i w = _mm512_load_si512(b);
 #pragma GCC unroll 16
         for (int i = 0; i < mr; i++) {
-            acc[i] = _mm512_dpbusd_epi32(acc[i], broadcast4(a + i * t->lda + k), w);
+            acc[i] = _mm512_dpbusd_epi32(acc[i], broadcast4(row.at[i / ROWS_BY] + i % ROWS_BY * t->lda), w);
         }
+        advance_rows(mr, 4, &row);
     }
     const __m512 s = _mm512_loadu_ps(t->scale), bias = _mm512_loadu_ps(t->bias);
     const float *scale = t->sx;
@@ -554,6 +587,7 @@ zq_fill_gemm__avx512vnni(zq_kernels *t)
     t->center_groups_b8 = center_groups_b8__avx512vnni;
     t->mr_u8s8 = t->mr_f32 = MR;
     t->mr_group = MR_GROUP;
+    t->few_tiles = 6;
 }
 #else
 typedef int zq_no_x86;
