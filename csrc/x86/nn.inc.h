@@ -520,8 +520,9 @@ activation_rows_f32(const float *x, const float *up, int64_t rows, int64_t n, zq
     return up ? activation_of(x, up, rows, n, act, y, NULL) : activation_of(x, NULL, rows, n, act, y, NULL);
 }
 
-static float
-max_f32(const float *x, int64_t n)
+/* The maximum of x in the lanes: each has that of some elements. */
+ZQ_INLINE v16
+max_lanes(const float *x, int64_t n)
 {
     const v16 low = v16_set1(-INFINITY);
     v16 s[4] = {low, low, low, low};
@@ -538,7 +539,13 @@ max_f32(const float *x, int64_t n)
             s[j] = keep(v16_max(s[j], v16_loadn(x + at, m)), m, s[j]);
         }
     }
-    return v16_hmax(v16_max(v16_max(s[0], s[1]), v16_max(s[2], s[3])));
+    return v16_max(v16_max(s[0], s[1]), v16_max(s[2], s[3]));
+}
+
+static float
+max_f32(const float *x, int64_t n)
+{
+    return v16_hmax(max_lanes(x, n));
 }
 
 /* exp(x - max) to y, its sum in the lanes. Between the vectors goes what needs other units than exp: done *= factor, for the
