@@ -255,7 +255,8 @@ carve(item *w)
     const int64_t f32 = (int64_t)sizeof(float), dp = t->dp, d = zq_round_up(t->a->head_dim, 16), d4 = w->int8 ? d4_of(t) : 0;
     const int64_t mr = t->K->mr_matmul, rows = t->item_rows, tile = ZQ_KEY_TILE, buffers = 16;
     const int64_t scores = ZQ_SCORE_PITCH * mr, floats = scores + tile * (d + dp + 2) + rows * (dp + 3) + 2 * dp;
-    char *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)(floats * f32 + rows * d4 + CODE_PITCH * mr + tile * (2 * d4 + dp) + 64 * buffers));
+    const int64_t codes = rows * d4 + CODE_PITCH * mr + tile * (2 * d4 + dp);
+    char *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)(floats * f32 + codes + 64 * buffers));
     if (!p) {
         return 0;
     }
