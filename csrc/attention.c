@@ -15,6 +15,8 @@
  * So large only where each thread has MANY_JOBS, or one waits for the other's last. */
 enum { ITEM_ROWS = 528, LEAST_ITEM_ROWS = 33, MANY_JOBS = 8, ENOUGH_JOBS = 2 };
 
+enum { CODE_PITCH = ZQ_KEY_TILE + 64 /* as ZQ_SCORE_PITCH */ };
+
 typedef struct {
     const zq_attention_args *a;
     const zq_kernels *K;
@@ -36,14 +38,14 @@ typedef struct {
     float *v;                /* (ZQ_KEY_TILE, dp) */
     const float *v_at;       /* the tile's rows of V, ld_v apart: w->v, or where they lie when all keys are visible */
     int64_t ld_v;
-    float *s;                /* (mr, ZQ_KEY_TILE) scores, then p */
+    float *s;                /* (mr, ZQ_KEY_TILE) scores, then p, rows ZQ_SCORE_PITCH apart */
     float *o;                /* (rows, dp) */
     float *max, *sum;        /* (rows): m and l */
     float *factor;           /* (rows): scale / ln 2 */
     /* int8 */
     uint8_t *q8;             /* (rows, d4): codes + 128, d4 = head_dim rounded up to 4 */
     uint8_t *k8, *kp, *v8;   /* (ZQ_KEY_TILE, d4) codes; the same in panels for matmul_u8s8; V in panels */
-    uint8_t *p8;             /* (mr, ZQ_KEY_TILE) */
+    uint8_t *p8;             /* (mr, ZQ_KEY_TILE), rows CODE_PITCH apart */
     float *k_scale, *v_scale; /* (ZQ_KEY_TILE), (dp) */
     int32_t *k_sum, *zeros;  /* (ZQ_KEY_TILE) start of the scores: what 128 per code of q is too much; (dp) */
 } item;
@@ -147,9 +149,9 @@ static zq_softmax_tile
 softmax_of(const item *w, int64_t r, int64_t mr)
 {
     const int64_t dp = w->t->dp;
-    return (zq_softmax_tile){.s = w->s, .rows = mr, .keys = w->keys, .lds = ZQ_KEY_TILE, .factor = w->factor + r,
+    return (zq_softmax_tile){.s = w->s, .rows = mr, .keys = w->keys, .lds = ZQ_SCORE_PITCH, .factor = w->factor + r,
                              .max = w->max + r, .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp, .p = w->p8,
-                             .ldp = ZQ_KEY_TILE};
+                             .ldp = CODE_PITCH};
 }
 
 /* One key tile for query rows r .. r + mr - 1. */
@@ -162,7 +164,7 @@ tile_rows_f32(const item *w, int64_t r, int64_t mr, int first)
     zq_score_panels(w->t->K, q, a->ld_q, mr, a->head_dim, w->kt, w->keys, w->s);
     const zq_softmax_tile softmax = softmax_of(w, r, mr);
     w->t->K->softmax_tile_f32(&softmax);
-    const zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .k = w->keys, .a = w->s, .lda = ZQ_KEY_TILE, .b = w->v_at,
+    const zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .k = w->keys, .a = w->s, .lda = ZQ_SCORE_PITCH, .b = w->v_at,
                           .y = w->o + r * dp, .ldy = dp};
     w->t->K->matmul_f32(&tile, w->ld_v, ZQ_NR, !first);
     for (int64_t i = 0; first && i < mr; i++) {
@@ -176,11 +178,11 @@ tile_rows_int8(const item *w, int64_t r, int64_t mr, int first)
     const zq_kernels *K = w->t->K;
     const int64_t dp = w->t->dp, d4 = d4_of(w->t), keys4 = zq_round_up(w->keys, 4);
     const zq_tile scores = {.mr = (int)mr, .nr = (int)zq_round_up(w->keys, 16), .k = d4, .a = w->q8 + r * d4, .lda = d4,
-                            .b = w->kp, .colsum = w->k_sum, .scale = w->k_scale, .y = w->s, .ldy = ZQ_KEY_TILE};
+                            .b = w->kp, .colsum = w->k_sum, .scale = w->k_scale, .y = w->s, .ldy = ZQ_SCORE_PITCH};
     K->matmul_u8s8(&scores, ZQ_PANEL * d4, 0);
     const zq_softmax_tile softmax = softmax_of(w, r, mr);
     K->softmax_tile_u8(&softmax);
-    const zq_tile values = {.mr = (int)mr, .nr = (int)dp, .k = keys4, .a = w->p8, .lda = ZQ_KEY_TILE, .b = w->v8,
+    const zq_tile values = {.mr = (int)mr, .nr = (int)dp, .k = keys4, .a = w->p8, .lda = CODE_PITCH, .b = w->v8,
                             .colsum = w->zeros, .scale = w->v_scale, .y = w->o + r * dp, .ldy = dp};
     K->matmul_u8s8(&values, ZQ_NR * keys4, !first);
 }
@@ -252,14 +254,15 @@ carve(item *w)
     const attention *t = w->t;
     const int64_t f32 = (int64_t)sizeof(float), dp = t->dp, d = zq_round_up(t->a->head_dim, 16), d4 = w->int8 ? d4_of(t) : 0;
     const int64_t mr = t->K->mr_matmul, rows = t->item_rows, tile = ZQ_KEY_TILE, buffers = 16;
-    const int64_t floats = tile * (d + dp + mr + 2) + rows * (dp + 3) + 2 * dp;
-    char *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)(floats * f32 + rows * d4 + tile * (2 * d4 + dp + mr) + 64 * buffers));
+    const int64_t scores = ZQ_SCORE_PITCH * mr, floats = scores + tile * (d + dp + 2) + rows * (dp + 3) + 2 * dp;
+    const int64_t codes = rows * d4 + CODE_PITCH * mr + tile * (2 * d4 + dp);
+    char *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)(floats * f32 + codes + 64 * buffers));
     if (!p) {
         return 0;
     }
     w->kt = take(&p, w->int8 ? 0 : tile * d * f32);
     w->v = take(&p, tile * dp * f32);
-    w->s = take(&p, tile * mr * f32);
+    w->s = take(&p, scores * f32);
     w->o = take(&p, rows * dp * f32);
     w->max = take(&p, rows * f32);
     w->sum = take(&p, rows * f32);
@@ -269,7 +272,7 @@ carve(item *w)
         w->k8 = take(&p, tile * d4);
         w->kp = take(&p, tile * d4);
         w->v8 = take(&p, tile * dp);
-        w->p8 = take(&p, tile * mr);
+        w->p8 = take(&p, CODE_PITCH * mr);
         w->k_scale = take(&p, tile * f32);
         w->v_scale = take(&p, dp * f32);
         w->k_sum = take(&p, tile * f32);

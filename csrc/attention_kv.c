@@ -175,7 +175,7 @@ typedef struct {
     int64_t tile;               /* position of the current tile of keys */
     kv_view page[TILE_PAGES];
     float *q;        /* (rows, head_dim), normalized and rotated */
-    float *s;        /* (mr, ZQ_KEY_TILE) scores, then p */
+    float *s;        /* (mr, ZQ_KEY_TILE) scores, then p, rows ZQ_SCORE_PITCH apart */
     float *o;        /* (rows, dp) */
     float *max, *sum, *factor; /* (rows) */
     float *kt8, *v8; /* int8: pages of the tile, dequantized */
@@ -237,7 +237,7 @@ static void
 softmax_rows(const block *w, int64_t r, int64_t rows, float *s, int64_t lo, int64_t hi)
 {
     const int64_t dp = w->t->dp;
-    const zq_softmax_tile tile = {.s = s + lo, .rows = rows, .keys = hi - lo, .lds = ZQ_KEY_TILE, .factor = w->factor + r,
+    const zq_softmax_tile tile = {.s = s + lo, .rows = rows, .keys = hi - lo, .lds = ZQ_SCORE_PITCH, .factor = w->factor + r,
                                   .max = w->max + r, .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp};
     w->t->K->softmax_tile_f32(&tile);
 }
@@ -255,7 +255,7 @@ softmax_tile(const block *w, int64_t r, int64_t mr, int64_t from, int64_t to)
     for (int64_t i = 0; i < mr; i++) {
         const int64_t position = w->position + (r + i) / t->group;
         const int64_t lo = zq_max(from, first_key(t, position) - w->tile), hi = zq_min(to, position + 1 - w->tile);
-        float *s = w->s + i * ZQ_KEY_TILE;
+        float *s = w->s + i * ZQ_SCORE_PITCH;
         softmax_rows(w, r + i, 1, s, lo, hi);
         memset(s + from, 0, (size_t)(lo - from) * sizeof *s);
         memset(s + hi, 0, (size_t)(to - hi) * sizeof *s);
@@ -299,7 +299,7 @@ tile_rows(const block *w, int64_t r, int64_t mr)
         zq_score_panels(t->K, w->q + r * d, d, mr, d, page_kt(w, &w->page[key / ZQ_KV_PAGE], keys, w->kt8), keys, w->s + key);
     }
     softmax_tile(w, r, mr, from, to);
-    zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .lda = ZQ_KEY_TILE, .y = w->o + r * dp, .ldy = dp};
+    zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .lda = ZQ_SCORE_PITCH, .y = w->o + r * dp, .ldy = dp};
     for (int64_t key = from; key < to; key += ZQ_KV_PAGE) {
         tile.k = zq_min(ZQ_KV_PAGE, to - key);
         tile.a = w->s + key;
@@ -362,13 +362,14 @@ carve(block *w)
 {
     const kv_pass *t = w->t;
     const int64_t d = t->c->head_dim, dp = t->dp, rows = t->block_queries * t->group;
-    const int64_t floats = ZQ_KEY_TILE * (t->K->mr_matmul + (t->c->int8 ? d + dp : 0)) + rows * (d + dp + 3);
+    const int64_t scores = ZQ_SCORE_PITCH * t->K->mr_matmul;
+    const int64_t floats = scores + ZQ_KEY_TILE * (t->c->int8 ? d + dp : 0) + rows * (d + dp + 3);
     float *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)floats * sizeof *p);
     if (!p) {
         return 0;
     }
     w->s = p;
-    w->kt8 = w->s + ZQ_KEY_TILE * t->K->mr_matmul;
+    w->kt8 = w->s + scores;
     w->v8 = w->kt8 + (t->c->int8 ? ZQ_KEY_TILE * d : 0);
     w->o = w->v8 + (t->c->int8 ? ZQ_KEY_TILE * dp : 0);
     w->q = w->o + rows * dp;

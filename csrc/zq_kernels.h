@@ -74,7 +74,7 @@ zq_tile_next(zq_tile *t)
 /* Attention: the softmax of some query rows, carried over tiles of keys (attention.c has the equations). */
 typedef struct {
     float *s; /* (rows, keys), lds apart */
-    int64_t rows, keys, lds; /* rows <= mr_matmul */
+    int64_t rows, keys, lds; /* rows 1 to mr_matmul */
     const float *factor; /* (rows), > 0: p = 2^((s - m) factor) */
     float *max, *sum;    /* (rows): m and l; -Inf and 0 before the first tile */
     float *o;            /* (rows, n), ldo apart; not touched in the first tile */

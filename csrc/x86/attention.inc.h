@@ -109,20 +109,36 @@ divide_rows_f32(const float *x, int64_t rows, int64_t n, int64_t ldx, const floa
 
 /* ---- softmax ---- */
 
-/* m, l and o of the rows brought to the maximum of this tile too. l lacks the tile's own sum. A loop of its own, and so are
- * the three below: horizontal steps have long latencies, and only rows side by side hide them. */
-static void
-raise_max(const zq_softmax_tile *t)
+/* The maximum of row i in this tile and those before. */
+ZQ_INLINE float
+running_max(const zq_softmax_tile *t, int64_t i)
 {
-    for (int64_t i = 0; i < t->rows; i++) {
-        const float old = t->max[i], max = zq_maxf(old, max_f32(t->s + i * t->lds, t->keys));
-        t->max[i] = max;
-        if (max != old && old != -INFINITY) {
-            const float c = zq_exp2((old - max) * t->factor[i]);
-            t->sum[i] *= c;
-            scale_f32(t->o + i * t->ldo, t->n, c, t->o + i * t->ldo);
+    return zq_maxf(t->max[i], v16_hmax(max_lanes(t->s + i * t->lds, t->keys)));
+}
+
+/* m, l and o of all rows brought to the maxima of this tile too, and its sums added. Where any of them rises all rows are
+ * scaled, most by 1: cheaper than a branch for each. */
+ZQ_INLINE void
+raise_max(const zq_softmax_tile *t, const float *max, const float *sum)
+{
+    const v16 none = v16_set1(-INFINITY), one = v16_set1(1.0f), m = v16_loadn(max, t->rows);
+    const v16 old = keep(v16_loadn(t->max, t->rows), t->rows, none);
+    v16_storen(t->max, m, t->rows);
+    if (v16_hmax(old) == -INFINITY) { /* the first tile */
+        v16_storen(t->sum, v16_loadn(sum, t->rows), t->rows);
+        return;
+    }
+    v16 l = v16_loadn(t->sum, t->rows), c = v16_exp2(v16_mul(v16_sub(old, m), v16_loadn(t->factor, t->rows)));
+    c = v16_select_lt(none, old, v16_select_lt(old, m, c, one), one);
+    if (v16_hmin(c) < 1.0f) {
+        float factor[16];
+        v16_store(factor, c);
+        l = v16_mul(l, c);
+        for (int64_t i = 0; i < t->rows; i++) {
+            scale_f32(t->o + i * t->ldo, t->n, factor[i], t->o + i * t->ldo);
         }
     }
+    v16_storen(t->sum, v16_add(l, v16_loadn(sum, t->rows)), t->rows);
 }
 
 /* p of one row; returns its sums in the lanes. */
@@ -159,18 +175,18 @@ exp2_row(float *s, int64_t keys, v16 max, v16 f)
     return v16_add(v16_add(sum[0], sum[1]), v16_add(sum[2], sum[3]));
 }
 
+/* Each row's maximum is taken a row ahead, so that its horizontal steps end under exp2. */
 static void
 softmax_tile_f32(const zq_softmax_tile *t)
 {
-    float lanes[MATMUL_MR][16];
-    assert(t->rows <= MATMUL_MR);
-    raise_max(t);
+    float max[16], sum[16], next = running_max(t, 0);
+    assert(t->rows >= 1 && t->rows <= MATMUL_MR);
     for (int64_t i = 0; i < t->rows; i++) {
-        v16_store(lanes[i], exp2_row(t->s + i * t->lds, t->keys, v16_set1(t->max[i]), v16_set1(t->factor[i])));
+        max[i] = next;
+        next = i + 1 < t->rows ? running_max(t, i + 1) : 0.0f;
+        sum[i] = v16_hsum(exp2_row(t->s + i * t->lds, t->keys, v16_set1(max[i]), v16_set1(t->factor[i])));
     }
-    for (int64_t i = 0; i < t->rows; i++) {
-        t->sum[i] += v16_hsum(v16_load(lanes[i]));
-    }
+    raise_max(t, max, sum);
 }
 
 /* ---- int8 ---- */
@@ -216,17 +232,16 @@ code_row(const float *s, int64_t keys, v16 max, v16 f, uint8_t *p)
 static void
 softmax_tile_u8(const zq_softmax_tile *t)
 {
-    int32_t lanes[MATMUL_MR][16];
+    float max[16], sum[16], next = running_max(t, 0);
     const uint32_t extra = (uint32_t)zq_round_up(t->keys, 16) * zq_bits(ZQ_CODE_ROUND);
-    assert(t->rows <= MATMUL_MR);
-    raise_max(t);
+    assert(t->rows >= 1 && t->rows <= MATMUL_MR);
     for (int64_t i = 0; i < t->rows; i++) {
-        v16i_store(lanes[i], code_row(t->s + i * t->lds, t->keys, v16_set1(t->max[i]), v16_set1(t->factor[i]),
-                                      t->p + i * t->ldp));
+        max[i] = next;
+        next = i + 1 < t->rows ? running_max(t, i + 1) : 0.0f;
+        const v16i lanes = code_row(t->s + i * t->lds, t->keys, v16_set1(max[i]), v16_set1(t->factor[i]), t->p + i * t->ldp);
+        sum[i] = (float)(int32_t)((uint32_t)v16i_hsum(lanes) - extra);
     }
-    for (int64_t i = 0; i < t->rows; i++) {
-        t->sum[i] += (float)(int32_t)((uint32_t)v16i_hsum(v16i_load(lanes[i])) - extra);
-    }
+    raise_max(t, max, sum);
 }
 
 ZQ_INLINE v16i

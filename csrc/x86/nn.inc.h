@@ -552,14 +552,15 @@ max_rest(const float *x, int64_t n, v16 *s)
     }
 }
 
-ZQ_INLINE float
-max_end(const v16 *s)
+ZQ_INLINE v16
+max4(const v16 *s)
 {
-    return v16_hmax(v16_max(v16_max(s[0], s[1]), v16_max(s[2], s[3])));
+    return v16_max(v16_max(s[0], s[1]), v16_max(s[2], s[3]));
 }
 
-static float
-max_f32(const float *x, int64_t n)
+/* The maximum of x in the lanes: each has that of some elements. */
+ZQ_INLINE v16
+max_lanes(const float *x, int64_t n)
 {
     const v16 low = v16_set1(-INFINITY);
     v16 s[4] = {low, low, low, low};
@@ -568,7 +569,13 @@ max_f32(const float *x, int64_t n)
         FOUR { s[j] = v16_max(s[j], v16_load(x + i + 16 * j)); }
     }
     max_rest(x + i, n - i, s);
-    return max_end(s);
+    return max4(s);
+}
+
+static float
+max_f32(const float *x, int64_t n)
+{
+    return v16_hmax(max_lanes(x, n));
 }
 
 /* The last n < 64 elements of a row: exp(x - max) to y, into the running sums. */
@@ -626,7 +633,7 @@ exp_row(const float *x, int64_t n, float max, float *y, float *done, float facto
             scale_f32(done + i, n - i, factor, done + i);
         }
     }
-    *top_after = max_end(top);
+    *top_after = v16_hmax(max4(top));
     return v16_hsum(sum4(s));
 }
 
