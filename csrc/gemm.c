@@ -20,6 +20,7 @@ enum {
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
     FAR_BYTES = 64 << 10,  /* weights that L2 does not keep from one call to the next */
+    NEAR_BYTES = 16 << 20, /* weights that L3 keeps until the next product, if no more than that is read in between */
     AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
     SMALL_JOBS = 8,        /* of panels, per thread, after one big one, */
     SMALL_BYTES = 96 << 10, /* each of so many bytes at least: some two microseconds */
@@ -58,6 +59,7 @@ typedef struct {
     int threads;
     int64_t item;       /* bytes of an element of a */
     int far;            /* the weights are read from beyond L2 */
+    int64_t few_tiles;  /* up to so many tiles of rows go through blocks of panels one after the other */
     void (*kernel)(zq_tile *);
     int64_t groups;     /* scales per channel, with groups; else 0 */
     int32_t offset;     /* what makes the groups' codes unsigned: 8 or 128 */
@@ -293,7 +295,8 @@ run_one_tile(const gemm_job *g, int64_t p, int64_t end, strip *s)
 }
 
 /* Panels [p, end) times the strip's few tiles of rows: in blocks that stay in L2, each tile through the block by itself. Panel
- * by panel, what every panel's start takes would be shared by these few tiles only. */
+ * by panel, what every panel's start takes would be shared by these few tiles only. Not for weights from memory: the first tile
+ * would wait for it, and the others leave it idle. */
 static void
 run_few_tiles(const gemm_job *g, int64_t p, int64_t end, const strip *s)
 {
@@ -318,7 +321,7 @@ run_panels(const gemm_job *g, int64_t p, int64_t end, strip *s)
         run_one_tile(g, p, end, s);
         return;
     }
-    if (g->far && tiles <= g->K->few_tiles) {
+    if (tiles <= g->few_tiles) {
         run_few_tiles(g, p, end, s);
         return;
     }
@@ -515,6 +518,17 @@ run_by_columns(gemm_job *g)
 }
 
 /* ---- entry ----------------------------------------------------------------------------------------- */
+/* Whether the third-level cache still has the weights from their last product: so it is as long as the process has not
+ * multiplied with too many others since. Speed alone depends on the answer. */
+static int
+is_near(const zq_linear *w, int64_t bytes)
+{
+    static _Atomic(int64_t) read;
+    const int64_t all = bytes + atomic_fetch_add_explicit(&read, bytes, memory_order_relaxed);
+    const int64_t last = w->last_use ? atomic_exchange_explicit(w->last_use, all, memory_order_relaxed) : ZQ_NEVER;
+    return last != ZQ_NEVER && all - last <= NEAR_BYTES;
+}
+
 static void
 choose_kernel(gemm_job *g, int *mr)
 {
@@ -569,6 +583,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.split = x->f32 && x->quant == ZQ_QUANT_TOKEN_16 ? 2 : 1;
     set_tiles(&g, zq_ceil_div(m, mr / g.split));
     g.far = g.panels * w->panel_bytes >= FAR_BYTES;
+    g.few_tiles = is_near(w, g.panels * w->panel_bytes) && g.far ? g.K->few_tiles : 0;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
     g.stream_out = !g.quantize_out && m * out->ld_y * 4 >= STREAM_BYTES && out->ld_y % 16 == 0 && (uintptr_t)out->y % 64 == 0;
     zq_find_scale(&g.in);

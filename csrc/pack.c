@@ -52,6 +52,7 @@ zq_linear_free(zq_linear *w)
     zq_free(w->scale);
     zq_free(w->zcorr);
     zq_free(w->bias);
+    zq_free(w->last_use);
     zq_extras_free(w->extras);
     zq_free(w->in_factor);
     zq_free(w->in_shift);
@@ -106,6 +107,7 @@ start(zq_linear *w, zq_weight_kind kind, int64_t n, int64_t k, int64_t group, in
     *w = (zq_linear){.kind = kind, .n = n, .k = k, .group = group, .panel_bytes = panel_bytes};
     w->panels = zq_alloc((size_t)(panels * panel_bytes));
     w->bias = alloc_words(columns);
+    w->last_use = zq_alloc(sizeof *w->last_use);
     if (kind == ZQ_W_S8) {
         w->scale = alloc_words(columns);
         w->colsum = alloc_words(columns);
@@ -113,10 +115,11 @@ start(zq_linear *w, zq_weight_kind kind, int64_t n, int64_t k, int64_t group, in
     if (grouped) {
         w->zcorr = alloc_words(columns);
     }
-    if (!w->panels || !w->bias || (kind == ZQ_W_S8 && (!w->scale || !w->colsum)) || (grouped && !w->zcorr)) {
+    if (!w->panels || !w->bias || !w->last_use || (kind == ZQ_W_S8 && (!w->scale || !w->colsum)) || (grouped && !w->zcorr)) {
         zq_linear_free(w);
         return ZQ_ENOMEM;
     }
+    atomic_init(w->last_use, ZQ_NEVER);
     memset(w->panels, zero, (size_t)(panels * panel_bytes));
     if (bias) {
         memcpy(w->bias, bias, (size_t)n * sizeof *bias);

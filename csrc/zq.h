@@ -11,6 +11,7 @@
 #ifndef ZQ_H
 #define ZQ_H
 
+#include <stdatomic.h>
 #include <stdint.h>
 
 typedef enum {
@@ -58,8 +59,10 @@ typedef enum {
 
 typedef enum { ZQ_W_F32, ZQ_W_S8, ZQ_W_S8_GROUP, ZQ_W_S4_GROUP } zq_weight_kind;
 
+#define ZQ_NEVER INT64_MIN /* zq_linear.last_use before the first product */
+
 /* A weight matrix packed for the micro-kernels: panels of ZQ_NR output channels, the same layout at every
- * dispatch level (see pack.c). Read-only after packing; may be used from many threads. */
+ * dispatch level (see pack.c). Read-only after packing, but for last_use; may be used from many threads. */
 typedef struct zq_linear {
     zq_weight_kind kind;
     int64_t n, k;        /* output channels, input features */
@@ -75,6 +78,7 @@ typedef struct zq_linear {
     float in_scale;  /* ZQ_QUANT_STATIC; 0 where it is not known */
     int32_t in_zero;
     float *in_factor, *in_shift; /* (k) or NULL: float32 rows x are read as (x - shift) * factor */
+    _Atomic(int64_t) *last_use; /* bytes of weights the process had multiplied with after the last product with these; or NULL */
 } zq_linear;
 
 zq_status zq_linear_pack_f32(zq_linear *w, const float *weight, int64_t n, int64_t k, const float *bias);

@@ -338,12 +338,16 @@ def test_weights_beyond_the_second_level_cache(kind):
     """More than 1 MiB of weights: prefetching tiles, runs of panels, every schedule; odd n, k and last groups."""
     n, k = (1037, 2061) if kind != "f32" else (517, 523)
     d = make(17, n, k, 64, 4 if kind == "s4 group" else 8)
-    handle = {"s8": lambda: _core.linear_pack_s8(d["codes"], np.ascontiguousarray(d["scales"][:, 0]), d["bias"]),
-              "s8 group": lambda: _core.linear_pack_group(d["codes"], d["scales"], 64, 8, d["bias"]),
-              "s4 group": lambda: _core.linear_pack_group(d["codes"], d["scales"], 64, 4, d["bias"]),
-              "f32": lambda: _core.linear_pack_f32(d["w"], d["bias"])}[kind]()
+    pack = {"s8": lambda: _core.linear_pack_s8(d["codes"], np.ascontiguousarray(d["scales"][:, 0]), d["bias"]),
+            "s8 group": lambda: _core.linear_pack_group(d["codes"], d["scales"], 64, 8, d["bias"]),
+            "s4 group": lambda: _core.linear_pack_group(d["codes"], d["scales"], 64, 4, d["bias"]),
+            "f32": lambda: _core.linear_pack_f32(d["w"], d["bias"])}[kind]
+    handle = pack()
     assert _core.linear_bytes(handle) > 1 << 20
     for quant in (2, 3) if kind != "f32" else (0,):
+        new = pack()  # the first product reads its weights from memory, for all it knows
+        first, again = (_core.linear_forward(new, d["x"], quant, 2, d["residual"], 0) for _ in range(2))
+        assert same_bits(first, again)
         whole = everywhere(lambda: _core.linear_forward(handle, d["x"], quant, 2, d["residual"], 0))
         for level in LEVELS[1:]:
             with zq.cpu.use(level):
