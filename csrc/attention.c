@@ -20,7 +20,6 @@ enum { CODE_PITCH = ZQ_KEY_TILE + 64 /* as ZQ_SCORE_PITCH */ };
 typedef struct {
     const zq_attention_args *a;
     const zq_kernels *K;
-    int64_t dp;         /* head_dim rounded up to whole vectors */
     int64_t item_rows;  /* query rows of a job */
     int64_t *first_job; /* (sequences + 1): jobs of one head before sequence s */
     zq_trouble trouble;
@@ -34,6 +33,7 @@ typedef struct {
     int64_t next_key, end;   /* keys not yet gathered, in the whole arrays */
     int64_t keys;            /* in the tile */
     int int8;                /* both products are of codes */
+    int64_t dp;              /* head_dim rounded up to whole vectors, or panels of codes: what a copy of V fills */
     float *kt;               /* panels of K^T */
     float *v;                /* (ZQ_KEY_TILE, dp) */
     const float *v_at;       /* the tile's rows of V, ld_v apart: w->v, or where they lie when all keys are visible */
@@ -72,7 +72,7 @@ static int
 reads_v_in_place(const item *w)
 {
     const zq_attention_args *a = w->t->a;
-    return !a->key_mask && (w->int8 || (w->end - w->next_key + w->keys <= ZQ_PANEL && w->t->dp == a->head_dim));
+    return !a->key_mask && (w->int8 || (w->end - w->next_key + w->keys <= ZQ_PANEL && w->dp == a->head_dim));
 }
 
 /* Visible keys [from, to) become columns keys.. of K^T and rows keys.. of V. They do not cross a panel of K^T. */
@@ -80,7 +80,7 @@ static void
 gather_run(item *w, int64_t from, int64_t to)
 {
     const zq_attention_args *a = w->t->a;
-    const int64_t d = a->head_dim, dp = w->t->dp, d4 = d4_of(w->t), at = from * a->ld_kv + w->head * d;
+    const int64_t d = a->head_dim, dp = w->dp, d4 = d4_of(w->t), at = from * a->ld_kv + w->head * d;
     if (w->int8) {
         w->t->K->quantize_heads_f32_b8(a->k + at, to - from, d, a->ld_kv, 0, w->k8 + w->keys * d4, d4, w->k_scale + w->keys);
     }
@@ -111,7 +111,7 @@ pack_tile(item *w, zq_trouble *trouble)
     const zq_kernels *K = w->t->K;
     K->pack_rows_s8(w->k8, w->keys, d4_of(w->t), w->kp, w->k_sum);
     K->pack_columns_f32_s8(w->v_at, w->keys, w->t->a->head_dim, w->ld_v, w->v8, w->v_scale);
-    if (!(K->absmax_f32(w->k_scale, w->keys) <= 1e25f && K->absmax_f32(w->v_scale, w->t->dp) <= FLT_MAX)) {
+    if (!(K->absmax_f32(w->k_scale, w->keys) <= 1e25f && K->absmax_f32(w->v_scale, w->dp) <= FLT_MAX)) {
         zq_note_bad_row(trouble, w->row);
     }
 }
@@ -148,7 +148,7 @@ gather_tile(item *w, zq_trouble *trouble)
 static zq_softmax_tile
 softmax_of(const item *w, int64_t r, int64_t mr)
 {
-    const int64_t dp = w->t->dp;
+    const int64_t dp = w->dp;
     return (zq_softmax_tile){.s = w->s, .rows = mr, .keys = w->keys, .lds = ZQ_SCORE_PITCH, .factor = w->factor + r,
                              .max = w->max + r, .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp, .p = w->p8,
                              .ldp = CODE_PITCH};
@@ -159,7 +159,7 @@ static void
 tile_rows_f32(const item *w, int64_t r, int64_t mr, int first)
 {
     const zq_attention_args *a = w->t->a;
-    const int64_t dp = w->t->dp;
+    const int64_t dp = w->dp;
     const float *q = a->q + (w->row + r) * a->ld_q + w->head * a->head_dim;
     zq_score_panels(w->t->K, q, a->ld_q, mr, a->head_dim, w->kt, w->keys, w->s);
     const zq_softmax_tile softmax = softmax_of(w, r, mr);
@@ -176,7 +176,7 @@ static void
 tile_rows_int8(const item *w, int64_t r, int64_t mr, int first)
 {
     const zq_kernels *K = w->t->K;
-    const int64_t dp = w->t->dp, d4 = d4_of(w->t), keys4 = zq_round_up(w->keys, 4);
+    const int64_t dp = w->dp, d4 = d4_of(w->t), keys4 = zq_round_up(w->keys, 4);
     const zq_tile scores = {.mr = (int)mr, .nr = (int)zq_round_up(w->keys, 16), .k = d4, .a = w->q8 + r * d4, .lda = d4,
                             .b = w->kp, .colsum = w->k_sum, .scale = w->k_scale, .y = w->s, .ldy = ZQ_SCORE_PITCH};
     K->matmul_u8s8(&scores, ZQ_PANEL * d4, 0);
@@ -201,7 +201,7 @@ quantize_queries(item *w, zq_trouble *trouble)
             zq_note_bad_row(trouble, w->row + r);
         }
     }
-    memset(w->zeros, 0, (size_t)w->t->dp * sizeof *w->zeros);
+    memset(w->zeros, 0, (size_t)w->dp * sizeof *w->zeros);
 }
 
 /* Note the rows whose result is not finite; nearly always one look at all of them says none. */
@@ -209,7 +209,7 @@ static void
 look_at_rows(const item *w, zq_trouble *trouble)
 {
     const zq_kernels *K = w->t->K;
-    const int64_t dp = w->t->dp;
+    const int64_t dp = w->dp;
     if (K->absmax_f32(w->o, w->rows * dp) <= FLT_MAX && K->absmax_f32(w->sum, w->rows) <= FLT_MAX &&
         K->absmax_f32(w->max, w->rows) <= FLT_MAX) {
         return;
@@ -225,7 +225,7 @@ static void
 write_rows(item *w, int any_keys, zq_trouble *trouble)
 {
     const zq_attention_args *a = w->t->a;
-    const int64_t d = a->head_dim, dp = w->t->dp;
+    const int64_t d = a->head_dim, dp = w->dp;
     if (any_keys) {
         look_at_rows(w, trouble);
     }
@@ -252,7 +252,7 @@ static int
 carve(item *w)
 {
     const attention *t = w->t;
-    const int64_t f32 = (int64_t)sizeof(float), dp = t->dp, d = zq_round_up(t->a->head_dim, 16), d4 = w->int8 ? d4_of(t) : 0;
+    const int64_t f32 = (int64_t)sizeof(float), dp = w->dp, d = zq_round_up(t->a->head_dim, 16), d4 = w->int8 ? d4_of(t) : 0;
     const int64_t mr = t->K->mr_matmul, rows = t->item_rows, tile = ZQ_KEY_TILE, buffers = 16;
     const int64_t scores = ZQ_SCORE_PITCH * mr, floats = scores + tile * (d + dp + 2) + rows * (dp + 3) + 2 * dp;
     const int64_t codes = rows * d4 + CODE_PITCH * mr + tile * (2 * d4 + dp);
@@ -306,6 +306,7 @@ attention_job(void *ctx, int64_t job)
     const int64_t begin = a->offsets[s], end = a->offsets[s + 1], first = begin + (per_head - t->first_job[s]) * t->item_rows;
     item w = {.t = t, .head = job % a->heads, .row = first, .rows = zq_min(t->item_rows, end - first), .next_key = begin,
               .end = end, .int8 = a->int8_rows && end - begin >= a->int8_rows};
+    w.dp = zq_round_up(a->head_dim, w.int8 ? ZQ_NR : 16);
     if (attend_few(&w)) {
         return;
     }
@@ -346,7 +347,7 @@ count_jobs(attention *t)
 zq_status
 zq_attention(const zq_attention_args *a, int64_t *bad_row)
 {
-    attention t = {.a = a, .K = zq_active(), .dp = zq_round_up(a->head_dim, a->int8_rows ? ZQ_NR : 16), .item_rows = ITEM_ROWS};
+    attention t = {.a = a, .K = zq_active(), .item_rows = ITEM_ROWS};
     zq_trouble_init(&t.trouble);
     t.first_job = zq_alloc((size_t)(a->sequences + 1) * sizeof *t.first_job);
     if (!t.first_job) {

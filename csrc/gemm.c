@@ -583,7 +583,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.split = x->f32 && x->quant == ZQ_QUANT_TOKEN_16 ? 2 : 1;
     set_tiles(&g, zq_ceil_div(m, mr / g.split));
     g.far = g.panels * w->panel_bytes >= FAR_BYTES;
-    g.few_tiles = is_near(w, g.panels * w->panel_bytes) && g.far ? g.K->few_tiles : 0;
+    g.few_tiles = g.far && is_near(w, g.panels * w->panel_bytes) ? g.K->few_tiles : 0;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
     g.stream_out = !g.quantize_out && m * out->ld_y * 4 >= STREAM_BYTES && out->ld_y % 16 == 0 && (uintptr_t)out->y % 64 == 0;
     zq_find_scale(&g.in);

@@ -116,6 +116,20 @@ def test_int8_from_a_number_of_rows_on(heads, d):
         assert same_bits(got[begin:begin + rows], want)
 
 
+@pytest.mark.parametrize("heads,d", [(3, 5), (2, 20), (2, 48)])
+def test_what_other_calls_left_in_memory_is_not_read(heads, d):
+    """Sequences too short for int8 in a call that has it: their heads are rounded up to fewer columns."""
+    offsets, mask = np.int64([0, 20, 70]), np.ones(70, np.uint8)
+    mask[3] = 0
+    qkv, huge = make(70, 3 * heads * d), np.full((1, 1 << 18), 3e38, np.float32)
+
+    def run():
+        _core.activation(huge, 0, 2)  # its float32 rows go through the memory in which attention works
+        return _core.attention_fused(qkv, offsets, heads, 0.5, mask, 0, 48)
+
+    assert same_bits(everywhere(run)[:20], _core.attention_fused(qkv[:20], offsets[:2], heads, 0.5, mask[:20], 0, 0))
+
+
 def test_int8_does_not_read_behind_the_end(isa, guarded):
     for tokens, heads, d in [(1, 1, 1), (3, 2, 5), (33, 1, 16), (47, 2, 9), (64, 1, 32), (270, 1, 7)]:
         qkv = guarded(make(tokens, 3 * heads * d))

@@ -72,7 +72,7 @@ advance_rows(const int mr, const int bytes, row_cursor *row)
     }
 }
 
-/* The four codes of each row at `offset` times 128 bytes of the panel */
+/* Four codes of each row, `offset` behind its cursor, times the 128 bytes of the panel at b. */
 ZQ_INLINE void
 step_s8(const int mr, const int far, const zq_tile *t, const row_cursor *row, const int offset, const int8_t *b,
         const char **ahead, __m512i acc[MR][NV])

@@ -4,12 +4,11 @@ Ceilings come first, measured in the same run. Integer products refer to the pea
 that of vfmadd231ps; "gemv" to plain readings of the memory around each slice; "avx2" and "avxvnni" to the 256-bit
 instructions that they run, and nothing else, from registers (the tables say which): with groups that includes each group's
 conversion and multiplication by its scale, which no exact computation can do without, but not the unpacking of codes, which
-many rows may share; "rows"
-counts the float32 bytes of the input. Products of up to 16 rows take some ten microseconds: a C loop calls the library
-16 times (or once for each copy of the weights), as the engines that the goals refer to were called. "In a sequence" is the
-same as models run it, a sequence of kernels without the interpreter in between: what creates and frees outputs counts too.
-A goal is met when every shape reaches it (w8a8: the mean, and every shape
-a lower one), "mean" is said where only the mean does. Goals differ between Zen 4 and Zen 5; other CPUs are judged as Zen 4.
+many rows may share; "rows" counts the float32 bytes of the input. Products of up to 16 rows take some ten microseconds: a C
+loop calls the library 16 times (or once for each copy of the weights), as the engines that the goals refer to were called.
+"In a sequence" is the same as models run it, a sequence of kernels without the interpreter in between: what creates and frees
+outputs counts too. A goal is met when every shape reaches it (w8a8: the mean, and every shape a lower one), "mean" is said
+where only the mean does. Goals differ between Zen 4 and Zen 5; other CPUs are judged as Zen 4.
 
     python tests/bench/bench_kernels.py --quick                      # everything in about a minute per thread count
     python tests/bench/bench_kernels.py --only w8a8,gemv --threads 1 --json new.json
@@ -41,8 +40,6 @@ RETRIES = 2
 L2_BYTES = 384 << 10  # of float32 that the row operators read
 FEW_ROWS, SEQUENCE = 16, 16  # up to so many rows: so many layers per call
 INSTRUCTIONS = 4  # int8 operations per float32 operation
-
-
 FAMILIES = {"memory": "gemv", "rotated": "from memory", "sequence": "in a sequence"}
 
 
