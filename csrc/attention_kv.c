@@ -263,7 +263,7 @@ softmax_tile(const block *w, int64_t r, int64_t mr, int64_t from, int64_t to)
 }
 
 /* Fetch ahead n floats. */
-static void
+ZQ_INLINE void
 prefetch(const float *x, int64_t n)
 {
     for (int64_t i = 0; i < n; i += 16) {
@@ -273,7 +273,7 @@ prefetch(const float *x, int64_t n)
 
 /* A decoding step waits for memory. The product fetches ahead what is behind its page; what begins the part that it reads
  * after page i of a tile (of K; of V) is elsewhere: page i + 1, or at the end of K the first of V. */
-static void
+ZQ_INLINE void
 prefetch_next_part(const block *w, int64_t mr, int64_t key, int64_t from, int64_t to, int of_v)
 {
     const int64_t next = key + ZQ_KV_PAGE;

@@ -199,12 +199,12 @@ strip_of(const gemm_job *g, int64_t t0, int64_t t1, int64_t base, const operand 
     const zq_tile tile = {.k = g->kpad, .group = w->group, .lda = op->lda, .pairs = g->split == 2, .act = g->out->act,
                           .ldy = ldy, .ldr = g->out->ld_residual, .stream = g->stream_out, .ld_start = g->groups,
                           .rank = g->out->add.rank, .ld_low = g->out->add.ld_t,
-                          .ahead_step = 128 / (t1 - t0)};
+                          .ahead_step = zq_ceil_div(128, t1 - t0)};
     return (strip){t0, t1, base, op, y, tile};
 }
 
-/* What a tile of the next panel reads once, beside the codes, waits for L2 or L3 otherwise. */
-static void
+/* What a tile of the next panel reads once, beside the codes, waits for memory otherwise. */
+ZQ_INLINE void
 fetch_columns(const zq_linear *w, int64_t col)
 {
     const void *columns[] = {w->bias, w->scale, w->colsum, w->zcorr};
