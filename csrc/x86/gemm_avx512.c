@@ -227,28 +227,11 @@ fetch_columns(const zq_tile *t)
     }
 }
 
-/* Rows of y whose lines are not in L1 hold up the stores behind them: fetch them while the products are made. */
-ZQ_INLINE void
-fetch_out(const int mr, const int nv, const zq_tile *t)
-{
-    const float *y = t->y;
-    if (!t->stream) {
-#pragma GCC unroll 16
-        for (int i = 0; i < mr; i++, y += t->ldy) {
-            __builtin_prefetch(y, 1, 3);
-            if (nv > 1) {
-                __builtin_prefetch(y + 16, 1, 3);
-            }
-        }
-    }
-}
-
 ZQ_INLINE void
 one_s8(const int mr, const int far, const zq_tile *t)
 {
     __m512i acc[MR][NV];
     start_s8(mr, t, acc);
-    fetch_out(mr, NV, t);
     fetch_columns(t);
     prefetch_residual(t);
     accumulate_s8(mr, far, t, acc);
@@ -268,7 +251,6 @@ one_s8_half(const int mr, const zq_tile *t)
     for (int i = 0; i < mr; i++) {
         acc[i] = _mm512_mullo_epi32(_mm512_set1_epi32(t->zx[i]), c);
     }
-    fetch_out(mr, 1, t);
     row_cursor row = rows_of(mr, t);
     for (; b < end; b += 64 * NV) {
         const __m512i w = _mm512_load_si512(b);
