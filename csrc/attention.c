@@ -45,8 +45,7 @@ typedef struct {
     float *max, *sum;        /* (rows): m and l */
     float *factor;           /* (rows): scale / ln 2 */
     /* int8; rows are filled up to a multiple of 16 with queries of zeros */
-    uint8_t *row8;           /* (LANES, d4): codes of some queries */
-    uint8_t *q8;             /* (rows, d4): codes in panels */
+    uint8_t *row8, *q8;      /* (rows, d4): codes of the queries; the same in panels */
     int32_t *q_sum;          /* (rows): start of the scores: what 128 per code of k is too much */
     uint8_t *k8, *v8;        /* (ZQ_KEY_TILE, d4): codes + 128; V in panels */
     float *k_scale, *v_scale; /* (ZQ_KEY_TILE), (dp) */
@@ -202,12 +201,10 @@ quantize_queries(item *w, zq_trouble *trouble)
     const zq_attention_args *a = w->t->a;
     const zq_kernels *K = w->t->K;
     const float *q = a->q + w->row * a->ld_q + w->head * a->head_dim, f = a->scale * ZQ_LOG2E;
-    for (int64_t r = 0; r < w->rows; r += LANES) {
-        const int64_t rows = zq_min(LANES, w->rows - r), lanes = zq_round_up(rows, 16);
-        K->quantize_heads_f32_b8(q + r * a->ld_q, rows, a->head_dim, a->ld_q, 0, w->row8, w->d4, w->factor + r);
-        memset(w->row8 + rows * w->d4, 0, (size_t)((lanes - rows) * w->d4));
-        K->pack_rows_s8(w->row8, lanes, w->d4, w->q8 + r * w->d4, w->q_sum + r);
-    }
+    const int64_t lanes = zq_round_up(w->rows, 16);
+    K->quantize_heads_f32_b8(q, w->rows, a->head_dim, a->ld_q, 0, w->row8, w->d4, w->factor);
+    memset(w->row8 + w->rows * w->d4, 0, (size_t)((lanes - w->rows) * w->d4));
+    K->pack_rows_s8(w->row8, lanes, w->d4, w->q8, w->q_sum);
     prefetch_next_head(q, w->rows, a->ld_q, a->head_dim);
     K->scale_f32(w->factor, w->rows, f, w->factor);
     for (int64_t r = 0; r < w->rows; r++) {
@@ -269,7 +266,7 @@ carve(item *w)
     const int64_t rows = zq_round_up(t->item_rows, LANES), tile = ZQ_KEY_TILE, buffers = 16;
     const int64_t scores = w->int8 ? tile * LANES : ZQ_SCORE_PITCH * t->K->mr_matmul;
     const int64_t floats = scores + tile * (d + dp + 1) + rows * (dp + 4) + dp;
-    const int64_t codes = (LANES + rows + tile) * d4 + tile * (dp + LANES);
+    const int64_t codes = (2 * rows + tile) * d4 + tile * (dp + LANES);
     char *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)(floats * f32 + codes + 64 * buffers));
     if (!p) {
         return 0;
@@ -282,7 +279,7 @@ carve(item *w)
     w->sum = take(&p, rows * f32);
     w->factor = take(&p, rows * f32);
     if (w->int8) {
-        w->row8 = take(&p, LANES * d4);
+        w->row8 = take(&p, rows * d4);
         w->q8 = take(&p, rows * d4);
         w->q_sum = take(&p, rows * f32);
         w->k8 = take(&p, tile * d4);

@@ -250,36 +250,39 @@ quantize_head(const float *x, int64_t n, v16 inv, v16 round, uint8_t *q)
     }
 }
 
-/* Up to sixteen rows: the scales first, so that their latencies overlap. */
+/* Of the first sixteen of `rows` rows: their scales, and what their elements are to be multiplied by. */
 ZQ_INLINE void
-quantize_sixteen(const float *x, int64_t rows, int64_t n, int64_t ldx, v16 round, uint8_t *q, int64_t ldq, float *scale)
+head_scales(const float *x, int64_t rows, int64_t n, int64_t ldx, float *inv, float *scale)
 {
     v16i top[16];
-    float found[16], inv[16];
-    for (int64_t i = 0; i < 16; i++) {
+    float found[16];
+    for (int64_t i = 0; i < 16; i++) { /* of fewer rows the last is repeated */
         top[i] = v16i_zero();
 #pragma GCC unroll 4
-        for (int64_t j = 0; i < rows && j < n; j += 16) {
-            top[i] = v16i_max(top[i], v16_abs_bits(load16(x + i * ldx + j, n - j)));
+        for (int64_t j = 0; j < n; j += 16) {
+            top[i] = v16i_max(top[i], v16_abs_bits(load16(x + j, n - j)));
         }
+        x += i + 1 < rows ? ldx : 0;
     }
     v16_store(inv, code_scales(v16_from_bits(v16i_hmax16(top)), found));
-    memcpy(scale, found, (size_t)rows * sizeof *scale);
-    for (int64_t i = 0; i < rows; i++) {
-        quantize_head(x + i * ldx, n, v16_set1(inv[i]), round, q + i * ldq);
-    }
+    v16_storen(scale, v16_load(found), zq_min(16, rows));
 }
 
+/* The scales of sixteen rows are found before the codes of the sixteen in front of them are made: a long chain of latencies
+ * beside independent work. */
 ZQ_INLINE void
 quantize_heads(const float *x, int64_t rows, const int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)
 {
     const v16 round = v16_set1(ZQ_CODE_ROUND + (float)bias);
-    int64_t i = 0;
-    for (; i + 16 <= rows; i += 16) {
-        quantize_sixteen(x + i * ldx, 16, n, ldx, round, q + i * ldq, ldq, scale + i);
-    }
-    if (i < rows) {
-        quantize_sixteen(x + i * ldx, rows - i, n, ldx, round, q + i * ldq, ldq, scale + i);
+    float inv[2][16];
+    head_scales(x, rows, n, ldx, inv[0], scale);
+    for (int64_t i = 0; i < rows; i += 16) {
+        if (i + 16 < rows) {
+            head_scales(x + (i + 16) * ldx, rows - i - 16, n, ldx, inv[(i / 16 + 1) % 2], scale + i + 16);
+        }
+        for (int64_t r = i; r < zq_min(i + 16, rows); r++) {
+            quantize_head(x + r * ldx, n, v16_set1(inv[i / 16 % 2][r - i]), round, q + r * ldq);
+        }
     }
 }
 
@@ -287,7 +290,8 @@ quantize_heads(const float *x, int64_t rows, const int64_t n, int64_t ldx, int b
 static void
 quantize_heads_f32_b8(const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)
 {
-    switch (n) {
+    switch (rows > 0 ? n : -1) {
+    case -1: break;
     case 32: quantize_heads(x, rows, 32, ldx, bias, q, ldq, scale); break;
     case 64: quantize_heads(x, rows, 64, ldx, bias, q, ldq, scale); break;
     default: quantize_heads(x, rows, n, ldx, bias, q, ldq, scale);
