@@ -32,7 +32,7 @@ typedef struct {
     int64_t head;
     int64_t row, rows;       /* query rows in the whole arrays */
     int64_t next_key, end;   /* keys not yet gathered, in the whole arrays */
-    int64_t keys;            /* in the tile */
+    int64_t keys, first_key; /* in the tile; its first, in the whole arrays */
     int int8;                /* both products are of codes */
     int64_t dp;              /* head_dim rounded up to whole vectors, or panels of codes: what a copy of V fills */
     int64_t d4;              /* head_dim rounded up to 4 */
@@ -51,18 +51,6 @@ typedef struct {
     float *k_scale, *v_scale; /* (ZQ_KEY_TILE), (dp) */
     uint8_t *p8;             /* (ZQ_KEY_TILE, LANES) */
 } item;
-
-/* Fetch ahead, into L2, what lies beside: the next head of a row is the next job's, and what it needs is not in one stream.
- * Two lines per row come without help. */
-static void
-prefetch_next_head(const float *x, int64_t rows, int64_t ldx, int64_t head_dim)
-{
-    for (int64_t r = 0; head_dim > 32 && r < rows; r++, x += ldx) {
-        for (int64_t i = 0; i < head_dim; i += 16) {
-            __builtin_prefetch(x + head_dim + i, 0, 2);
-        }
-    }
-}
 
 /* Rows of V that are read once (int8: packed) or so few that they stay in L1 need no copy, if none between them is hidden
  * and no columns have to be filled up. */
@@ -95,8 +83,6 @@ gather_run(item *w, int64_t from, int64_t to)
         w->v_at = w->v;
         w->ld_v = dp;
     }
-    prefetch_next_head(a->k + at, to - from, a->ld_kv, d);
-    prefetch_next_head(a->v + at, to - from, a->ld_kv, d);
     w->keys += to - from;
 }
 
@@ -116,7 +102,7 @@ static int64_t
 gather_tile(item *w, zq_trouble *trouble)
 {
     const uint8_t *mask = w->t->a->key_mask;
-    for (w->keys = 0; w->keys < ZQ_KEY_TILE && w->next_key < w->end;) {
+    for (w->first_key = w->next_key, w->keys = 0; w->keys < ZQ_KEY_TILE && w->next_key < w->end;) {
         const int64_t from = w->next_key, room = w->int8 ? ZQ_KEY_TILE - w->keys : ZQ_PANEL - w->keys % ZQ_PANEL;
         int64_t to = from;
         while (to < w->end && to - from < room && (!mask || mask[to])) {
@@ -161,16 +147,13 @@ tile_rows_f32(const item *w, int64_t r, int64_t mr, int first)
     const zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .k = w->keys, .a = w->s, .lda = ZQ_SCORE_PITCH, .b = w->v_at,
                           .y = w->o + r * dp, .ldy = dp};
     w->t->K->matmul_f32(&tile, w->ld_v, ZQ_NR, !first);
-    if (first) {
-        prefetch_next_head(q, mr, a->ld_q, a->head_dim);
-    }
 }
 
-/* One key tile for the query rows in the lanes from row r on. */
+/* The same on codes; mr up to LANES. */
 static void
-tile_lanes(const item *w, int64_t r)
+tile_rows_int8(const item *w, int64_t r, int64_t mr)
 {
-    const zq_code_tile tile = {.rows = zq_min(LANES, w->rows - r), .keys = w->keys, .d4 = w->d4, .n = w->dp, .q = w->q8 + r * w->d4,
+    const zq_code_tile tile = {.rows = mr, .keys = w->keys, .d4 = w->d4, .n = w->dp, .q = w->q8 + r * w->d4,
                                .start = w->q_sum + r, .k = w->k8, .k_scale = w->k_scale, .v = w->v8, .v_scale = w->v_scale,
                                .factor = w->factor + r, .max = w->max + r, .sum = w->sum + r, .o = w->o + r * w->dp,
                                .s = w->s, .p = w->p8};
@@ -178,19 +161,45 @@ tile_lanes(const item *w, int64_t r)
 }
 
 static void
+prefetch_rows(const float *x, int64_t rows, int64_t ldx, int64_t n)
+{
+    for (int64_t r = 0; r < rows; r++, x += ldx) {
+        for (int64_t i = 0; i < n; i += 16) {
+            __builtin_prefetch(x + i, 0, 2);
+        }
+    }
+}
+
+/* Fetch into L2, a little with each tile of rows, what the next job will read: the next head lies beside this one, and its
+ * rows are not in one stream. */
+static void
+prefetch_next_head(const item *w, int64_t r, int64_t rows, int first)
+{
+    const zq_attention_args *a = w->t->a;
+    const int64_t d = a->head_dim, next = (w->head + 1) * d, keys = w->next_key - w->first_key;
+    const int64_t from = w->first_key + keys * r / w->rows, to = w->first_key + keys * (r + rows) / w->rows;
+    prefetch_rows(a->k + from * a->ld_kv + next, to - from, a->ld_kv, d);
+    prefetch_rows(a->v + from * a->ld_kv + next, to - from, a->ld_kv, d);
+    if (first) {
+        prefetch_rows(a->q + (w->row + r) * a->ld_q + next, rows, a->ld_q, d);
+    }
+}
+
+static void
 tile_rows(const item *w, int first)
 {
-    if (w->int8) {
-        for (int64_t r = 0; r < w->rows; r += LANES) {
-            tile_lanes(w, r);
-        }
-        return;
-    }
     /* row tiles differ by at most one row: a short one at the end would waste the kernel */
-    const int64_t tiles = zq_ceil_div(w->rows, w->t->K->mr_matmul);
+    const int64_t tiles = zq_ceil_div(w->rows, w->int8 ? LANES : w->t->K->mr_matmul);
     for (int64_t i = 0; i < tiles; i++) {
-        const int64_t r = i * w->rows / tiles;
-        tile_rows_f32(w, r, (i + 1) * w->rows / tiles - r, first);
+        const int64_t r = w->int8 ? i * LANES : i * w->rows / tiles;
+        const int64_t rows = w->int8 ? zq_min(LANES, w->rows - r) : (i + 1) * w->rows / tiles - r;
+        prefetch_next_head(w, r, rows, first);
+        if (w->int8) {
+            tile_rows_int8(w, r, rows);
+        }
+        else {
+            tile_rows_f32(w, r, rows, first);
+        }
     }
 }
 
@@ -205,7 +214,6 @@ quantize_queries(item *w, zq_trouble *trouble)
     K->quantize_heads_f32_b8(q, w->rows, a->head_dim, a->ld_q, 0, w->row8, w->d4, w->factor);
     memset(w->row8 + w->rows * w->d4, 0, (size_t)((lanes - w->rows) * w->d4));
     K->pack_rows_s8(w->row8, lanes, w->d4, w->q8, w->q_sum);
-    prefetch_next_head(q, w->rows, a->ld_q, a->head_dim);
     K->scale_f32(w->factor, w->rows, f, w->factor);
     for (int64_t r = 0; r < w->rows; r++) {
         if (!(w->factor[r] <= FLT_MAX)) {

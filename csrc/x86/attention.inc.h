@@ -519,7 +519,7 @@ raise_lanes(const zq_code_tile *t, int64_t lane, int first, v16 max, v16i sum)
             float factor[16];
             v16_store(factor, c);
             l = v16_mul(l, c);
-            for (int64_t i = 0; i < 16; i++) {
+            for (int64_t i = 0; i < 16 && lane + i < t->rows; i++) {
                 float *o = t->o + (lane + i) * t->n;
                 scale_f32(o, t->n, factor[i], o);
             }
