@@ -6,9 +6,9 @@
  * maximum of s, l the running sum and o the running sum of p v:
  *     m' = max(m, max s)   c = 2^((m - m') f)   p = 2^((s - m') f)   l = l c + sum p   o = o c + p V
  * with f = scale / ln 2, and the result is o / l. A short sequence of which nothing is hidden goes through one kernel,
- * attend_few_f32, to the same bits. Hidden keys are left out when a tile is gathered. Each row's result
- * depends on its own query and the visible keys of its sequence only: which rows share a job, a tile of registers or
- * a thread never shows in the bits. */
+ * attend_few_f32, to the same bits. On codes (int8) attend_tile_b8 does all of this for a tile. Hidden keys are left out
+ * when a tile is gathered. Each row's result depends on its own query and the visible keys of its sequence only: which rows
+ * share a job, a tile of registers or a thread never shows in the bits. */
 #include "attention_tile.h"
 
 /* Query rows per job: bringing in a tile is paid once per so many rows, and their sums (132 KiB at 64 dimensions) stay in L2.

@@ -373,7 +373,8 @@ pack_columns_f32_s8(const float *x, int64_t rows, int64_t n, int64_t ldx, uint8_
     }
 }
 
-/* Scores of `keys` keys from `key` on, (keys, 16 nv); keys and nv are constants in every call. max: the larger of it and them. */
+/* Scores of `keys` keys from `key` on, (keys, 16 nv); keys and nv are constants in every call. max becomes the larger of it
+ * and them. */
 ZQ_INLINE void
 code_scores(const zq_code_tile *t, int64_t key, int64_t lane, v16 *max, const int keys, const int nv)
 {
