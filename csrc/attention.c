@@ -6,16 +6,17 @@
  * maximum of s, l the running sum and o the running sum of p v:
  *     m' = max(m, max s)   c = 2^((m - m') f)   p = 2^((s - m') f)   l = l c + sum p   o = o c + p V
  * with f = scale / ln 2, and the result is o / l. A short sequence of which nothing is hidden goes through one kernel,
- * attend_few_f32, to the same bits. Hidden keys are left out when a tile is gathered. Each row's result
- * depends on its own query and the visible keys of its sequence only: which rows share a job, a tile of registers or
- * a thread never shows in the bits. */
+ * attend_few_f32, to the same bits. On codes (int8) attend_tile_b8 does all of this for a tile. Hidden keys are left out
+ * when a tile is gathered. Each row's result depends on its own query and the visible keys of its sequence only: which rows
+ * share a job, a tile of registers or a thread never shows in the bits. */
 #include "attention_tile.h"
 
 /* Query rows per job: bringing in a tile is paid once per so many rows, and their sums (132 KiB at 64 dimensions) stay in L2.
  * So large only where each thread has MANY_JOBS, or one waits for the other's last. */
 enum { ITEM_ROWS = 528, LEAST_ITEM_ROWS = 33, MANY_JOBS = 8, ENOUGH_JOBS = 2 };
 
-enum { CODE_PITCH = ZQ_KEY_TILE + 64 /* as ZQ_SCORE_PITCH */ };
+/* int8: query rows that attend_tile_b8 takes at once. */
+enum { LANES = 32 };
 
 typedef struct {
     const zq_attention_args *a;
@@ -31,40 +32,25 @@ typedef struct {
     int64_t head;
     int64_t row, rows;       /* query rows in the whole arrays */
     int64_t next_key, end;   /* keys not yet gathered, in the whole arrays */
-    int64_t keys;            /* in the tile */
+    int64_t keys, first_key; /* in the tile; its first, in the whole arrays */
     int int8;                /* both products are of codes */
     int64_t dp;              /* head_dim rounded up to whole vectors, or panels of codes: what a copy of V fills */
+    int64_t d4;              /* head_dim rounded up to 4 */
     float *kt;               /* panels of K^T */
     float *v;                /* (ZQ_KEY_TILE, dp) */
     const float *v_at;       /* the tile's rows of V, ld_v apart: w->v, or where they lie when all keys are visible */
     int64_t ld_v;
-    float *s;                /* (mr, ZQ_KEY_TILE) scores, then p, rows ZQ_SCORE_PITCH apart */
+    float *s;                /* (mr, ZQ_KEY_TILE) scores, then p, rows ZQ_SCORE_PITCH apart; int8: (ZQ_KEY_TILE, LANES) */
     float *o;                /* (rows, dp) */
     float *max, *sum;        /* (rows): m and l */
     float *factor;           /* (rows): scale / ln 2 */
-    /* int8 */
-    uint8_t *q8;             /* (rows, d4): codes + 128, d4 = head_dim rounded up to 4 */
-    uint8_t *k8, *kp, *v8;   /* (ZQ_KEY_TILE, d4) codes; the same in panels for matmul_u8s8; V in panels */
-    uint8_t *p8;             /* (mr, ZQ_KEY_TILE), rows CODE_PITCH apart */
+    /* int8; rows are filled up to a multiple of 16 with queries of zeros */
+    uint8_t *row8, *q8;      /* (rows, d4): codes of the queries; the same in panels */
+    int32_t *q_sum;          /* (rows): start of the scores: what 128 per code of k is too much */
+    uint8_t *k8, *v8;        /* (ZQ_KEY_TILE, d4): codes + 128; V in panels */
     float *k_scale, *v_scale; /* (ZQ_KEY_TILE), (dp) */
-    int32_t *k_sum, *zeros;  /* (ZQ_KEY_TILE) start of the scores: what 128 per code of q is too much; (dp) */
+    uint8_t *p8;             /* (ZQ_KEY_TILE, LANES) */
 } item;
-
-static int64_t
-d4_of(const attention *t)
-{
-    return zq_round_up(t->a->head_dim, 4);
-}
-
-/* Fetch ahead, into L2, what lies beside: the next head of a row is the next job's, and what it needs is not in one stream.
- * Two lines per row come without help. */
-ZQ_INLINE void
-prefetch_next_head(const float *row, int64_t head_dim)
-{
-    for (int64_t i = 0; head_dim > 32 && i < head_dim; i += 16) {
-        __builtin_prefetch(row + head_dim + i, 0, 2);
-    }
-}
 
 /* Rows of V that are read once (int8: packed) or so few that they stay in L1 need no copy, if none between them is hidden
  * and no columns have to be filled up. */
@@ -80,9 +66,9 @@ static void
 gather_run(item *w, int64_t from, int64_t to)
 {
     const zq_attention_args *a = w->t->a;
-    const int64_t d = a->head_dim, dp = w->dp, d4 = d4_of(w->t), at = from * a->ld_kv + w->head * d;
+    const int64_t d = a->head_dim, dp = w->dp, d4 = w->d4, at = from * a->ld_kv + w->head * d;
     if (w->int8) {
-        w->t->K->quantize_heads_f32_b8(a->k + at, to - from, d, a->ld_kv, 0, w->k8 + w->keys * d4, d4, w->k_scale + w->keys);
+        w->t->K->quantize_heads_f32_b8(a->k + at, to - from, d, a->ld_kv, 128, w->k8 + w->keys * d4, d4, w->k_scale + w->keys);
     }
     else {
         float *panel = w->kt + w->keys / ZQ_PANEL * ZQ_PANEL * d + w->keys % ZQ_PANEL;
@@ -97,19 +83,14 @@ gather_run(item *w, int64_t from, int64_t to)
         w->v_at = w->v;
         w->ld_v = dp;
     }
-    for (int64_t i = 0; i < to - from; i++) {
-        prefetch_next_head(a->k + at + i * a->ld_kv, d);
-        prefetch_next_head(a->v + at + i * a->ld_kv, d);
-    }
     w->keys += to - from;
 }
 
-/* int8: the tile's codes as matmul_u8s8 reads them. */
+/* int8: the tile's codes of V, and a look at its scales. */
 static void
-pack_tile(item *w, zq_trouble *trouble)
+pack_values(item *w, zq_trouble *trouble)
 {
     const zq_kernels *K = w->t->K;
-    K->pack_rows_s8(w->k8, w->keys, d4_of(w->t), w->kp, w->k_sum);
     K->pack_columns_f32_s8(w->v_at, w->keys, w->t->a->head_dim, w->ld_v, w->v8, w->v_scale);
     if (!(K->absmax_f32(w->k_scale, w->keys) <= 1e25f && K->absmax_f32(w->v_scale, w->dp) <= FLT_MAX)) {
         zq_note_bad_row(trouble, w->row);
@@ -121,7 +102,7 @@ static int64_t
 gather_tile(item *w, zq_trouble *trouble)
 {
     const uint8_t *mask = w->t->a->key_mask;
-    for (w->keys = 0; w->keys < ZQ_KEY_TILE && w->next_key < w->end;) {
+    for (w->first_key = w->next_key, w->keys = 0; w->keys < ZQ_KEY_TILE && w->next_key < w->end;) {
         const int64_t from = w->next_key, room = w->int8 ? ZQ_KEY_TILE - w->keys : ZQ_PANEL - w->keys % ZQ_PANEL;
         int64_t to = from;
         while (to < w->end && to - from < room && (!mask || mask[to])) {
@@ -133,7 +114,7 @@ gather_tile(item *w, zq_trouble *trouble)
         w->next_key = to > from ? to : from + 1;
     }
     if (w->int8) {
-        pack_tile(w, trouble);
+        pack_values(w, trouble);
         return w->keys;
     }
     /* the columns that fill up the last vector are computed and never read: they only must hold numbers */
@@ -150,8 +131,7 @@ softmax_of(const item *w, int64_t r, int64_t mr)
 {
     const int64_t dp = w->dp;
     return (zq_softmax_tile){.s = w->s, .rows = mr, .keys = w->keys, .lds = ZQ_SCORE_PITCH, .factor = w->factor + r,
-                             .max = w->max + r, .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp, .p = w->p8,
-                             .ldp = CODE_PITCH};
+                             .max = w->max + r, .sum = w->sum + r, .o = w->o + r * dp, .n = dp, .ldo = dp};
 }
 
 /* One key tile for query rows r .. r + mr - 1. */
@@ -167,24 +147,60 @@ tile_rows_f32(const item *w, int64_t r, int64_t mr, int first)
     const zq_tile tile = {.mr = (int)mr, .nr = (int)dp, .k = w->keys, .a = w->s, .lda = ZQ_SCORE_PITCH, .b = w->v_at,
                           .y = w->o + r * dp, .ldy = dp};
     w->t->K->matmul_f32(&tile, w->ld_v, ZQ_NR, !first);
-    for (int64_t i = 0; first && i < mr; i++) {
-        prefetch_next_head(q + i * a->ld_q, a->head_dim);
+}
+
+/* The same on codes; mr up to LANES. */
+static void
+tile_rows_int8(const item *w, int64_t r, int64_t mr)
+{
+    const zq_code_tile tile = {.rows = mr, .keys = w->keys, .d4 = w->d4, .n = w->dp, .q = w->q8 + r * w->d4,
+                               .start = w->q_sum + r, .k = w->k8, .k_scale = w->k_scale, .v = w->v8, .v_scale = w->v_scale,
+                               .factor = w->factor + r, .max = w->max + r, .sum = w->sum + r, .o = w->o + r * w->dp,
+                               .s = w->s, .p = w->p8};
+    w->t->K->attend_tile_b8(&tile);
+}
+
+static void
+prefetch_rows(const float *x, int64_t rows, int64_t ldx, int64_t n)
+{
+    for (int64_t r = 0; r < rows; r++, x += ldx) {
+        for (int64_t i = 0; i < n; i += 16) {
+            __builtin_prefetch(x + i, 0, 2);
+        }
+    }
+}
+
+/* Fetch into L2, a little with each tile of rows, what the next job will read: the next head lies beside this one, and its
+ * rows are not in one stream. */
+static void
+prefetch_next_head(const item *w, int64_t r, int64_t rows, int first)
+{
+    const zq_attention_args *a = w->t->a;
+    const int64_t d = a->head_dim, next = (w->head + 1) * d, keys = w->next_key - w->first_key;
+    const int64_t from = w->first_key + keys * r / w->rows, to = w->first_key + keys * (r + rows) / w->rows;
+    prefetch_rows(a->k + from * a->ld_kv + next, to - from, a->ld_kv, d);
+    prefetch_rows(a->v + from * a->ld_kv + next, to - from, a->ld_kv, d);
+    if (first) {
+        prefetch_rows(a->q + (w->row + r) * a->ld_q + next, rows, a->ld_q, d);
     }
 }
 
 static void
-tile_rows_int8(const item *w, int64_t r, int64_t mr, int first)
+tile_rows(const item *w, int first)
 {
-    const zq_kernels *K = w->t->K;
-    const int64_t dp = w->dp, d4 = d4_of(w->t), keys4 = zq_round_up(w->keys, 4);
-    const zq_tile scores = {.mr = (int)mr, .nr = (int)zq_round_up(w->keys, 16), .k = d4, .a = w->q8 + r * d4, .lda = d4,
-                            .b = w->kp, .colsum = w->k_sum, .scale = w->k_scale, .y = w->s, .ldy = ZQ_SCORE_PITCH};
-    K->matmul_u8s8(&scores, ZQ_PANEL * d4, 0);
-    const zq_softmax_tile softmax = softmax_of(w, r, mr);
-    K->softmax_tile_u8(&softmax);
-    const zq_tile values = {.mr = (int)mr, .nr = (int)dp, .k = keys4, .a = w->p8, .lda = CODE_PITCH, .b = w->v8,
-                            .colsum = w->zeros, .scale = w->v_scale, .y = w->o + r * dp, .ldy = dp};
-    K->matmul_u8s8(&values, ZQ_NR * keys4, !first);
+    /* row tiles differ by at most one row: a short one at the end would waste the kernel */
+    const int64_t tiles = zq_ceil_div(w->rows, w->int8 ? LANES : w->t->K->mr_matmul);
+    for (int64_t i = 0; i < tiles; i++) {
+        const int64_t r = w->int8 ? i * LANES : i * w->rows / tiles;
+        const int64_t rows = w->int8 ? zq_min(LANES, w->rows - r) : (i + 1) * w->rows / tiles - r;
+        prefetch_next_head(w, r, rows, first);
+        if (w->int8) {
+            tile_rows_int8(w, r, rows);
+        }
+        else {
+            tile_rows_f32(w, r, rows, first);
+        }
+    }
 }
 
 /* Codes of the queries; their scales go into the factors. */
@@ -192,16 +208,18 @@ static void
 quantize_queries(item *w, zq_trouble *trouble)
 {
     const zq_attention_args *a = w->t->a;
+    const zq_kernels *K = w->t->K;
     const float *q = a->q + w->row * a->ld_q + w->head * a->head_dim, f = a->scale * ZQ_LOG2E;
-    w->t->K->quantize_heads_f32_b8(q, w->rows, a->head_dim, a->ld_q, 128, w->q8, d4_of(w->t), w->factor);
-    w->t->K->scale_f32(w->factor, w->rows, f, w->factor);
+    const int64_t lanes = zq_round_up(w->rows, 16);
+    K->quantize_heads_f32_b8(q, w->rows, a->head_dim, a->ld_q, 0, w->row8, w->d4, w->factor);
+    memset(w->row8 + w->rows * w->d4, 0, (size_t)((lanes - w->rows) * w->d4));
+    K->pack_rows_s8(w->row8, lanes, w->d4, w->q8, w->q_sum);
+    K->scale_f32(w->factor, w->rows, f, w->factor);
     for (int64_t r = 0; r < w->rows; r++) {
-        prefetch_next_head(q + r * a->ld_q, a->head_dim);
         if (!(w->factor[r] <= FLT_MAX)) {
             zq_note_bad_row(trouble, w->row + r);
         }
     }
-    memset(w->zeros, 0, (size_t)w->dp * sizeof *w->zeros);
 }
 
 /* Note the rows whose result is not finite; nearly always one look at all of them says none. */
@@ -252,10 +270,11 @@ static int
 carve(item *w)
 {
     const attention *t = w->t;
-    const int64_t f32 = (int64_t)sizeof(float), dp = w->dp, d = zq_round_up(t->a->head_dim, 16), d4 = w->int8 ? d4_of(t) : 0;
-    const int64_t mr = t->K->mr_matmul, rows = t->item_rows, tile = ZQ_KEY_TILE, buffers = 16;
-    const int64_t scores = ZQ_SCORE_PITCH * mr, floats = scores + tile * (d + dp + 2) + rows * (dp + 3) + 2 * dp;
-    const int64_t codes = rows * d4 + CODE_PITCH * mr + tile * (2 * d4 + dp);
+    const int64_t f32 = (int64_t)sizeof(float), dp = w->dp, d = zq_round_up(t->a->head_dim, 16), d4 = w->int8 ? w->d4 : 0;
+    const int64_t rows = zq_round_up(t->item_rows, LANES), tile = ZQ_KEY_TILE, buffers = 16;
+    const int64_t scores = w->int8 ? tile * LANES : ZQ_SCORE_PITCH * t->K->mr_matmul;
+    const int64_t floats = scores + tile * (d + dp + 1) + rows * (dp + 4) + dp;
+    const int64_t codes = (2 * rows + tile) * d4 + tile * (dp + LANES);
     char *p = zq_scratch(ZQ_SCRATCH_NN, (size_t)(floats * f32 + codes + 64 * buffers));
     if (!p) {
         return 0;
@@ -268,15 +287,14 @@ carve(item *w)
     w->sum = take(&p, rows * f32);
     w->factor = take(&p, rows * f32);
     if (w->int8) {
+        w->row8 = take(&p, rows * d4);
         w->q8 = take(&p, rows * d4);
+        w->q_sum = take(&p, rows * f32);
         w->k8 = take(&p, tile * d4);
-        w->kp = take(&p, tile * d4);
         w->v8 = take(&p, tile * dp);
-        w->p8 = take(&p, CODE_PITCH * mr);
         w->k_scale = take(&p, tile * f32);
         w->v_scale = take(&p, dp * f32);
-        w->k_sum = take(&p, tile * f32);
-        w->zeros = take(&p, dp * f32);
+        w->p8 = take(&p, tile * LANES);
     }
     return 1;
 }
@@ -307,6 +325,7 @@ attention_job(void *ctx, int64_t job)
     item w = {.t = t, .head = job % a->heads, .row = first, .rows = zq_min(t->item_rows, end - first), .next_key = begin,
               .end = end, .int8 = a->int8_rows && end - begin >= a->int8_rows};
     w.dp = zq_round_up(a->head_dim, w.int8 ? ZQ_NR : 16);
+    w.d4 = zq_round_up(a->head_dim, 4);
     if (attend_few(&w)) {
         return;
     }
@@ -314,18 +333,13 @@ attention_job(void *ctx, int64_t job)
         atomic_store(&t->trouble.no_memory, 1);
         return;
     }
-    zq_begin_softmax(w.rows, a->scale * ZQ_LOG2E, w.max, w.sum, w.factor);
-    /* row tiles differ by at most one row: a short one at the end would waste the kernel */
-    const int64_t tiles = zq_ceil_div(w.rows, t->K->mr_matmul);
+    zq_begin_softmax(zq_round_up(w.rows, 16), a->scale * ZQ_LOG2E, w.max, w.sum, w.factor);
     if (w.int8) {
         quantize_queries(&w, &t->trouble);
     }
     int any_keys = 0;
     while (gather_tile(&w, &t->trouble) > 0) {
-        for (int64_t i = 0; i < tiles; i++) {
-            const int64_t r = i * w.rows / tiles;
-            (w.int8 ? tile_rows_int8 : tile_rows_f32)(&w, r, (i + 1) * w.rows / tiles - r, !any_keys);
-        }
+        tile_rows(&w, !any_keys);
         any_keys = 1;
     }
     write_rows(&w, any_keys, &t->trouble);

@@ -79,9 +79,25 @@ typedef struct {
     float *max, *sum;    /* (rows): m and l; -Inf and 0 before the first tile */
     float *o;            /* (rows, n), ldo apart; not touched in the first tile */
     int64_t n, ldo;
-    uint8_t *p; /* u8: (rows, keys) codes, ldp apart */
-    int64_t ldp;
 } zq_softmax_tile;
+
+/* The same on codes, with both products: s = (start + sum k q) k_scale, p = rint(255 * 2^((s - m') factor)), l sums these
+ * codes. Query rows lie side by side in lanes, so that nothing goes across them; arrays of `lanes` elements have the rows,
+ * rounded up to a multiple of 16, and what fills them up must be finite. */
+typedef struct {
+    int64_t rows, keys, d4, n;  /* rows 1 to 32; d4, n: head_dim rounded up to a multiple of 4 and of 32 */
+    const uint8_t *q;           /* a panel of pack_rows_s8: (d4 / 4, 32, 4), s8; start is its colsum */
+    const int32_t *start;       /* (lanes) */
+    const uint8_t *k;           /* (keys, d4), s8 codes + 128 */
+    const float *k_scale;       /* (keys) */
+    const uint8_t *v;           /* of pack_columns_f32_s8 */
+    const float *v_scale;       /* (n) */
+    const float *factor;        /* (lanes), > 0 */
+    float *max, *sum;           /* (lanes): m and l; all -Inf and 0 before the first tile */
+    float *o;                   /* (lanes, n); not read in the first tile */
+    float *s;                   /* working memory: (keys, 32) floats */
+    uint8_t *p;                 /* the same: (keys rounded up to a multiple of 4, 32) */
+} zq_code_tile;
 
 /* Some query rows of one head against all keys of a short sequence. */
 typedef struct {
@@ -242,23 +258,19 @@ enum { ZQ_ROWS = 8 };
     /* m' = max(m, max s), where it rose l and o *= 2^((m - m') factor); s = p = 2^((s - m') factor), l += sum p in the fixed \
      * order. NaN and Inf in s show in l */ \
     X(softmax_tile_f32, void, (const zq_softmax_tile *t)) \
-    /* the same, but p = rint(255 * 2^(...)), zeros up to a multiple of 4 keys, and l sums these codes; s stays */ \
-    X(softmax_tile_u8, void, (const zq_softmax_tile *t)) \
     /* softmax(q k^T) v as matmul_f32, softmax_tile_f32 and divide_rows_f32 give it, bit for bit. Returns 1; 0 where a row is \
      * not finite: out is then undefined, and the tiles say which */ \
     X(attend_few_f32, int, (const zq_few_keys *t)) \
-    /* t->y (mr, nr) = (float)(colsum[j] + sum a b) * scale[j] [+ y when accumulate]: a u8, b s8 in panels of 32 columns, \
-     * `panel` bytes apart, each (k / 4, 32, 4). k a multiple of 4, mr <= mr_matmul, nr a multiple of 16; colsum and scale \
-     * (nr) */ \
-    X(matmul_u8s8, void, (const zq_tile *t, int64_t panel, int accumulate)) \
+    /* some query rows against a tile of keys, in codes: zq_code_tile */ \
+    X(attend_tile_b8, void, (const zq_code_tile *t)) \
     /* rows of n floats, ldx apart: q = rint(x / scale) + bias (0 or 128), scale = max|x| / 127 per row; bias up to a \
      * multiple of 4. NaN and Inf show in the scale */ \
     X(quantize_heads_f32_b8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)) \
-    /* codes (rows, n), n a multiple of 4, as the columns of b of matmul_u8s8 with k = n; colsum = -128 * their sum per row, \
-     * which takes a bias of 128 out of the products. Columns and sums from `rows` up to a multiple of 16 hold anything */ \
+    /* codes (rows, n), n a multiple of 4, in panels of 32 rows, each (n / 4, 32, 4); colsum = -128 * their sum per row, \
+     * which takes a bias of 128 out of the products. Rows and sums from `rows` up to a multiple of 16 hold anything */ \
     X(pack_rows_s8, void, (const uint8_t *q, int64_t rows, int64_t n, uint8_t *panels, int32_t *colsum)) \
-    /* x (rows, n), ldx apart, as the b of matmul_u8s8 with k = rows filled up with zeros, and so are columns up to a \
-     * multiple of 32; scale = max|x| / 127 per column */ \
+    /* x (rows, n), ldx apart, in panels of 32 columns, each (rows / 4, 32, 4); rows are filled up with zeros to a multiple \
+     * of 4, columns to a multiple of 32; scale = max|x| / 127 per column */ \
     X(pack_columns_f32_s8, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, uint8_t *q, float *scale))
 /* clang-format on */
 

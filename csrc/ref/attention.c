@@ -119,35 +119,44 @@ zq_attend_few_f32__ref(const zq_few_keys *t)
     return finite;
 }
 
-void
-zq_softmax_tile_u8__ref(const zq_softmax_tile *t)
+/* Scores of one lane: its codes of q lie in every fourth of 4 * 32 bytes. */
+static float
+code_scores(const zq_code_tile *t, int64_t lane, float max)
 {
-    for (int64_t i = 0; i < t->rows; i++) {
-        const float max = raise_max(t, i), f = t->factor[i];
-        uint32_t sum = 0;
-        for (int64_t j = 0; j < zq_round_up(t->keys, 4); j++) {
-            const float code = j < t->keys ? zq_exp2_code((t->s[i * t->lds + j] - max) * f) : ZQ_CODE_ROUND;
-            t->p[i * t->ldp + j] = (uint8_t)zq_bits(code);
-            sum += zq_bits(code) - zq_bits(ZQ_CODE_ROUND);
+    for (int64_t j = 0; j < t->keys; j++) {
+        int32_t c = t->start[lane];
+        for (int64_t i = 0; i < t->d4; i++) {
+            c += t->k[j * t->d4 + i] * (int8_t)t->q[(i / 4 * ZQ_NR + lane) * 4 + i % 4];
         }
-        t->sum[i] += (float)(int32_t)sum;
+        t->s[j] = (float)c * t->k_scale[j];
+        max = zq_maxf(max, t->s[j]);
     }
+    return max;
 }
 
 void
-zq_matmul_u8s8__ref(const zq_tile *t, int64_t panel, int accumulate)
+zq_attend_tile_b8__ref(const zq_code_tile *t)
 {
-    for (int64_t i = 0; i < t->mr; i++) {
-        const uint8_t *a = (const uint8_t *)t->a + i * t->lda;
-        for (int64_t j = 0; j < t->nr; j++) {
-            const int8_t *b = (const int8_t *)t->b + j / ZQ_NR * panel + j % ZQ_NR * 4;
-            int32_t c = t->colsum[j];
-            for (int64_t k = 0; k < t->k; k++) {
-                c += a[k] * b[k / 4 * 4 * ZQ_NR + k % 4];
-            }
-            float *y = t->y + i * t->ldy + j;
-            *y = fmaf((float)c, t->scale[j], accumulate ? *y : 0.0f);
+    const int64_t keys4 = zq_round_up(t->keys, 4);
+    for (int64_t lane = 0; lane < t->rows; lane++) {
+        const float old = t->max[lane], f = t->factor[lane], max = code_scores(t, lane, old);
+        const float c = old == -INFINITY ? 0.0f : zq_exp2((old - max) * f);
+        uint32_t sum = 0;
+        for (int64_t j = 0; j < keys4; j++) {
+            t->p[j] = j < t->keys ? (uint8_t)zq_bits(zq_exp2_code((t->s[j] - max) * f)) : 0;
+            sum += t->p[j];
         }
+        for (int64_t i = 0; i < t->n; i++) {
+            const int8_t *v = (const int8_t *)t->v + i / ZQ_NR * ZQ_NR * keys4 + i % ZQ_NR * 4;
+            float *o = t->o + lane * t->n + i;
+            int32_t product = 0;
+            for (int64_t j = 0; j < keys4; j++) {
+                product += t->p[j] * v[j / 4 * 4 * ZQ_NR + j % 4];
+            }
+            *o = fmaf((float)product, t->v_scale[i], old == -INFINITY ? 0.0f : *o * c);
+        }
+        t->sum[lane] = t->sum[lane] * c + (float)(int32_t)sum;
+        t->max[lane] = max;
     }
 }
 

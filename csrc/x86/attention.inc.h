@@ -1,6 +1,6 @@
 /* Attention's kernels on v16: what ref/attention.c does, sixteen lanes at a time. Included by nn_avx2.c and nn_avx512.c
- * behind nn.inc.h, with MATMUL_MR and MATMUL_NV set to the register tile of the level and
- * v16i_dot4(acc, a, b) to acc + the sum of the four products u8 x s8 in each lane. */
+ * behind nn.inc.h, with MATMUL_MR and MATMUL_NV set to the register tile of the level for float32, CODE_ROWS (a divisor of 8)
+ * and CODE_NV to that for codes, and v16i_dot4(acc, a, b) to acc + the sum of the four products u8 x s8 in each lane. */
 #include "../ref/attention.h"
 
 /* 2^t of `ways` vectors in step, as v16_exps. */
@@ -191,57 +191,33 @@ softmax_tile_f32(const zq_softmax_tile *t)
 
 /* ---- int8 ---- */
 
-/* Bits of ZQ_CODE_ROUND plus the code: zq_exp2_code. */
-ZQ_INLINE v16
-v16_exp2_code(v16 t)
+/* The same four codes in every lane. */
+ZQ_INLINE v16i
+v16i_four(const uint8_t *codes)
 {
-    t = v16_max(v16_set1(ZQ_CODE_LO), t);
-    const v16 k = v16_add(t, v16_set1(ZQ_CODE_MAGIC)), r = v16_sub(t, v16_sub(k, v16_set1(ZQ_CODE_MAGIC)));
-    v16 p = v16_set1(zq_code_poly[3]);
+    int32_t four;
+    memcpy(&four, codes, sizeof four);
+    return v16i_set1(four);
+}
+
+/* Bits of ZQ_CODE_ROUND plus the code, zq_exp2_code, of `ways` vectors in step, as v16_exps. */
+ZQ_INLINE void
+v16_exp2_codes(v16 *t, v16i *code, const int ways)
+{
+#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < ways; u++)
+    v16 k[4], p[4];
+    EACH { t[u] = v16_max(v16_set1(ZQ_CODE_LO), t[u]); }
+    EACH { k[u] = v16_add(t[u], v16_set1(ZQ_CODE_MAGIC)); }
+    EACH { p[u] = v16_sub(k[u], v16_set1(ZQ_CODE_MAGIC)); }
+    EACH { t[u] = v16_sub(t[u], p[u]); }
+    EACH { p[u] = v16_set1(zq_code_poly[3]); }
 #pragma GCC unroll 4
     for (int i = 2; i >= 0; i--) {
-        p = v16_fma(p, r, v16_set1(zq_code_poly[i]));
+        EACH { p[u] = v16_fma(p[u], t[u], v16_set1(zq_code_poly[i])); }
     }
-    return v16_fma(p, v16_from_bits(v16i_shl(v16_bits(k), 23)), v16_set1(ZQ_CODE_ROUND));
-}
-
-/* Codes of one row; returns their sums in the lanes, each with one ZQ_CODE_ROUND per sixteen keys on top. */
-ZQ_INLINE v16i
-code_row(const float *s, int64_t keys, v16 max, v16 f, uint8_t *p)
-{
-    v16i sum[2] = {v16i_zero(), v16i_zero()};
-    int64_t j = 0;
-    for (; j + 32 <= keys; j += 32) {
-#pragma GCC unroll 2
-        for (int u = 0; u < 2; u++) {
-            const v16i code = v16_bits(v16_exp2_code(v16_mul(v16_sub(v16_load(s + j + 16 * u), max), f)));
-            v16i_store_b8(p + j + 16 * u, code);
-            sum[u] = v16i_add(sum[u], code);
-        }
-    }
-    for (; j < keys; j += 16) {
-        const int64_t n = zq_min(keys - j, 16);
-        const v16 x = v16_exp2_code(v16_mul(v16_sub(v16_loadn(s + j, n), max), f));
-        const v16i code = v16_bits(keep(x, n, v16_set1(ZQ_CODE_ROUND)));
-        v16i_storen_b8(p + j, code, zq_round_up(n, 4));
-        sum[0] = v16i_add(sum[0], code);
-    }
-    return v16i_add(sum[0], sum[1]);
-}
-
-static void
-softmax_tile_u8(const zq_softmax_tile *t)
-{
-    float max[16], sum[16], next = running_max(t, 0);
-    const uint32_t extra = (uint32_t)zq_round_up(t->keys, 16) * zq_bits(ZQ_CODE_ROUND);
-    assert(t->rows >= 1 && t->rows <= MATMUL_MR);
-    for (int64_t i = 0; i < t->rows; i++) {
-        max[i] = next;
-        next = i + 1 < t->rows ? running_max(t, i + 1) : 0.0f;
-        const v16i lanes = code_row(t->s + i * t->lds, t->keys, v16_set1(max[i]), v16_set1(t->factor[i]), t->p + i * t->ldp);
-        sum[i] = (float)(int32_t)((uint32_t)v16i_hsum(lanes) - extra);
-    }
-    raise_max(t, max, sum);
+    EACH { k[u] = v16_from_bits(v16i_shl(v16_bits(k[u]), 23)); }
+    EACH { code[u] = v16_bits(v16_fma(p[u], k[u], v16_set1(ZQ_CODE_ROUND))); }
+#undef EACH
 }
 
 ZQ_INLINE v16i
@@ -274,36 +250,39 @@ quantize_head(const float *x, int64_t n, v16 inv, v16 round, uint8_t *q)
     }
 }
 
-/* Up to sixteen rows: the scales first, so that their latencies overlap. */
+/* Of the first sixteen of `rows` rows: their scales, and what their elements are to be multiplied by. */
 ZQ_INLINE void
-quantize_sixteen(const float *x, int64_t rows, int64_t n, int64_t ldx, v16 round, uint8_t *q, int64_t ldq, float *scale)
+head_scales(const float *x, int64_t rows, int64_t n, int64_t ldx, float *inv, float *scale)
 {
     v16i top[16];
-    float found[16], inv[16];
-    for (int64_t i = 0; i < 16; i++) {
+    float found[16];
+    for (int64_t i = 0; i < 16; i++) { /* of fewer rows the last is repeated */
         top[i] = v16i_zero();
 #pragma GCC unroll 4
-        for (int64_t j = 0; i < rows && j < n; j += 16) {
-            top[i] = v16i_max(top[i], v16_abs_bits(load16(x + i * ldx + j, n - j)));
+        for (int64_t j = 0; j < n; j += 16) {
+            top[i] = v16i_max(top[i], v16_abs_bits(load16(x + j, n - j)));
         }
+        x += i + 1 < rows ? ldx : 0;
     }
     v16_store(inv, code_scales(v16_from_bits(v16i_hmax16(top)), found));
-    memcpy(scale, found, (size_t)rows * sizeof *scale);
-    for (int64_t i = 0; i < rows; i++) {
-        quantize_head(x + i * ldx, n, v16_set1(inv[i]), round, q + i * ldq);
-    }
+    v16_storen(scale, v16_load(found), zq_min(16, rows));
 }
 
+/* The scales of sixteen rows are found before the codes of the sixteen in front of them are made: a long chain of latencies
+ * beside independent work. */
 ZQ_INLINE void
 quantize_heads(const float *x, int64_t rows, const int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)
 {
     const v16 round = v16_set1(ZQ_CODE_ROUND + (float)bias);
-    int64_t i = 0;
-    for (; i + 16 <= rows; i += 16) {
-        quantize_sixteen(x + i * ldx, 16, n, ldx, round, q + i * ldq, ldq, scale + i);
-    }
-    if (i < rows) {
-        quantize_sixteen(x + i * ldx, rows - i, n, ldx, round, q + i * ldq, ldq, scale + i);
+    float inv[2][16];
+    head_scales(x, rows, n, ldx, inv[0], scale);
+    for (int64_t i = 0; i < rows; i += 16) {
+        if (i + 16 < rows) {
+            head_scales(x + (i + 16) * ldx, rows - i - 16, n, ldx, inv[(i / 16 + 1) % 2], scale + i + 16);
+        }
+        for (int64_t r = i; r < zq_min(i + 16, rows); r++) {
+            quantize_head(x + r * ldx, n, v16_set1(inv[i / 16 % 2][r - i]), round, q + r * ldq);
+        }
     }
 }
 
@@ -311,7 +290,8 @@ quantize_heads(const float *x, int64_t rows, const int64_t n, int64_t ldx, int b
 static void
 quantize_heads_f32_b8(const float *x, int64_t rows, int64_t n, int64_t ldx, int bias, uint8_t *q, int64_t ldq, float *scale)
 {
-    switch (n) {
+    switch (rows > 0 ? n : -1) {
+    case -1: break;
     case 32: quantize_heads(x, rows, 32, ldx, bias, q, ldq, scale); break;
     case 64: quantize_heads(x, rows, 64, ldx, bias, q, ldq, scale); break;
     default: quantize_heads(x, rows, n, ldx, bias, q, ldq, scale);
@@ -341,12 +321,11 @@ pack_rows_s8(const uint8_t *q, int64_t rows, int64_t n, uint8_t *panels, int32_t
 ZQ_INLINE v16i
 pack_word(const float *x, int64_t rows, int64_t ldx, v16 inv, int64_t m)
 {
-    const v16i low = v16i_set1(255);
     v16i word = v16i_zero();
 #pragma GCC unroll 4
     for (int u = 3; u >= 0; u--) {
         const v16 row = u < rows ? load16(x + u * ldx, m) : v16_zero();
-        word = v16i_or(v16i_shl(word, 8), v16i_and(v16_bits(v16_add(v16_mul(row, inv), v16_set1(ZQ_CODE_ROUND))), low));
+        word = v16i_push_byte(word, v16_bits(v16_add(v16_mul(row, inv), v16_set1(ZQ_CODE_ROUND))));
     }
     return word;
 }
@@ -394,83 +373,202 @@ pack_columns_f32_s8(const float *x, int64_t rows, int64_t n, int64_t ldx, uint8_
     }
 }
 
-/* Columns col .. of a panel; mr and nv are constants in every call. */
+/* Scores of `keys` keys from `key` on, (keys, 16 nv); keys and nv are constants in every call. max becomes the larger of it
+ * and them. */
 ZQ_INLINE void
-product_tile(const zq_tile *t, int64_t col, int accumulate, const int mr, const int nv)
+code_scores(const zq_code_tile *t, int64_t key, int64_t lane, v16 *max, const int keys, const int nv)
 {
-    const uint8_t *a = t->a, *b = (const uint8_t *)t->b + 4 * col;
-    const int64_t lda = t->lda, depth = t->k;
-    v16i acc[MATMUL_MR][MATMUL_NV];
+    const int64_t d4 = t->d4;
+    const uint8_t *k = t->k + key * d4, *q = t->q + 4 * lane;
+    float *s = t->s + key * 16 * nv;
+    v16i acc[CODE_ROWS][CODE_NV];
 #pragma GCC unroll 16
-    for (int i = 0; i < mr; i++) {
+    for (int i = 0; i < keys; i++) {
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) {
-            acc[i][j] = v16i_load(t->colsum + col + 16 * j);
+            acc[i][j] = v16i_load(t->start + lane + 16 * j);
         }
     }
-    for (int64_t k = 0; k < depth; k += 4, b += 4 * ZQ_NR) {
-        v16i bk[MATMUL_NV];
+    for (int64_t c = 0; c < d4; c += 4, q += 4 * ZQ_NR) {
+        v16i qc[CODE_NV];
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) {
-            bk[j] = v16i_load((const int32_t *)(const void *)(b + 64 * j));
+            qc[j] = v16i_load((const int32_t *)(const void *)(q + 64 * j));
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < mr; i++) {
-            int32_t four;
-            memcpy(&four, a + i * lda + k, sizeof four);
-            const v16i aik = v16i_set1(four);
+        for (int i = 0; i < keys; i++) {
+            const v16i kc = v16i_four(k + i * d4 + c);
 #pragma GCC unroll 4
             for (int j = 0; j < nv; j++) {
-                acc[i][j] = v16i_dot4(acc[i][j], aik, bk[j]);
+                acc[i][j] = v16i_dot4(acc[i][j], kc, qc[j]);
             }
         }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < mr; i++) {
-        float *y = t->y + i * t->ldy + col;
+    for (int i = 0; i < keys; i++) {
+        const v16 scale = v16_set1(t->k_scale[key + i]);
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) {
-            const v16 before = accumulate ? v16_load(y + 16 * j) : v16_zero();
-            v16_store(y + 16 * j, v16_fma(v16_from_i(acc[i][j]), v16_load(t->scale + col + 16 * j), before));
+            const v16 x = v16_mul(v16_from_i(acc[i][j]), scale);
+            v16_store(s + 16 * (i * nv + j), x);
+            max[j] = v16_max(max[j], x);
         }
     }
 }
 
-ZQ_INLINE void
-product_columns(const zq_tile *t, int64_t col, int accumulate, const int nv)
+/* Codes of p of four keys, of which `keys` are there, a word in each lane; s has a row per key, lds apart. */
+ZQ_INLINE v16i
+code_word(const float *s, const int64_t lds, int64_t keys, v16 max, v16 f)
 {
-    switch (t->mr) {
-#define HEIGHT(h) \
-    case h: \
-        if (h <= MATMUL_MR) { \
-            product_tile(t, col, accumulate, h <= MATMUL_MR ? h : 1, nv); \
-        } \
-        break;
-        HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
-        HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)
-#undef HEIGHT
-    default: break;
+    v16i code[4], word = v16i_zero();
+#pragma GCC unroll 4
+    for (int from = 0; from < 4; from += EXP_WAYS) {
+        v16 t[EXP_WAYS];
+#pragma GCC unroll 4
+        for (int u = 0; u < EXP_WAYS; u++) { /* of fewer keys the last is repeated */
+            t[u] = v16_mul(v16_sub(v16_load(s + zq_min(from + u, keys - 1) * lds), max), f);
+        }
+        v16_exp2_codes(t, code + from, EXP_WAYS);
+    }
+#pragma GCC unroll 4
+    for (int u = 3; u >= 0; u--) {
+        word = v16i_push_byte(word, u < keys ? code[u] : v16i_zero());
+    }
+    return word;
+}
+
+/* Scores to codes of p, (keys / 4, 16 nv, 4); their sums in the lanes. */
+ZQ_INLINE void
+code_softmax(const zq_code_tile *t, int64_t lane, const v16 *max, v16i *sum, const int nv)
+{
+    const v16i ones = v16i_set1(0x01010101);
+    const float *s = t->s;
+    uint8_t *p = t->p;
+    v16 f[CODE_NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < nv; j++) {
+        f[j] = v16_load(t->factor + lane + 16 * j);
+        sum[j] = v16i_zero();
+    }
+#define CODE_WORDS(here) \
+    _Pragma("GCC unroll 4") for (int j = 0; j < nv; j++) \
+    { \
+        const v16i word = code_word(s + 16 * j, 16 * nv, here, max[j], f[j]); \
+        v16i_store((int32_t *)(void *)(p + 64 * j), word); \
+        sum[j] = v16i_dot4(sum[j], word, ones); \
+    }
+    int64_t keys = t->keys;
+    for (; keys >= 4; keys -= 4, s += 64 * nv, p += 64 * nv) {
+        CODE_WORDS(4)
+    }
+    if (keys > 0) {
+        CODE_WORDS(keys)
+    }
+#undef CODE_WORDS
+}
+
+/* o of the query rows in CODE_ROWS lanes += P V, 16 nv columns from `col` on. */
+ZQ_INLINE void
+code_values(const zq_code_tile *t, int64_t lane, int64_t ld_p, int64_t row, int64_t col, int first)
+{
+    const int64_t keys4 = zq_round_up(t->keys, 4);
+    const uint8_t *v = t->v + col / ZQ_NR * ZQ_NR * keys4 + col % ZQ_NR * 4, *p = t->p + 4 * lane;
+    v16i acc[CODE_ROWS][CODE_NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < CODE_ROWS; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < CODE_NV; j++) {
+            acc[i][j] = v16i_zero();
+        }
+    }
+    for (int64_t k = 0; k < keys4; k += 4, p += 4 * ld_p, v += 4 * ZQ_NR) {
+        v16i vk[CODE_NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < CODE_NV; j++) {
+            vk[j] = v16i_load((const int32_t *)(const void *)(v + 64 * j));
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < CODE_ROWS; i++) {
+            const v16i pk = v16i_four(p + 4 * i);
+#pragma GCC unroll 4
+            for (int j = 0; j < CODE_NV; j++) {
+                acc[i][j] = v16i_dot4(acc[i][j], pk, vk[j]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < CODE_ROWS; i++) {
+        float *o = t->o + (row + i) * t->n + col;
+#pragma GCC unroll 4
+        for (int j = 0; j < CODE_NV; j++) {
+            const v16 before = first ? v16_zero() : v16_load(o + 16 * j);
+            v16_store(o + 16 * j, v16_fma(v16_from_i(acc[i][j]), v16_load(t->v_scale + col + 16 * j), before));
+        }
+    }
+}
+
+/* m, l and o of sixteen query rows brought to the maximum of this tile too, and its sum added. Where any rises, all are
+ * scaled, most by 1. */
+ZQ_INLINE void
+raise_lanes(const zq_code_tile *t, int64_t lane, int first, v16 max, v16i sum)
+{
+    const v16 old = v16_load(t->max + lane), one = v16_set1(1.0f);
+    v16 l = v16_load(t->sum + lane);
+    if (!first) {
+        const v16 c = v16_select_lt(old, max, v16_exp2(v16_mul(v16_sub(old, max), v16_load(t->factor + lane))), one);
+        if (v16_hmin(c) < 1.0f) {
+            float factor[16];
+            v16_store(factor, c);
+            l = v16_mul(l, c);
+            for (int64_t i = 0; i < 16 && lane + i < t->rows; i++) {
+                float *o = t->o + (lane + i) * t->n;
+                scale_f32(o, t->n, factor[i], o);
+            }
+        }
+    }
+    v16_store(t->max + lane, max);
+    v16_store(t->sum + lane, v16_add(l, v16_from_i(sum)));
+}
+
+/* 16 nv query rows. A last block of keys starts so early that it is whole: some scores are computed twice. */
+ZQ_INLINE void
+attend_lanes(const zq_code_tile *t, int64_t lane, const int nv)
+{
+    const int first = t->max[lane] == -INFINITY;
+    v16 max[CODE_NV];
+    v16i sum[CODE_NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < nv; j++) {
+        max[j] = v16_load(t->max + lane + 16 * j);
+    }
+    for (int64_t key = 0; key < t->keys && t->keys >= CODE_ROWS; key += CODE_ROWS) {
+        code_scores(t, zq_min(key, t->keys - CODE_ROWS), lane, max, CODE_ROWS, nv);
+    }
+    for (int64_t key = 0; key < t->keys && t->keys < CODE_ROWS; key++) {
+        code_scores(t, key, lane, max, 1, nv);
+    }
+    code_softmax(t, lane, max, sum, nv);
+#pragma GCC unroll 4
+    for (int j = 0; j < nv; j++) {
+        raise_lanes(t, lane + 16 * j, first, max[j], sum[j]);
+    }
+    for (int64_t i = 0; i < 16 * nv && lane + i < t->rows; i += CODE_ROWS) {
+        for (int64_t col = 0; col < t->n; col += 16 * CODE_NV) {
+            code_values(t, i, 16 * nv, lane + i, col, first);
+        }
     }
 }
 
 static void
-matmul_u8s8(const zq_tile *t, int64_t panel, int accumulate)
+attend_tile_b8(const zq_code_tile *t)
 {
-    assert(t->nr % 16 == 0 && t->k % 4 == 0 && t->mr <= MATMUL_MR);
-    zq_tile part = *t;
-    for (int64_t col = 0; col < t->nr; col += ZQ_NR) {
-        part.b = (const uint8_t *)t->b + col / ZQ_NR * panel;
-        part.y = t->y + col;
-        part.colsum = t->colsum + col;
-        part.scale = t->scale + col;
-        const int64_t nr = zq_min(ZQ_NR, t->nr - col);
-        int64_t at = 0;
-        for (; at + 16 * MATMUL_NV <= nr; at += 16 * MATMUL_NV) {
-            product_columns(&part, at, accumulate, MATMUL_NV);
-        }
-        for (; at < nr; at += 16) {
-            product_columns(&part, at, accumulate, 1);
-        }
+    assert(t->keys >= 1 && t->rows >= 1 && t->rows <= ZQ_NR && t->n % ZQ_NR == 0 && t->d4 % 4 == 0);
+    int64_t lane = 0;
+    for (; lane + 16 * (CODE_NV - 1) < t->rows; lane += 16 * CODE_NV) {
+        attend_lanes(t, lane, CODE_NV);
+    }
+    for (; lane < t->rows; lane += 16) {
+        attend_lanes(t, lane, 1);
     }
 }
 
@@ -751,8 +849,7 @@ fill_attention(zq_kernels *t)
 {
     t->attend_few_f32 = attend_few_f32;
     t->softmax_tile_f32 = softmax_tile_f32;
-    t->softmax_tile_u8 = softmax_tile_u8;
-    t->matmul_u8s8 = matmul_u8s8;
+    t->attend_tile_b8 = attend_tile_b8;
     t->quantize_heads_f32_b8 = quantize_heads_f32_b8;
     t->pack_rows_s8 = pack_rows_s8;
     t->pack_columns_f32_s8 = pack_columns_f32_s8;

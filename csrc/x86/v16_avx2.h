@@ -115,6 +115,7 @@ V16I_2(v16i_min, _mm256_min_epi32)
 ZQ_INLINE v16i v16i_shl(v16i a, int bits) { return (v16i){_mm256_slli_epi32(a.lo, bits), _mm256_slli_epi32(a.hi, bits)}; }
 ZQ_INLINE v16i v16i_shr(v16i a, int bits) { return (v16i){_mm256_srli_epi32(a.lo, bits), _mm256_srli_epi32(a.hi, bits)}; }
 ZQ_INLINE v16i v16i_sra(v16i a, int bits) { return (v16i){_mm256_srai_epi32(a.lo, bits), _mm256_srai_epi32(a.hi, bits)}; }
+ZQ_INLINE v16i v16i_push_byte(v16i a, v16i b) { return v16i_or(v16i_shl(a, 8), v16i_and(b, v16i_set1(255))); }
 ZQ_INLINE v16i v16_to_i(v16 a) { return (v16i){_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 ZQ_INLINE v16 v16_from_i(v16i a) { return (v16){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 ZQ_INLINE v16i v16_bits(v16 a) { return (v16i){_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }

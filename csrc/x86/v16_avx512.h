@@ -63,6 +63,11 @@ ZQ_INLINE v16i v16_to_i(v16 a) { return _mm512_cvtps_epi32(a); } /* rint; |a| < 
 ZQ_INLINE v16 v16_from_i(v16i a) { return _mm512_cvtepi32_ps(a); }
 ZQ_INLINE v16i v16_bits(v16 a) { return _mm512_castps_si512(a); }
 ZQ_INLINE v16 v16_from_bits(v16i a) { return _mm512_castsi512_ps(a); }
+/* a << 8 with the low byte of b behind it */
+ZQ_INLINE v16i v16i_push_byte(v16i a, v16i b)
+{
+    return _mm512_ternarylogic_epi32(_mm512_slli_epi32(a, 8), b, _mm512_set1_epi32(255), 0xf8);
+}
 /* low byte of each lane */
 ZQ_INLINE void v16i_store_b8(uint8_t *p, v16i a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
 ZQ_INLINE void v16i_storen_b8(uint8_t *p, v16i a, int64_t n) { _mm_mask_storeu_epi8(p, v16_mask(n), _mm512_cvtepi32_epi8(a)); }

@@ -66,12 +66,9 @@ ZQ_INLINE v16i
 v16i_hmax16(const v16i *a)
 {
     __m256i half[16];
-    int32_t max[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
         half[i] = _mm256_max_epi32(v16i_lo(a[i]), v16i_hi(a[i]));
     }
-    _mm256_storeu_si256((__m256i *)(void *)max, v8i_hmax8(half));
-    _mm256_storeu_si256((__m256i *)(void *)(max + 8), v8i_hmax8(half + 8));
-    return v16i_load(max);
+    return v16_bits(v16_join(_mm256_castsi256_ps(v8i_hmax8(half)), _mm256_castsi256_ps(v8i_hmax8(half + 8))));
 }
