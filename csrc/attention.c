@@ -32,7 +32,7 @@ typedef struct {
     int64_t head;
     int64_t row, rows;       /* query rows in the whole arrays */
     int64_t next_key, end;   /* keys not yet gathered, in the whole arrays */
-    int64_t keys, first_key; /* in the tile; its first, in the whole arrays */
+    int64_t keys;            /* in the tile */
     int int8;                /* both products are of codes */
     int64_t dp;              /* head_dim rounded up to whole vectors, or panels of codes: what a copy of V fills */
     int64_t d4;              /* head_dim rounded up to 4 */
@@ -102,7 +102,7 @@ static int64_t
 gather_tile(item *w, zq_trouble *trouble)
 {
     const uint8_t *mask = w->t->a->key_mask;
-    for (w->first_key = w->next_key, w->keys = 0; w->keys < ZQ_KEY_TILE && w->next_key < w->end;) {
+    for (w->keys = 0; w->keys < ZQ_KEY_TILE && w->next_key < w->end;) {
         const int64_t from = w->next_key, room = w->int8 ? ZQ_KEY_TILE - w->keys : ZQ_PANEL - w->keys % ZQ_PANEL;
         int64_t to = from;
         while (to < w->end && to - from < room && (!mask || mask[to])) {
@@ -161,31 +161,6 @@ tile_rows_int8(const item *w, int64_t r, int64_t mr)
 }
 
 static void
-prefetch_rows(const float *x, int64_t rows, int64_t ldx, int64_t n)
-{
-    for (int64_t r = 0; r < rows; r++, x += ldx) {
-        for (int64_t i = 0; i < n; i += 16) {
-            __builtin_prefetch(x + i, 0, 2);
-        }
-    }
-}
-
-/* Fetch into L2, a little with each tile of rows, what the next job will read: the next head lies beside this one, and its
- * rows are not in one stream. */
-static void
-prefetch_next_head(const item *w, int64_t r, int64_t rows, int first)
-{
-    const zq_attention_args *a = w->t->a;
-    const int64_t d = a->head_dim, next = (w->head + 1) * d, keys = w->next_key - w->first_key;
-    const int64_t from = w->first_key + keys * r / w->rows, to = w->first_key + keys * (r + rows) / w->rows;
-    prefetch_rows(a->k + from * a->ld_kv + next, to - from, a->ld_kv, d);
-    prefetch_rows(a->v + from * a->ld_kv + next, to - from, a->ld_kv, d);
-    if (first) {
-        prefetch_rows(a->q + (w->row + r) * a->ld_q + next, rows, a->ld_q, d);
-    }
-}
-
-static void
 tile_rows(const item *w, int first)
 {
     /* row tiles differ by at most one row: a short one at the end would waste the kernel */
@@ -193,7 +168,6 @@ tile_rows(const item *w, int first)
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t r = w->int8 ? i * LANES : i * w->rows / tiles;
         const int64_t rows = w->int8 ? zq_min(LANES, w->rows - r) : (i + 1) * w->rows / tiles - r;
-        prefetch_next_head(w, r, rows, first);
         if (w->int8) {
             tile_rows_int8(w, r, rows);
         }
