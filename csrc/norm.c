@@ -39,8 +39,8 @@ struct row_jobs {
     uint64_t copies; /* not 0: each thread copies `given` for this call, whose number this is */
     float eps;
     zq_activation act;
-    /* Whether the codes of a batch are made after the next batch has been computed, so that nothing waits for its horizontal steps
-     * and the divisions of its scales. That takes a second buffer, which costs operators with few operations more than it gains. */
+    /* Whether the codes of a batch are made after the next batch has been computed, so that nothing waits for its horizontal
+     * steps and the divisions of its scales. That takes a second buffer, which costs norms more than it gains. */
     int waits;
     int64_t m, n, batch_items, batch, jobs;
     const zq_rows_out *out;
@@ -234,7 +234,8 @@ activation_rows(const row_jobs *j, const affine *a, int64_t row, int64_t rows, f
 zq_status
 zq_activate(const float *x, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out, int64_t *bad_row)
 {
-    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .waits = 1, .x = x, .act = act, .m = m, .n = n, .out = out};
+    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .waits = 1, .x = x, .act = act};
+    j.m = m, j.n = n, j.out = out;
     return run(&j, bad_row);
 }
 
@@ -242,8 +243,8 @@ zq_status
 zq_gated(const float *gate, const float *up, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out,
          int64_t *bad_row)
 {
-    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .waits = 1, .x = gate, .other = up, .act = act, .m = m, .n = n,
-                  .out = out};
+    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .waits = 1, .x = gate, .other = up, .act = act};
+    j.m = m, j.n = n, j.out = out;
     return run(&j, bad_row);
 }
 
