@@ -29,11 +29,10 @@ add_low_rank(const zq_tile *t, v16 sum, int i, int j)
     return sum;
 }
 
-/* sum: y before the activation and what is added there, of columns j .. j + n of row i */
+/* y + residual to row i, columns j .. j + n */
 ZQ_INLINE void
-finish_vector(const zq_tile *t, v16 sum, int i, int j, int64_t n, const zq_activation act)
+store_finished(const zq_tile *t, v16 y, int i, int j, int64_t n)
 {
-    v16 y = v16_activate(add_low_rank(t, sum, i, j), act);
     if (t->residual) {
         const float *r = t->residual + i * t->ldr + j;
         y = v16_add(y, n == 16 ? v16_load(r) : v16_loadn(r, n));
@@ -50,9 +49,39 @@ finish_vector(const zq_tile *t, v16 sum, int i, int j, int64_t n, const zq_activ
     }
 }
 
+/* sum: y before the activation and what is added there, of columns j .. j + n of row i */
+ZQ_INLINE void
+finish_vector(const zq_tile *t, v16 sum, int i, int j, int64_t n, const zq_activation act)
+{
+    store_finished(t, v16_activate(add_low_rank(t, sum, i, j), act), i, j, n);
+}
+
+/* `rows` <= FINISH_TOGETHER whole rows from i on: their vectors in step, as one chain does not fill the pipes. */
+ZQ_INLINE void
+finish_together(const zq_tile *t, const float *v, int i, const int rows, const zq_activation act)
+{
+    enum { BY = ZQ_NR / 16 };
+    v16 y[BY * FINISH_TOGETHER];
+#define EACH _Pragma("GCC unroll 8") for (int u = 0; u < BY * rows; u++)
+    EACH { y[u] = add_low_rank(t, v16_load(v + i * ZQ_NR + 16 * u), i + u / BY, u % BY * 16); }
+    v16_activates(y, act, BY * rows);
+    EACH { store_finished(t, y[u], i + u / BY, u % BY * 16, 16); }
+#undef EACH
+}
+
 ZQ_INLINE void
 finish_rows(const zq_tile *t, const float *v, const zq_activation act)
 {
+    if (t->nr == ZQ_NR && !t->pairs) {
+        int i = 0;
+        for (; i + FINISH_TOGETHER <= t->mr; i += FINISH_TOGETHER) {
+            finish_together(t, v, i, FINISH_TOGETHER, act);
+        }
+        for (; i < t->mr; i++) {
+            finish_together(t, v, i, 1, act);
+        }
+        return;
+    }
     for (int j = 0; j < t->nr; j += 16, v += 16) {
         const int64_t n = zq_min(t->nr - j, 16);
         if (t->pairs) {
