@@ -18,7 +18,7 @@ enum {
     LOW_TILE = 32,         /* rows: tall tiles may become so low before work is split by columns */
     FEW_TILES = 8,         /* per chunk: with less, chunks of one tile more and of one less are too unequal */
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
-    LONG_ROW = 1024,       /* floats: the range of a tile's first row is not hidden behind others; of short rows that costs more */
+    LONG_ROW = 1024,       /* floats: with shorter rows, finding the range of each tile's first ones costs more than it gains */
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
     FAR_BYTES = 64 << 10,  /* weights that L2 does not keep from one call to the next */
     NEAR_BYTES = 16 << 20, /* weights that L3 keeps until the next product, if no more than that is read in between */

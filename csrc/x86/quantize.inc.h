@@ -138,7 +138,7 @@ LEVEL(quantize_mul_f32_b8)(const float *x, int64_t n, float inv, int32_t zero, u
     code_rest(x + i, n - i, factor, zero, q + i);
 }
 
-/* While one row, in L1, becomes codes, the next one comes from farther away and needs other units. */
+/* While one row, in L1, becomes codes, a later one comes from farther away. */
 static int
 LEVEL(quantize_minmax_f32_b8)(const float *x, int64_t n, float inv, int32_t zero, uint8_t *q, const float *next,
                               const float *ahead, zq_range *range)
