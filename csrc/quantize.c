@@ -135,30 +135,42 @@ zq_quantize_token(const zq_kernels *K, const float *x, int64_t k, zq_quant mode,
  * L1 beside two rows of 3072. */
 enum { AHEAD_ITEMS = 3072 };
 
+/* Rows up to this length have their range taken two rows before their codes: the divisions in between take as long as a
+ * short row. Longer ones would not all stay in L1. */
+enum { SHORT_ITEMS = 2048 };
+
+typedef struct {
+    zq_range range;
+    int finite;
+} row_range;
+
 int64_t
 zq_quantize_token_rows(const zq_kernels *K, const zq_token_rows *t)
 {
     const float *const last = t->x + (t->rows - 1) * t->ld_x;
+    const int64_t lead = t->k <= SHORT_ITEMS ? 2 : 1;
     int64_t bad = t->rows;
-    zq_range range;
-    int finite = t->rows > 0 && K->minmax_f32(t->x, t->k, &range.lo, &range.hi);
+    row_range found[2];
+    for (int64_t i = 0; i < zq_min(lead, t->rows); i++) {
+        found[i].finite = K->minmax_f32(t->x + i * t->ld_x, t->k, &found[i].range.lo, &found[i].range.hi);
+    }
     for (int64_t i = 0; i < t->rows; i++) {
-        const float *x = t->x + i * t->ld_x, *next = i + 1 < t->rows ? x + t->ld_x : NULL;
+        const float *x = t->x + i * t->ld_x, *next = i + lead < t->rows ? x + lead * t->ld_x : NULL;
         uint8_t *q = t->q + i * t->ld_q;
-        if (!finite) {
+        row_range *row = found + i % lead;
+        if (!row->finite) {
             bad = zq_min(bad, i);
-            range = (zq_range){0.0f, 0.0f};
         }
-        const float inv = zq_token_scale(t->mode, range.lo, range.hi, t->scale + i, t->zero + i);
-        if (finite && next) {
+        const float inv = zq_token_scale(t->mode, row->range.lo, row->range.hi, t->scale + i, t->zero + i);
+        if (row->finite && next) {
             const float *ahead = last - next > AHEAD_ITEMS ? next + AHEAD_ITEMS : last;
-            finite = K->quantize_minmax_f32_b8(x, t->k, inv, t->zero[i], q, next, ahead, &range);
+            row->finite = K->quantize_minmax_f32_b8(x, t->k, inv, t->zero[i], q, next, ahead, &row->range);
         }
         else {
-            if (finite) {
+            if (row->finite) {
                 K->quantize_mul_f32_b8(x, t->k, inv, t->zero[i], q);
             }
-            finite = next && K->minmax_f32(next, t->k, &range.lo, &range.hi);
+            row->finite = next && K->minmax_f32(next, t->k, &row->range.lo, &row->range.hi);
         }
         memset(q + t->k, 0, (size_t)t->zeros);
     }

@@ -172,7 +172,7 @@ enum { ZQ_ROWS = 8 };
     /* ---- rows of float32 to codes and back (quantize) ---- */ \
     /* max |x|; NaN or Inf when x has one (the maximum is taken over the bit patterns). 0 for n = 0 */ \
     X(absmax_f32, float, (const float *x, int64_t n)) \
-    /* lo = min(0, min x), hi = max(0, max x); returns 1 when all of x is finite, else 0 */ \
+    /* lo = min(0, min x), hi = max(0, max x); returns 1 when all of x is finite, else 0, and both are 0 */ \
     X(minmax_f32, int, (const float *x, int64_t n, float *lo, float *hi)) \
     /* top[j] = max(top[j], |x[i][j]|) over rows i; x (rows, n), ldx apart. NaN counts as larger than Inf */ \
     X(absmax_columns_f32, void, (const float *x, int64_t rows, int64_t n, int64_t ldx, float *top)) \

@@ -14,7 +14,7 @@ zq_status zq_quantize_tokens(const float *x, int64_t m, int64_t k, int64_t ld_x,
 struct zq_kernels;
 int zq_quantize_token(const struct zq_kernels *K, const float *x, int64_t k, zq_quant mode, uint8_t *q, float *scale,
                       int32_t *zero);
-/* Rows of the same, `zeros` bytes of 0 behind each: one row becomes codes while the range of the next one is found, and rows
+/* Rows of the same, `zeros` bytes of 0 behind each: one row becomes codes while the range of a later one is found, and rows
  * after it are fetched. Returns the first row that is not finite, `rows` without one; such a row gets any codes and scale. */
 typedef struct {
     const float *x;

@@ -621,6 +621,22 @@ def test_shares_of_panels(kind, threads):
         assert same_bits(results[0], results[1]) and same_bits(results[0], results[2]), (m, n, k)
 
 
+@pytest.mark.parametrize("quant_out", [0, 1, 2])
+@pytest.mark.parametrize("m, n, k", [(61, 100, 1030), (200, 96, 2112), (131, 700, 1024)])
+def test_rows_that_become_codes_tile_by_tile(m, n, k, quant_out):
+    """Weights that a second product finds in the cache; the codes of the rows beforehand give the same bits."""
+    d = make(m, n, k)
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])
+    codes = _core.quantize_tokens(d["x"], 2, True)
+    want = everywhere(lambda: _core.linear_forward(handle, codes, 0, 1, None, quant_out))
+    for _ in range(2):
+        assert same_bits(everywhere(lambda: _core.linear_forward(handle, d["x"], 2, 1, None, quant_out)), want)
+    x = d["x"].copy()
+    x[[m - 2, m // 2], k - 1] = np.nan
+    with pytest.raises(ValueError, match=f"x: NaN or Inf in row {m // 2}$"):
+        _core.linear_forward(handle, x, 2, 1, None, quant_out)
+
+
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs the scheduler's statistics")
 def test_workers_that_sleep_wake_up():
     d = make(2048, 256, 512)

@@ -222,6 +222,26 @@ def test_minmax_has_no_negative_zero(isa):
         same(_core.minmax_rows(np.full((1, k), -0.0, np.float32)), (np.zeros(1, np.float32),) * 2)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_minmax_of_one_sign(isa, sign):
+    tiny, huge = np.float32(1e-45), np.finfo(np.float32).max
+    for k in (1, 15, 16, 70, 200):
+        x = sign * np.abs(normal(k, 4, k))
+        x[1] = np.copysign(np.float32(0), -sign)
+        x[1, -1] = sign * tiny
+        x[2, 0], x[3, k // 2] = sign * huge, np.copysign(np.float32(0), -sign)
+        ends = np.zeros(4, np.float32), sign * np.abs(x).max(1) + np.float32(0)
+        same(_core.minmax_rows(x), ends[::sign])
+
+
+def test_tokens_of_short_and_long_rows_do_not_depend_on_their_neighbours(isa):
+    for k, rows in [(16, 1), (70, 2), (2048, 3), (2049, 2), (2100, 5)]:
+        x = normal(k, rows, k) * np.float32(10) ** np.arange(rows, dtype=np.float32)[:, None]
+        q, scale, zero = ops.quantize_per_token(x, False)
+        for i in range(rows):
+            same(ops.quantize_per_token(x[i : i + 1], False), (q[i : i + 1], scale[i : i + 1], zero[i : i + 1]))
+
+
 # ---- NaN and Inf -----------------------------------------------------------------------------------------------
 
 REFUSING = {

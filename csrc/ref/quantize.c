@@ -42,8 +42,8 @@ zq_minmax_f32__ref(const float *x, int64_t n, float *lo, float *hi)
         most = x[i] > most ? x[i] : most;
         finite &= isfinite(x[i]) != 0;
     }
-    *lo = least;
-    *hi = most;
+    *lo = finite ? least : 0.0f;
+    *hi = finite ? most : 0.0f;
     return finite;
 }
 

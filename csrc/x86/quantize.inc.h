@@ -40,34 +40,46 @@ LEVEL(absmax_columns_f32)(const float *x, int64_t rows, int64_t n, int64_t ldx, 
     }
 }
 
-/* One register of the running minimum, maximum and largest bit pattern without sign (whose exponent tells NaN and
- * Inf). The accumulator is the second operand: it stays when x is NaN or a zero of the other sign. */
-#define MINMAX_STEP(v, lo, hi, top)                              \
-    do {                                                         \
-        const v16 x_ = (v);                                      \
-        lo = v16_min(x_, lo);                                    \
-        hi = v16_max(x_, hi);                                    \
-        top = v16i_max(top, v16i_and(v16_bits(x_), no_sign));    \
+/* The running range of many floats, on their bits: as signed integers the positive ones order as the floats do, above all
+ * negative ones; as unsigned integers the negative ones order by magnitude, above all positive ones. Inf and NaN lie beyond
+ * the finite ones of either sign. */
+typedef struct {
+    v16i least, most;
+} LEVEL(range);
+
+#define RANGE_STEP(v, r)                             \
+    do {                                             \
+        const v16i bits_ = v16_bits(v);              \
+        (r).least = v16i_maxu((r).least, bits_);     \
+        (r).most = v16i_max((r).most, bits_);        \
     } while (0)
+
+/* What two of them, that started at 0, have found; 0 and 0 where that is not finite. */
+ZQ_INLINE int
+range_of(LEVEL(range) a, LEVEL(range) b, float *lo, float *hi)
+{
+    uint32_t least = v16i_hmaxu(v16i_maxu(a.least, b.least)), most = (uint32_t)v16i_hmax(v16i_max(a.most, b.most));
+    const int finite = least < 0xff800000u && most < 0x7f800000u;
+    least = finite && least > 0x80000000u ? least : 0; /* not so: no negative value, or only -0 */
+    most = finite ? most : 0;
+    memcpy(lo, &least, sizeof least);
+    memcpy(hi, &most, sizeof most);
+    return finite;
+}
 
 static int
 LEVEL(minmax_f32)(const float *x, int64_t n, float *lo, float *hi)
 {
-    /* Two of each, not four: that is what sixteen AVX2 registers hold. */
-    const v16i no_sign = v16i_set1(0x7fffffff);
-    v16 l0 = v16_zero(), l1 = l0, h0 = l0, h1 = l0;
-    v16i t0 = v16i_zero(), t1 = t0;
+    LEVEL(range) a = {v16i_zero(), v16i_zero()}, b = a;
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
-        MINMAX_STEP(v16_load(x + i), l0, h0, t0);
-        MINMAX_STEP(v16_load(x + i + 16), l1, h1, t1);
+        RANGE_STEP(v16_load(x + i), a);
+        RANGE_STEP(v16_load(x + i + 16), b);
     }
     for (; i < n; i += 16) {
-        MINMAX_STEP(n - i >= 16 ? v16_load(x + i) : v16_loadn(x + i, n - i), l0, h0, t0);
+        RANGE_STEP(n - i >= 16 ? v16_load(x + i) : v16_loadn(x + i, n - i), a);
     }
-    *lo = v16_hmin(v16_min(l0, l1));
-    *hi = v16_hmax(v16_max(h0, h1));
-    return v16i_hmax(v16i_max(t0, t1)) < 0x7f800000;
+    return range_of(a, b, lo, hi);
 }
 
 /* Sixteen codes from values already divided by the scale. */
@@ -126,35 +138,27 @@ LEVEL(quantize_mul_f32_b8)(const float *x, int64_t n, float inv, int32_t zero, u
     code_rest(x + i, n - i, factor, zero, q + i);
 }
 
-/* While one row, in L1, becomes codes, the next one comes from farther away and needs other units. */
+/* While one row, in L1, becomes codes, a later one comes from farther away. */
 static int
 LEVEL(quantize_minmax_f32_b8)(const float *x, int64_t n, float inv, int32_t zero, uint8_t *q, const float *next,
                               const float *ahead, zq_range *range)
 {
     const v16 factor = v16_set1(inv);
-    const v16i no_sign = v16i_set1(0x7fffffff);
-    v16 lo[4], hi[4];
-    v16i top[4];
-    for (int w = 0; w < MINMAX_WAYS; w++) {
-        lo[w] = hi[w] = v16_zero();
-        top[w] = v16i_zero();
-    }
+    LEVEL(range) r[2] = {{v16i_zero(), v16i_zero()}, {v16i_zero(), v16i_zero()}};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
             __builtin_prefetch(ahead + i + 16 * j, 0, 3);
-            MINMAX_STEP(v16_load(next + i + 16 * j), lo[j % MINMAX_WAYS], hi[j % MINMAX_WAYS], top[j % MINMAX_WAYS]);
+            RANGE_STEP(v16_load(next + i + 16 * j), r[j % 2]);
         }
         code64(x + i, factor, zero, q + i);
     }
     code_rest(x + i, n - i, factor, zero, q + i);
     for (; i < n; i += 16) {
-        MINMAX_STEP(v16_loadn(next + i, zq_min(n - i, 16)), lo[0], hi[0], top[0]);
+        RANGE_STEP(v16_loadn(next + i, zq_min(n - i, 16)), r[0]);
     }
-    range->lo = v16_hmin(v16_min(lo[0], lo[MINMAX_WAYS - 1]));
-    range->hi = v16_hmax(v16_max(hi[0], hi[MINMAX_WAYS - 1]));
-    return v16i_hmax(v16i_max(top[0], top[MINMAX_WAYS - 1])) < 0x7f800000;
+    return range_of(r[0], r[1], &range->lo, &range->hi);
 }
 
 static void

@@ -7,7 +7,6 @@
 ZQ_TARGET_BEGIN(ZQ_TARGET_AVX2)
 #include "v16_avx2.h"
 #define LEVEL(name) name##__avx2
-enum { MINMAX_WAYS = 1 };
 #include "quantize.inc.h"
 ZQ_TARGET_END
 

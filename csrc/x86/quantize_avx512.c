@@ -7,7 +7,6 @@
 ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 #include "v16_avx512.h"
 #define LEVEL(name) name##__avx512vnni
-enum { MINMAX_WAYS = 2 };
 #include "quantize.inc.h"
 ZQ_TARGET_END
 

@@ -111,6 +111,7 @@ V16I_2(v16i_mul, _mm256_mullo_epi32)
 V16I_2(v16i_and, _mm256_and_si256)
 V16I_2(v16i_or, _mm256_or_si256)
 V16I_2(v16i_max, _mm256_max_epi32)
+V16I_2(v16i_maxu, _mm256_max_epu32)
 V16I_2(v16i_min, _mm256_min_epi32)
 ZQ_INLINE v16i v16i_shl(v16i a, int bits) { return (v16i){_mm256_slli_epi32(a.lo, bits), _mm256_slli_epi32(a.hi, bits)}; }
 ZQ_INLINE v16i v16i_shr(v16i a, int bits) { return (v16i){_mm256_srli_epi32(a.lo, bits), _mm256_srli_epi32(a.hi, bits)}; }

@@ -55,6 +55,7 @@ ZQ_INLINE v16i v16i_mul(v16i a, v16i b) { return _mm512_mullo_epi32(a, b); }
 ZQ_INLINE v16i v16i_and(v16i a, v16i b) { return _mm512_and_si512(a, b); }
 ZQ_INLINE v16i v16i_or(v16i a, v16i b) { return _mm512_or_si512(a, b); }
 ZQ_INLINE v16i v16i_max(v16i a, v16i b) { return _mm512_max_epi32(a, b); }
+ZQ_INLINE v16i v16i_maxu(v16i a, v16i b) { return _mm512_max_epu32(a, b); } /* of unsigned lanes */
 ZQ_INLINE v16i v16i_min(v16i a, v16i b) { return _mm512_min_epi32(a, b); }
 #define v16i_shl(a, bits) _mm512_slli_epi32((a), (bits))
 #define v16i_shr(a, bits) _mm512_srli_epi32((a), (bits))

@@ -35,6 +35,16 @@ v16i_hmax(v16i a)
     return _mm_cvtsi128_si32(_mm_max_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
 }
 
+/* Of unsigned lanes */
+ZQ_INLINE uint32_t
+v16i_hmaxu(v16i a)
+{
+    const __m256i b = _mm256_max_epu32(v16i_lo(a), v16i_hi(a));
+    __m128i c = _mm_max_epu32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    c = _mm_max_epu32(c, _mm_shuffle_epi32(c, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(c, _mm_shuffle_epi32(c, 0xb1)));
+}
+
 ZQ_INLINE int32_t
 v16i_hsum(v16i a)
 {
