@@ -18,7 +18,6 @@ enum {
     LOW_TILE = 32,         /* rows: tall tiles may become so low before work is split by columns */
     FEW_TILES = 8,         /* per chunk: with less, chunks of one tile more and of one less are too unequal */
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
-    LONG_ROW = 1024,       /* floats: with shorter rows, finding the range of each tile's first ones costs more than it gains */
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
     FAR_BYTES = 64 << 10,  /* weights that L2 does not keep from one call to the next */
     NEAR_BYTES = 16 << 20, /* weights that L3 keeps until the next product, if no more than that is read in between */
@@ -66,7 +65,6 @@ typedef struct {
     int32_t offset;     /* what makes the groups' codes unsigned: 8 or 128 */
     int prepare_in;     /* the rows that the kernels see are made from x first */
     int stream_out;
-    int float_rows; /* float32 rows become codes tile by tile (by rows) */
     int copy_in; /* float32 rows whose pitch aliases: move them */
     int quantize_out;
     /* by columns: */
@@ -283,36 +281,24 @@ run_panel(const gemm_job *g, int64_t p, int64_t end, strip *s)
     }
 }
 
-/* Panels [p, end) times the strip's one tile of rows: the kernel goes on from panel to panel by itself, and prefetches what
- * lies at `ahead`, or without that (NULL) a little ahead of where it reads, which runs on into the next panel. */
+/* Panels [p, end) times the strip's one tile of rows: the kernel goes on from panel to panel by itself, and prefetches a
+ * little ahead of where it reads, which runs on into the next panel. */
 static void
-run_one_tile(const gemm_job *g, int64_t p, int64_t end, const char *ahead, strip *s)
+run_one_tile(const gemm_job *g, int64_t p, int64_t end, strip *s)
 {
     const zq_linear *w = g->w;
     const int64_t whole = w->n / ZQ_NR;
     zq_tile *t = &s->tile;
     t->next_cols = ZQ_NR;
-    t->next_b = w->panel_bytes;
-    t->next_ahead = ahead ? w->panel_bytes / 128 * t->ahead_step : w->panel_bytes;
+    t->next_b = t->next_ahead = w->panel_bytes;
     for (int64_t next; p < end; p = next) {
         next = p < whole ? zq_min(whole, end) : end;
         move_to_panel(g, p, t);
         move_to_rows(g, s, s->t0, p, t);
-        t->ahead = ahead ? ahead : g->far ? (const char *)t->b + AHEAD_BYTES : NULL;
+        t->ahead = g->far ? (const char *)t->b + AHEAD_BYTES : NULL;
         t->more = next - p - 1;
         g->kernel(t);
-        ahead = ahead ? ahead + (next - p) * t->next_ahead : NULL;
     }
-}
-
-static strip
-one_tile_of(const strip *s, int64_t tile)
-{
-    strip one = *s;
-    one.t0 = tile;
-    one.t1 = tile + 1;
-    one.tile.ahead_step = 128;
-    return one;
 }
 
 /* Panels [p, end) times the strip's few tiles of rows: in blocks that stay in L2, each tile through the block by itself. Panel
@@ -324,8 +310,11 @@ run_few_tiles(const gemm_job *g, int64_t p, int64_t end, const strip *s)
     const int64_t panels = end - p, blocks = zq_ceil_div(panels * g->w->panel_bytes, L2_BYTES);
     for (int64_t block = 0; block < blocks; block++) {
         for (int64_t tile = s->t0; tile < s->t1; tile++) {
-            strip one = one_tile_of(s, tile);
-            run_one_tile(g, p + panels * block / blocks, p + panels * (block + 1) / blocks, NULL, &one);
+            strip one = *s;
+            one.t0 = tile;
+            one.t1 = tile + 1;
+            one.tile.ahead_step = 128;
+            run_one_tile(g, p + panels * block / blocks, p + panels * (block + 1) / blocks, &one);
         }
     }
 }
@@ -336,7 +325,7 @@ run_panels(const gemm_job *g, int64_t p, int64_t end, strip *s)
 {
     const int64_t tiles = s->t1 - s->t0;
     if (tiles == 1) {
-        run_one_tile(g, p, end, NULL, s);
+        run_one_tile(g, p, end, s);
         return;
     }
     if (tiles <= g->few_tiles) {
@@ -380,40 +369,6 @@ quantize_outputs(gemm_job *g, int64_t r0, int64_t r1, const float *y, int64_t ld
 }
 
 /* ---- by rows --------------------------------------------------------------------------------------- */
-/* What is prepared from row `row` on */
-static prepared
-prepared_from(const gemm_job *g, const prepared *p, int64_t row)
-{
-    const int64_t n = row * g->split;
-    return (prepared){p->q + n * g->lda, p->sx + n, p->zx + n, p->start + n * g->groups};
-}
-
-/* Every panel times the strip's rows, which become codes tile by tile on the way: while a tile meets its first panels, the
- * floats of the next tile come into L2. Blocks of panels stay in L2, and each tile goes through a block by itself, so that
- * there is time for that. */
-static void
-run_float_rows(gemm_job *g, const prepared *p, const strip *s)
-{
-    const int64_t blocks = zq_ceil_div(g->panels * g->w->panel_bytes, L2_BYTES);
-    for (int64_t block = 0; block < blocks; block++) {
-        const int64_t end = g->panels * (block + 1) / blocks;
-        for (int64_t tile = s->t0; tile < s->t1; tile++) {
-            int64_t start = g->panels * block / blocks;
-            strip one = one_tile_of(s, tile);
-            if (block == 0) {
-                const int64_t r0 = tile_start(g, tile), r1 = tile_start(g, tile + 1);
-                const prepared rows = prepared_from(g, p, r0 - s->base);
-                prepare_rows(g, r0, r1, &rows);
-                start = r1 < g->m ? zq_min(end, zq_ceil_div((r1 - r0) * g->w->k * 8, g->w->panel_bytes)) : 0;
-                one.tile.ahead_step = 64; /* of floats per 128 of a panel */
-                run_one_tile(g, 0, start, (const char *)(g->x->f32 + r1 * g->x->ld_f32), &one);
-                one.tile.ahead_step = 128;
-            }
-            run_one_tile(g, start, end, NULL, &one);
-        }
-    }
-}
-
 static void
 chunk_job(void *ctx, int64_t c)
 {
@@ -421,17 +376,14 @@ chunk_job(void *ctx, int64_t c)
     const int64_t t0 = g->tiles * c / g->chunks, t1 = g->tiles * (c + 1) / g->chunks;
     const int64_t r0 = tile_start(g, t0), rows = tile_start(g, t1) - r0;
     operand op;
-    prepared p = {0};
     if (g->prepare_in) {
         char *scratch = zq_scratch(ZQ_SCRATCH_A, prepared_bytes(g, rows));
         if (!scratch) {
             atomic_store(&g->in.trouble.no_memory, 1);
             return;
         }
-        p = prepared_at(g, rows, scratch);
-        if (!g->float_rows) {
-            prepare_rows(g, r0, r0 + rows, &p);
-        }
+        const prepared p = prepared_at(g, rows, scratch);
+        prepare_rows(g, r0, r0 + rows, &p);
         op = prepared_operand(g, &p);
     }
     else if (g->copy_in) {
@@ -459,12 +411,7 @@ chunk_job(void *ctx, int64_t c)
         }
     }
     strip s = strip_of(g, t0, t1, r0, &op, y, ldy);
-    if (g->float_rows) {
-        run_float_rows(g, &p, &s);
-    }
-    else {
-        run_panels(g, 0, g->panels, &s);
-    }
+    run_panels(g, 0, g->panels, &s);
     if (g->quantize_out) {
         quantize_outputs(g, r0, r0 + rows, y, ldy);
     }
@@ -653,7 +600,6 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.few_tiles = g.far && is_near(w, g.panels * w->panel_bytes) ? g.K->few_tiles : 0;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
     g.stream_out = !g.quantize_out && m * out->ld_y * 4 >= STREAM_BYTES && out->ld_y % 16 == 0 && (uintptr_t)out->y % 64 == 0;
-    g.float_rows = g.few_tiles && w->kind == ZQ_W_S8 && x->f32 && w->k >= LONG_ROW;
     zq_find_scale(&g.in);
     const zq_status range = zq_trouble_status(&g.in.trouble, bad_row);
     if (range != ZQ_OK) {

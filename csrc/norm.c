@@ -14,9 +14,6 @@ enum { JOB_ITEMS = 32768 };
  * longer: one alone hides no latency, which costs more. Softmax goes over them row by row and takes as many as a job has. */
 enum { BATCH_ITEMS = 3072, PAIR_ITEMS = 4096 };
 
-/* The same where the codes of a batch wait for the next batch: two of them stay in L1. */
-enum { WAITING_ITEMS = 1536 };
-
 /* Floats of a cache line, and rows of a thread from which on gamma and beta are worth a copy that begins with a line. */
 enum { LINE_ITEMS = 16, COPY_ROWS = 4 };
 
@@ -39,42 +36,26 @@ struct row_jobs {
     uint64_t copies; /* not 0: each thread copies `given` for this call, whose number this is */
     float eps;
     zq_activation act;
-    /* Whether the codes of a batch are made after the next batch has been computed, so that nothing waits for its horizontal
-     * steps and the divisions of its scales. That takes a second buffer, which costs norms more than it gains. */
-    int waits;
     int64_t m, n, batch_items, batch, jobs;
     const zq_rows_out *out;
     zq_trouble trouble;
 };
 
-/* Rows on their way to codes. `bad` has a bit for each row; inv is what their elements are multiplied by. */
-typedef struct {
-    int64_t row, rows;
-    float *y;
-    unsigned bad;
+/* Rows into codes, their slack zeroed: consumers read past n in whole vectors. The scales first, side by side: each is a chain
+ * of divisions. */
+static void
+quantize_rows(const row_jobs *j, int64_t row, int64_t rows, const float *y, const zq_range *range, unsigned bad)
+{
+    const zq_rows_out *o = j->out;
     float inv[ZQ_ROWS];
-} row_batch;
-
-/* The scales of rows, side by side: each is a chain of divisions. */
-static void
-scale_rows(const row_jobs *j, row_batch *b, const zq_range *range)
-{
-    const zq_rows_out *o = j->out;
-    for (int64_t r = 0; r < b->rows; r++) {
-        const zq_range in = b->bad >> r & 1u ? (zq_range){0.0f, 0.0f} : range[r];
-        b->inv[r] = zq_token_scale(o->quant, in.lo, in.hi, o->q_scale + b->row + r, o->q_zero + b->row + r);
+    for (int64_t r = 0; r < rows; r++) {
+        const zq_range in = bad >> r & 1u ? (zq_range){0.0f, 0.0f} : range[r];
+        inv[r] = zq_token_scale(o->quant, in.lo, in.hi, o->q_scale + row + r, o->q_zero + row + r);
     }
-}
-
-/* Rows into codes, their slack zeroed: consumers read past n in whole vectors. */
-static void
-code_rows(const row_jobs *j, const row_batch *b)
-{
-    const zq_rows_out *o = j->out;
-    for (int64_t r = 0; r < b->rows; r++) {
-        uint8_t *q = o->q + (b->row + r) * o->ld_q;
-        if (!(b->bad >> r & 1u)) {
-            j->K->quantize_mul_f32_b8(b->y + r * j->n, j->n, b->inv[r], o->q_zero[b->row + r], q);
+    for (int64_t r = 0; r < rows; r++) {
+        uint8_t *q = o->q + (row + r) * o->ld_q;
+        if (!(bad >> r & 1u)) {
+            j->K->quantize_mul_f32_b8(y + r * j->n, j->n, inv[r], o->q_zero[row + r], q);
         }
         if (o->ld_q > j->n) {
             memset(q + j->n, 0, (size_t)(o->ld_q - j->n));
@@ -118,39 +99,25 @@ static void
 row_job(void *ctx, int64_t job)
 {
     row_jobs *j = ctx;
-    const int quant = j->out->quant != ZQ_QUANT_NONE;
-    const int64_t end = zq_first_row(j->m, job + 1, j->jobs), stride = j->waits ? j->batch * j->n : 0;
     float *scratch = NULL;
-    if (!j->out->y && !(scratch = zq_scratch(ZQ_SCRATCH_NN, (size_t)(j->batch * j->n + stride) * sizeof *scratch))) {
+    if (!j->out->y && !(scratch = zq_scratch(ZQ_SCRATCH_NN, (size_t)(j->batch * j->n) * sizeof *scratch))) {
         atomic_store(&j->trouble.no_memory, 1);
         return;
     }
+    const int64_t end = zq_first_row(j->m, job + 1, j->jobs);
+    const int quant = j->out->quant != ZQ_QUANT_NONE;
     const affine own = affine_of_thread(j);
-    row_batch batches[2], *b = batches, *before = NULL;
-    for (int64_t row = zq_first_row(j->m, job, j->jobs); row < end; row += b->rows) {
+    for (int64_t row = zq_first_row(j->m, job, j->jobs), rows; row < end; row += rows) {
         zq_range range[ZQ_ROWS];
-        const int64_t left = end - row;
-        b = batches + (before == batches);
-        b->row = row;
-        b->rows = zq_ceil_div(left, zq_ceil_div(left, j->batch)); /* no batch is much smaller than the others */
-        b->y = scratch ? scratch + (b - batches) * stride : j->out->y + row * j->n;
-        b->bad = j->fn(j, &own, row, b->rows, b->y, quant ? range : NULL);
-        if (b->bad) {
-            zq_note_bad_row(&j->trouble, row + __builtin_ctz(b->bad));
-        }
-        if (before) {
-            code_rows(j, before);
+        rows = zq_ceil_div(end - row, zq_ceil_div(end - row, j->batch)); /* no batch is much smaller than the others */
+        float *y = scratch ? scratch : j->out->y + row * j->n;
+        const unsigned bad = j->fn(j, &own, row, rows, y, quant ? range : NULL);
+        if (bad) {
+            zq_note_bad_row(&j->trouble, row + __builtin_ctz(bad));
         }
         if (quant) {
-            scale_rows(j, b, range);
-            before = j->waits ? b : NULL;
-            if (!before) {
-                code_rows(j, b);
-            }
+            quantize_rows(j, row, rows, y, range, bad);
         }
-    }
-    if (before) {
-        code_rows(j, before);
     }
 }
 
@@ -160,9 +127,7 @@ run_empty(const row_jobs *j)
 {
     const zq_range nothing = {0.0f, 0.0f};
     for (int64_t row = 0; j->out->quant != ZQ_QUANT_NONE && row < j->m; row++) {
-        row_batch b = {.row = row, .rows = 1};
-        scale_rows(j, &b, &nothing);
-        code_rows(j, &b);
+        quantize_rows(j, row, 1, j->x, &nothing, 0);
     }
     return ZQ_OK;
 }
@@ -175,9 +140,7 @@ run(row_jobs *j, int64_t *bad_row)
     if (j->n == 0) {
         return run_empty(j);
     }
-    j->waits = j->waits && !j->out->y;
-    const int64_t least = !j->waits && 2 * j->n <= PAIR_ITEMS ? 2 : 1;
-    j->batch = zq_max(least, zq_min(ZQ_ROWS, (j->waits ? WAITING_ITEMS : j->batch_items) / j->n));
+    j->batch = zq_max(2 * j->n <= PAIR_ITEMS ? 2 : 1, zq_min(ZQ_ROWS, j->batch_items / j->n));
     j->jobs = zq_row_jobs(j->m, j->n, JOB_ITEMS);
     j->copies = worth_a_copy(j) ? 1 + atomic_fetch_add_explicit(&calls, 1, memory_order_relaxed) : 0;
     zq_trouble_init(&j->trouble);
@@ -234,8 +197,7 @@ activation_rows(const row_jobs *j, const affine *a, int64_t row, int64_t rows, f
 zq_status
 zq_activate(const float *x, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out, int64_t *bad_row)
 {
-    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .waits = 1, .x = x, .act = act};
-    j.m = m, j.n = n, j.out = out;
+    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .x = x, .act = act, .m = m, .n = n, .out = out};
     return run(&j, bad_row);
 }
 
@@ -243,8 +205,8 @@ zq_status
 zq_gated(const float *gate, const float *up, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out,
          int64_t *bad_row)
 {
-    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .waits = 1, .x = gate, .other = up, .act = act};
-    j.m = m, j.n = n, j.out = out;
+    row_jobs j = {.fn = activation_rows, .batch_items = BATCH_ITEMS, .x = gate, .other = up, .act = act, .m = m, .n = n,
+                  .out = out};
     return run(&j, bad_row);
 }
 

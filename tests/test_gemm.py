@@ -623,8 +623,8 @@ def test_shares_of_panels(kind, threads):
 
 @pytest.mark.parametrize("quant_out", [0, 1, 2])
 @pytest.mark.parametrize("m, n, k", [(61, 100, 1030), (200, 96, 2112), (131, 700, 1024)])
-def test_rows_that_become_codes_tile_by_tile(m, n, k, quant_out):
-    """Weights that a second product finds in the cache; the codes of the rows beforehand give the same bits."""
+def test_long_float_rows_into_codes_and_out_of_them(m, n, k, quant_out):
+    """Codes of the rows that are made beforehand give the same bits."""
     d = make(m, n, k)
     handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])
     codes = _core.quantize_tokens(d["x"], 2, True)

@@ -21,7 +21,6 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX2)
 
 #include "v16_math.h"
 
-enum { FINISH_TOGETHER = 2 };
 #include "gemm_finish.inc.h"
 #define LEVEL(name) name##__avx2
 #include "group_operand.inc.h"

@@ -12,7 +12,6 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 
 #include "v16_math.h"
 
-enum { FINISH_TOGETHER = 2 };
 #include "gemm_finish.inc.h"
 #define LEVEL(name) name##__avx512vnni
 #include "group_operand.inc.h"

@@ -14,7 +14,6 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVXVNNI)
 
 #include "v16_math.h"
 
-enum { FINISH_TOGETHER = 2 };
 #include "gemm_finish.inc.h"
 
 #include "gemm_256.inc.h"

@@ -15,7 +15,7 @@
         switch (t->mr) { ROWS(X, 2) }     \
     }
 
-#define FINISH_ROWS 16
+enum { FINISH_ROWS = 16, FINISH_TOGETHER = 2 };
 
 typedef void (*tile_fn)(const zq_tile *t);
 

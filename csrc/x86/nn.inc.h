@@ -470,14 +470,12 @@ ZQ_INLINE void
 activation_step(const float *x, const float *up, int64_t m, float *y, int ranged, const zq_activation act, ranges *r,
                 const int ways)
 {
-    v16 a[GELU_WAYS];
-#define EACH _Pragma("GCC unroll 8") for (int u = 0; u < ways; u++)
-    EACH {
-        a[u] = load16(x + 16 * u, m);
-        see_finite(r, u % RANGE_WAYS, a[u]);
-    }
+    v16 v[EXP_WAYS], a[EXP_WAYS];
+#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < ways; u++)
+    EACH { a[u] = v[u] = load16(x + 16 * u, m); }
     v16_activates(a, act, ways);
     EACH {
+        see_finite(r, u % RANGE_WAYS, v[u]);
         if (up) {
             const v16 other = load16(up + 16 * u, m);
             see_finite(r, u % RANGE_WAYS, other);
@@ -496,11 +494,10 @@ activation_step(const float *x, const float *up, int64_t m, float *y, int ranged
 ZQ_INLINE range_lanes
 activation_row(const float *x, const float *up, int64_t n, float *y, int ranged, const zq_activation act)
 {
-    const int ways = act == ZQ_ACT_GELU || act == ZQ_ACT_GELU_TANH ? GELU_WAYS : EXP_WAYS;
     ranges r = ranges_start();
     int64_t i = 0;
-    for (; i + 16 * ways <= n; i += 16 * ways) {
-        activation_step(x + i, up ? up + i : NULL, 16, y + i, ranged, act, &r, ways);
+    for (; i + 16 * EXP_WAYS <= n; i += 16 * EXP_WAYS) {
+        activation_step(x + i, up ? up + i : NULL, 16, y + i, ranged, act, &r, EXP_WAYS);
     }
     for (; i < n; i += 16) {
         activation_step(x + i, up ? up + i : NULL, zq_min(n - i, 16), y + i, ranged, act, &r, 1);

@@ -5,8 +5,7 @@
 #include <math.h>
 
 /* 6 x 16 floats: 12 accumulators, 2 vectors of b, 1 of a: 15 of 16 registers. */
-enum { MATMUL_MR = 6, MATMUL_NV = 1, CODE_ROWS = 4, CODE_NV = 1, FEW_ROWS = 4, FEW_BLOCK = 4, RANGE_WAYS = 1, EXP_WAYS = 1,
-       GELU_WAYS = 1 };
+enum { MATMUL_MR = 6, MATMUL_NV = 1, CODE_ROWS = 4, CODE_NV = 1, FEW_ROWS = 4, FEW_BLOCK = 4, RANGE_WAYS = 1, EXP_WAYS = 1 };
 
 ZQ_TARGET_BEGIN(ZQ_TARGET_AVX2)
 #include "v16_avx2.h"

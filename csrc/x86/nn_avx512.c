@@ -5,8 +5,7 @@
 #include <math.h>
 
 /* 12 x 32 floats: 24 accumulators, 2 vectors of b, 1 of a; 24 independent chains cover 2 fma x 4 cycles. */
-enum { MATMUL_MR = 12, MATMUL_NV = 2, CODE_ROWS = 8, CODE_NV = 2, FEW_ROWS = 8, FEW_BLOCK = 8, RANGE_WAYS = 2, EXP_WAYS = 4,
-       GELU_WAYS = 8 };
+enum { MATMUL_MR = 12, MATMUL_NV = 2, CODE_ROWS = 8, CODE_NV = 2, FEW_ROWS = 8, FEW_BLOCK = 8, RANGE_WAYS = 2, EXP_WAYS = 4 };
 
 ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 #include "v16_avx512.h"
