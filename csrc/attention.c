@@ -15,8 +15,8 @@
  * So large only where each thread has MANY_JOBS, or one waits for the other's last. */
 enum { ITEM_ROWS = 528, LEAST_ITEM_ROWS = 33, MANY_JOBS = 8, ENOUGH_JOBS = 2 };
 
-/* int8: query rows that attend_tile_b8 takes at once. */
-enum { LANES = 32 };
+/* int8: query rows that attend_tile_b8 takes at once, a panel of pack_rows_s8. */
+enum { LANES = ZQ_NR };
 
 typedef struct {
     const zq_attention_args *a;
