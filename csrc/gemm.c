@@ -4,7 +4,10 @@
  * Two schedules. By rows: a job takes a chunk of rows through everything (quantize in, every panel, quantize
  * out) while it stays in its core's L2; no barrier, weights are read once per chunk. By columns, when there are
  * too few rows for that: quantize all rows, then panels are the jobs, then quantize the outputs.
- * Every element is computed by the same tile arithmetic either way, so the schedule never shows in the result. */
+ * Every element is computed by the same tile arithmetic either way, so the schedule never shows in the result.
+ *
+ * Rows of floats that are long go block by block of input features, which L2 keeps while some panels go by: whole rows would
+ * come from L3, or from memory, once per panel. The sums wait in a buffer, exactly, from one block to the next. */
 #include "rows_in.h"
 #include "zq_kernels.h"
 
@@ -17,6 +20,9 @@ enum {
     MIN_TILES = 2,         /* per thread: below that, work is split by columns */
     LOW_TILE = 32,         /* rows: tall tiles may become so low before work is split by columns */
     FEW_TILES = 8,         /* per chunk: with less, chunks of one tile more and of one less are too unequal */
+    LONG_ROW = 2560,       /* floats: longer rows, of which L2 has room for few, go in blocks */
+    F32_BLOCK = 768,       /* of so many input features at the most; */
+    BLOCK_PANELS = 8,      /* so many panels meet a block before the next one: their sums stay in L2 as well */
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
     FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
     FAR_BYTES = 64 << 10,  /* weights that L2 does not keep from one call to the next */
@@ -196,8 +202,16 @@ typedef struct {
     int64_t t0, t1, base;
     const operand *op;
     float *y;
+    int64_t blocks; /* of input features, and */
+    float *sums;    /* where those of the blocks before wait: (panels, rows, ZQ_NR); NULL with one block */
     zq_tile tile; /* what is the same for every panel; filled in once, as a panel is only a few hundred cycles */
 } strip;
+
+static int64_t
+strip_rows(const gemm_job *g, const strip *s)
+{
+    return tile_start(g, s->t1) - tile_start(g, s->t0);
+}
 
 static strip
 strip_of(const gemm_job *g, int64_t t0, int64_t t1, int64_t base, const operand *op, float *y, int64_t ldy)
@@ -207,7 +221,7 @@ strip_of(const gemm_job *g, int64_t t0, int64_t t1, int64_t base, const operand 
                           .ldy = ldy, .ldr = g->out->ld_residual, .stream = g->stream_out, .ld_start = g->groups,
                           .rank = g->out->add.rank, .ld_low = g->out->add.ld_t,
                           .ahead_step = zq_ceil_div(128, t1 - t0)};
-    return (strip){t0, t1, base, op, y, tile};
+    return (strip){.t0 = t0, .t1 = t1, .base = base, .op = op, .y = y, .blocks = 1, .tile = tile};
 }
 
 /* What a tile of the next panel reads once, beside the codes, waits for memory otherwise. */
@@ -258,21 +272,50 @@ move_to_rows(const gemm_job *g, const strip *s, int64_t tile, int64_t p, zq_tile
     t->y = s->y + (row - s->base) * t->ldy + col;
 }
 
-/* Panel p times the strip's rows; the caller goes on to panel `end`. All tiles but the first read the panel from L2, so that
- * each of them fetches its part of the next one. */
-static void
-run_panel(const gemm_job *g, int64_t p, int64_t end, strip *s)
+/* Input features k0..k1 of all (k), and the sums of the strip's rows for one panel before and behind them. */
+typedef struct {
+    int64_t k0, k1, k;
+    float *sums;
+} block;
+
+ZQ_INLINE const char *
+block_of_panel(const gemm_job *g, int64_t p, int64_t k0)
 {
-    const int64_t ahead = p + 1 < end ? g->w->panel_bytes : 0, part = ahead / (s->t1 - s->t0);
+    return (const char *)g->w->panels + p * g->w->panel_bytes + k0 * ZQ_NR * (int64_t)sizeof(float);
+}
+
+/* From all input features of a tile to those of b. */
+static void
+move_to_block(const gemm_job *g, const strip *s, int64_t tile, const block *b, zq_tile *t)
+{
+    float *sums = b->sums + (tile_start(g, tile) - tile_start(g, s->t0)) * ZQ_NR;
+    t->a = (const float *)t->a + b->k0;
+    t->sums_in = b->k0 > 0 ? sums : NULL;
+    t->sums_out = b->k1 < b->k ? sums : NULL;
+    if (t->sums_out) {
+        t->residual = NULL;
+    }
+}
+
+/* Panel p, or the block b of it, times the strip's rows; the `bytes` at `next` are needed after it. All tiles but the first
+ * read the panel from L2, so that each of them fetches its part of those. */
+ZQ_INLINE void
+run_panel(const gemm_job *g, int64_t p, const block *b, const char *next, int64_t bytes, strip *s)
+{
+    const int64_t part = bytes / (s->t1 - s->t0);
     zq_tile *t = &s->tile;
     move_to_panel(g, p, t);
-    if (ahead) {
-        fetch_columns(g->w, (p + 1) * ZQ_NR);
+    if (b) {
+        t->b = block_of_panel(g, p, b->k0);
+        t->k = b->k1 - b->k0;
     }
     for (int64_t tile = s->t0, stop; tile < s->t1; tile = stop) {
         stop = tile < g->longer ? zq_min(s->t1, g->longer) : s->t1;
         move_to_rows(g, s, tile, p, t);
-        t->ahead = g->far ? (const char *)t->b + ahead + part * (tile - s->t0) : NULL;
+        if (b) {
+            move_to_block(g, s, tile, b, t);
+        }
+        t->ahead = g->far ? next + part * (tile - s->t0) : NULL;
         t->more = stop - tile - 1;
         t->next_rows = t->mr;
         t->next_a = t->mr * t->lda * g->item;
@@ -319,6 +362,61 @@ run_few_tiles(const gemm_job *g, int64_t p, int64_t end, const strip *s)
     }
 }
 
+/* Panels [p, end) times the strip's rows, panel after panel */
+static void
+run_whole_panels(const gemm_job *g, int64_t p, int64_t end, strip *s)
+{
+    const int64_t bytes = g->w->panel_bytes;
+    for (; p < end; p++) {
+        const char *const panel = (const char *)g->w->panels + p * bytes;
+        if (p + 1 < end) {
+            fetch_columns(g->w, (p + 1) * ZQ_NR);
+            run_panel(g, p, NULL, panel + bytes, bytes, s);
+        }
+        else {
+            run_panel(g, p, NULL, panel, 0, s);
+        }
+    }
+}
+
+/* Panels [p, end), BLOCK_PANELS at the most, times the strip's rows, in blocks of input features. Behind the last block of the
+ * last panel comes panel `end`, or nothing if that is `last`. */
+static void
+run_blocks(const gemm_job *g, int64_t p, int64_t end, int64_t last, strip *s)
+{
+    const int64_t rows = strip_rows(g, s), k = g->kpad;
+    for (int64_t i = 0; i < s->blocks; i++) {
+        block b = {.k0 = k * i / s->blocks, .k1 = k * (i + 1) / s->blocks, .k = k};
+        for (int64_t at = p; at < end; at++) {
+            const char *next = at + 1 < end ? block_of_panel(g, at + 1, b.k0) : block_of_panel(g, p, b.k1);
+            int64_t bytes = (b.k1 - b.k0) * ZQ_NR * (int64_t)sizeof(float);
+            if (at + 1 == end && b.k1 == k) {
+                next = block_of_panel(g, end < last ? end : p, 0);
+                bytes = end < last ? bytes : 0;
+            }
+            b.sums = s->sums + (at - p) * rows * ZQ_NR;
+            run_panel(g, at, &b, next, bytes, s);
+        }
+    }
+}
+
+static int
+has_long_rows(const zq_linear *w)
+{
+    return w->kind == ZQ_W_F32 && w->k > LONG_ROW;
+}
+
+/* Long rows in blocks, unless L2 has room for the strip's as they are. Without memory for the sums they stay whole. */
+static void
+set_blocks(const gemm_job *g, strip *s)
+{
+    const int64_t rows = strip_rows(g, s);
+    if (has_long_rows(g->w) && rows * g->kpad * (int64_t)sizeof(float) > L2_BYTES) {
+        s->sums = zq_scratch(ZQ_SCRATCH_SUMS, (size_t)(BLOCK_PANELS * rows * ZQ_NR) * sizeof *s->sums);
+        s->blocks = s->sums ? zq_ceil_div(g->kpad, F32_BLOCK) : 1;
+    }
+}
+
 /* Panels [p, end) times the strip's rows */
 static void
 run_panels(const gemm_job *g, int64_t p, int64_t end, strip *s)
@@ -332,8 +430,14 @@ run_panels(const gemm_job *g, int64_t p, int64_t end, strip *s)
         run_few_tiles(g, p, end, s);
         return;
     }
-    for (; p < end; p++) {
-        run_panel(g, p, end, s);
+    set_blocks(g, s);
+    if (s->blocks == 1) {
+        run_whole_panels(g, p, end, s);
+        return;
+    }
+    for (int64_t stop; p < end; p = stop) {
+        stop = zq_min(p + BLOCK_PANELS, end);
+        run_blocks(g, p, stop, end, s);
     }
 }
 
@@ -420,12 +524,13 @@ chunk_job(void *ctx, int64_t c)
     }
 }
 
-/* Rows per chunk so that its codes (and its outputs, when they are quantized afterwards) stay in L2; a multiple
- * of the thread count of chunks. */
+/* Rows per chunk so that its codes, or a block of its floats (and its outputs, when they are quantized afterwards) stay in
+ * L2; a multiple of the thread count of chunks. */
 static int64_t
 count_chunks(const gemm_job *g, int threads)
 {
-    const int64_t in_bytes = g->w->kind == ZQ_W_F32 ? g->w->k * 4 : g->lda * g->split;
+    const int64_t floats = has_long_rows(g->w) ? F32_BLOCK : g->w->k;
+    const int64_t in_bytes = g->w->kind == ZQ_W_F32 ? floats * 4 : g->lda * g->split;
     const int64_t row_bytes = in_bytes + (g->quantize_out ? g->w->n * 4 : 0);
     const int64_t rows = zq_max(MIN_CHUNK_ROWS, L2_BYTES / zq_max(row_bytes, 1));
     const int64_t chunks = zq_round_up(zq_ceil_div(g->m, rows), threads);

@@ -55,7 +55,7 @@ void *zq_alloc(size_t bytes);
 void zq_free(void *p);
 
 /* A buffer of this thread that only grows and is freed when the thread ends; slot < ZQ_SCRATCH_SLOTS. */
-enum { ZQ_SCRATCH_A, ZQ_SCRATCH_Y, ZQ_SCRATCH_NN, ZQ_SCRATCH_ROW, ZQ_SCRATCH_LOW, ZQ_SCRATCH_SLOTS };
+enum { ZQ_SCRATCH_A, ZQ_SCRATCH_Y, ZQ_SCRATCH_NN, ZQ_SCRATCH_ROW, ZQ_SCRATCH_LOW, ZQ_SCRATCH_SUMS, ZQ_SCRATCH_SLOTS };
 void *zq_scratch(int slot, size_t bytes);
 
 #endif

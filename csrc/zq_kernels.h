@@ -43,6 +43,10 @@ typedef struct {
     zq_activation act;
     const float *residual;
     int64_t ldr;
+    /* F32, blocks of input features: (mr, NR) sums of the blocks before, where these begin, and where they go if more blocks
+     * follow. NULL: they begin with 0; they go through all of the above to y. */
+    const float *sums_in;
+    float *sums_out;
     float *y;
     int64_t ldy;
     int stream; /* y is not read soon: stores may bypass the caches. Only where rows of y are 64-byte aligned */
@@ -68,6 +72,8 @@ zq_tile_next(zq_tile *t)
     t->low = t->low ? t->low + rows_out * t->ld_low : NULL;
     t->low_b = t->low_b ? t->low_b + cols * t->rank : NULL;
     t->residual = t->residual ? t->residual + rows_out * t->ldr + cols : NULL;
+    t->sums_in = t->sums_in ? t->sums_in + rows * ZQ_NR : NULL;
+    t->sums_out = t->sums_out ? t->sums_out + rows * ZQ_NR : NULL;
     t->ahead = t->ahead ? t->ahead + t->next_ahead : NULL;
 }
 

@@ -357,6 +357,28 @@ def test_weights_beyond_the_second_level_cache(kind):
                     assert same_bits(part, whole[:m].copy()), f"{level}, {threads} threads, {m} rows"
 
 
+@pytest.mark.parametrize("m,n,k", [(60, 300, 2561), (64, 33, 3072), (171, 40, 3100), (97, 257, 4099)])
+@pytest.mark.parametrize("activation,quant_out", [(None, 0), ("gelu", 0), (None, 2)])
+def test_long_float_rows_in_blocks_of_input_features(m, n, k, activation, quant_out):
+    """More of them than L2 keeps go block by block, and have the bits of rows that come alone and go in one piece. Two to seven
+    blocks, panels on both sides of the eight that meet one, last panels of 1, 8 and 12 columns."""
+    d = make(m, n, k)
+    assert m * k * 4 > 512 * 1024, "these rows fit into L2: no blocks"
+    handle, act = _core.linear_pack_f32(d["w"], d["bias"]), ops.ACTIVATIONS[activation]
+    residual = None if quant_out else d["residual"]
+
+    def rows(a, b):
+        return _core.linear_forward(handle, d["x"][a:b], 0, act, None if residual is None else residual[a:b], quant_out)
+
+    whole = everywhere(lambda: rows(0, m))
+    for i in (0, 1, 11, 12, m // 2, m - 2, m - 1):
+        part = (whole,) if isinstance(whole, np.ndarray) else whole
+        alone = rows(i, i + 1)
+        assert same_bits((alone,) if isinstance(alone, np.ndarray) else alone, tuple(p[i:i + 1].copy() for p in part)), f"row {i}"
+    if not quant_out:
+        close(whole, reference.linear(d["x"], d["w"], d["bias"], activation, residual), 4e-6, activation)
+
+
 @pytest.mark.parametrize("kind", ["s8", "f32"])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_outputs_beyond_the_caches(kind, with_residual):

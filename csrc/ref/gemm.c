@@ -1,7 +1,7 @@
 /* Scalar truth of the matrix tiles. The order of the float operations is the contract that every level keeps:
  *   S8     y = fma(float(acc) * sx, scale, bias)
  *   groups f = fma(float(acc_g), scale_g, f) over g from 0;  y = fma(f - (zero - 128) * zcorr, sx, bias)
- *   F32    f = fma(a_k, b_k, f) over k from 0;  y = f + bias
+ *   F32    f = fma(a_k, b_k, f) over k from 0, in as many blocks of k as one likes;  y = f + bias
  * then y = fma(low_r, low_b_r, y) over r, then y = act(y), then y = y + residual. acc is exact. Pairs of rows (int16
  * activations) are computed with bias 0 each and added: y = (y_high + y_low) + bias. */
 #include "../zq_kernels.h"
@@ -157,18 +157,42 @@ zq_center_groups_b8__ref(const uint8_t *q, int64_t n, int64_t group, int32_t off
 }
 
 static float
-value_f32(const zq_tile *t, int i, int j, float bias)
+sum_f32(const zq_tile *t, int i, int j)
 {
     const float *a = (const float *)t->a + i * t->lda, *b = (const float *)t->b + j;
-    float f = 0;
+    float f = t->sums_in ? t->sums_in[i * ZQ_NR + j] : 0.0f;
     for (int64_t k = 0; k < t->k; k++) {
         f = fmaf(a[k], b[k * ZQ_NR], f);
     }
-    return f + bias;
+    return f;
+}
+
+static float
+value_f32(const zq_tile *t, int i, int j, float bias)
+{
+    return sum_f32(t, i, j) + bias;
+}
+
+static void
+keep_sums(const zq_tile *t)
+{
+    for (int i = 0; i < t->mr; i++) {
+        for (int j = 0; j < ZQ_NR; j++) {
+            t->sums_out[i * ZQ_NR + j] = sum_f32(t, i, j);
+        }
+    }
 }
 
 void
 zq_gemm_f32__ref(zq_tile *t)
 {
-    every_output(t, value_f32);
+    if (!t->sums_out) {
+        every_output(t, value_f32);
+        return;
+    }
+    keep_sums(t);
+    for (int64_t left = t->more; left > 0; left--) {
+        zq_tile_next(t);
+        keep_sums(t);
+    }
 }

@@ -557,7 +557,8 @@ tile_f32(const int mr, const int far, const zq_tile *t)
     const float *a = t->a, *b = t->b;
 #pragma GCC unroll 3
     for (int i = 0; i < mr; i++) {
-        acc[i][0] = acc[i][1] = v16_zero();
+        acc[i][0] = t->sums_in ? v16_load(t->sums_in + i * ZQ_NR) : v16_zero();
+        acc[i][1] = t->sums_in ? v16_load(t->sums_in + i * ZQ_NR + 16) : v16_zero();
     }
     for (int64_t k = 0; k < t->k; k++, b += ZQ_NR) {
         const v16 w0 = v16_load(b), w1 = v16_load(b + 16);
@@ -568,6 +569,14 @@ tile_f32(const int mr, const int far, const zq_tile *t)
             acc[i][0] = v16_fma(x, w0, acc[i][0]);
             acc[i][1] = v16_fma(x, w1, acc[i][1]);
         }
+    }
+    if (t->sums_out) {
+#pragma GCC unroll 3
+        for (int i = 0; i < mr; i++) {
+            v16_store(t->sums_out + i * ZQ_NR, acc[i][0]);
+            v16_store(t->sums_out + i * ZQ_NR + 16, acc[i][1]);
+        }
+        return;
     }
     const v16 bias0 = v16_load(t->bias), bias1 = v16_load(t->bias + 16);
 #pragma GCC unroll 3

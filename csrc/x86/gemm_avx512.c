@@ -409,15 +409,38 @@ finish_f32(const int mr, const int how, const int add, const zq_tile *t, __m512 
 }
 
 ZQ_INLINE void
+begin_f32(const int mr, const float *sums, __m512 acc[MR][NV])
+{
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+    }
+    if (sums) {
+#pragma GCC unroll 16
+        for (int i = 0; i < mr; i++) {
+            acc[i][0] = _mm512_load_ps(sums + i * ZQ_NR);
+            acc[i][1] = _mm512_load_ps(sums + i * ZQ_NR + 16);
+        }
+    }
+}
+
+ZQ_INLINE void
+keep_f32(const int mr, float *sums, __m512 acc[MR][NV])
+{
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        _mm512_store_ps(sums + i * ZQ_NR, acc[i][0]);
+        _mm512_store_ps(sums + i * ZQ_NR + 16, acc[i][1]);
+    }
+}
+
+ZQ_INLINE void
 one_f32(const int mr, const int far, const zq_tile *t)
 {
     __m512 acc[MR][NV];
     const float *a = t->a, *b = t->b;
     const char *ahead = t->ahead;
-#pragma GCC unroll 16
-    for (int i = 0; i < mr; i++) {
-        acc[i][0] = acc[i][1] = _mm512_setzero_ps();
-    }
+    begin_f32(mr, t->sums_in, acc);
     prefetch_residual(t);
     for (int64_t k = 0; k < t->k; k++, b += ZQ_NR) {
         const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
@@ -428,6 +451,10 @@ one_f32(const int mr, const int far, const zq_tile *t)
             acc[i][0] = _mm512_fmadd_ps(x, b0, acc[i][0]);
             acc[i][1] = _mm512_fmadd_ps(x, b1, acc[i][1]);
         }
+    }
+    if (t->sums_out) {
+        keep_f32(mr, t->sums_out, acc);
+        return;
     }
 #define END_F32(how) finish_f32(mr, how, 0, t, acc)
 #define END_F32_ADD(how) finish_f32(mr, how, 1, t, acc)

@@ -124,10 +124,11 @@ prefetch_residual(const zq_tile *t)
     }
 }
 
+/* Nothing is left to do after the tile function. */
 ZQ_INLINE int
 is_plain(const zq_tile *t)
 {
-    return t->act == ZQ_ACT_NONE && !t->residual && !t->pairs && !t->rank;
+    return t->sums_out || (t->act == ZQ_ACT_NONE && !t->residual && !t->pairs && !t->rank);
 }
 
 /* `call` for each tile that t describes, with `more` 0. */
