@@ -366,16 +366,12 @@ run_few_tiles(const gemm_job *g, int64_t p, int64_t end, const strip *s)
 static void
 run_whole_panels(const gemm_job *g, int64_t p, int64_t end, strip *s)
 {
-    const int64_t bytes = g->w->panel_bytes;
     for (; p < end; p++) {
-        const char *const panel = (const char *)g->w->panels + p * bytes;
-        if (p + 1 < end) {
+        const int64_t ahead = p + 1 < end ? g->w->panel_bytes : 0;
+        if (ahead) {
             fetch_columns(g->w, (p + 1) * ZQ_NR);
-            run_panel(g, p, NULL, panel + bytes, bytes, s);
         }
-        else {
-            run_panel(g, p, NULL, panel, 0, s);
-        }
+        run_panel(g, p, NULL, (const char *)g->w->panels + p * g->w->panel_bytes + ahead, ahead, s);
     }
 }
 
