@@ -224,6 +224,12 @@ strip_of(const gemm_job *g, int64_t t0, int64_t t1, int64_t base, const operand 
     return (strip){.t0 = t0, .t1 = t1, .base = base, .op = op, .y = y, .blocks = 1, .tile = tile};
 }
 
+ZQ_INLINE const char *
+panel_at(const zq_linear *w, int64_t p)
+{
+    return (const char *)w->panels + p * w->panel_bytes;
+}
+
 /* What a tile of the next panel reads once, beside the codes, waits for memory otherwise. */
 ZQ_INLINE void
 fetch_columns(const zq_linear *w, int64_t col)
@@ -244,7 +250,7 @@ move_to_panel(const gemm_job *g, int64_t p, zq_tile *t)
     const zq_linear *w = g->w;
     const int64_t col = p * ZQ_NR;
     t->nr = (int)zq_min(ZQ_NR, w->n - col);
-    t->b = (const char *)w->panels + p * w->panel_bytes;
+    t->b = panel_at(w, p);
     t->bias = w->bias + col;
     t->low_b = t->rank ? g->out->add.u + col * t->rank : NULL;
     if (w->kind == ZQ_W_S8) {
@@ -281,7 +287,7 @@ typedef struct {
 ZQ_INLINE const char *
 block_of_panel(const gemm_job *g, int64_t p, int64_t k0)
 {
-    return (const char *)g->w->panels + p * g->w->panel_bytes + k0 * ZQ_NR * (int64_t)sizeof(float);
+    return panel_at(g->w, p) + k0 * ZQ_NR * (int64_t)sizeof(float);
 }
 
 /* From all input features of a tile to those of b. */
@@ -371,7 +377,7 @@ run_whole_panels(const gemm_job *g, int64_t p, int64_t end, strip *s)
         if (ahead) {
             fetch_columns(g->w, (p + 1) * ZQ_NR);
         }
-        run_panel(g, p, NULL, (const char *)g->w->panels + p * g->w->panel_bytes + ahead, ahead, s);
+        run_panel(g, p, NULL, panel_at(g->w, p) + ahead, ahead, s);
     }
 }
 
@@ -742,7 +748,7 @@ s32_panel(void *ctx, int64_t p)
     const zq_linear *w = s->w;
     const int64_t col = p * ZQ_NR;
     zq_tile t = {.nr = (int)zq_min(ZQ_NR, w->n - col), .k = zq_round_up(w->k, 4), .lda = s->ld, .colsum = w->colsum + col,
-                 .b = (const char *)w->panels + p * w->panel_bytes};
+                 .b = panel_at(w, p)};
     for (int64_t r = 0; r < s->m; r += s->K->mr_u8s8) {
         t.mr = (int)zq_min(s->K->mr_u8s8, s->m - r);
         t.a = s->a + r * s->ld;

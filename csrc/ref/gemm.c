@@ -14,9 +14,34 @@
 /* One element before activation and residual; row i of a, column j. */
 typedef float (*value_fn)(const zq_tile *t, int i, int j, float bias);
 
+static float
+sum_f32(const zq_tile *t, int i, int j)
+{
+    const float *a = (const float *)t->a + i * t->lda, *b = (const float *)t->b + j;
+    float f = t->sums_in ? t->sums_in[i * ZQ_NR + j] : 0.0f;
+    for (int64_t k = 0; k < t->k; k++) {
+        f = fmaf(a[k], b[k * ZQ_NR], f);
+    }
+    return f;
+}
+
+static void
+keep_sums(const zq_tile *t)
+{
+    for (int i = 0; i < t->mr; i++) {
+        for (int j = 0; j < ZQ_NR; j++) {
+            t->sums_out[i * ZQ_NR + j] = sum_f32(t, i, j);
+        }
+    }
+}
+
 static void
 one_tile(const zq_tile *t, value_fn value)
 {
+    if (t->sums_out) {
+        keep_sums(t);
+        return;
+    }
     for (int i = 0; i < t->mr / (t->pairs ? 2 : 1); i++) {
         for (int j = 0; j < t->nr; j++) {
             float sum = t->pairs ? (value(t, 2 * i, j, 0.0f) + value(t, 2 * i + 1, j, 0.0f)) + t->bias[j]
@@ -157,42 +182,13 @@ zq_center_groups_b8__ref(const uint8_t *q, int64_t n, int64_t group, int32_t off
 }
 
 static float
-sum_f32(const zq_tile *t, int i, int j)
-{
-    const float *a = (const float *)t->a + i * t->lda, *b = (const float *)t->b + j;
-    float f = t->sums_in ? t->sums_in[i * ZQ_NR + j] : 0.0f;
-    for (int64_t k = 0; k < t->k; k++) {
-        f = fmaf(a[k], b[k * ZQ_NR], f);
-    }
-    return f;
-}
-
-static float
 value_f32(const zq_tile *t, int i, int j, float bias)
 {
     return sum_f32(t, i, j) + bias;
 }
 
-static void
-keep_sums(const zq_tile *t)
-{
-    for (int i = 0; i < t->mr; i++) {
-        for (int j = 0; j < ZQ_NR; j++) {
-            t->sums_out[i * ZQ_NR + j] = sum_f32(t, i, j);
-        }
-    }
-}
-
 void
 zq_gemm_f32__ref(zq_tile *t)
 {
-    if (!t->sums_out) {
-        every_output(t, value_f32);
-        return;
-    }
-    keep_sums(t);
-    for (int64_t left = t->more; left > 0; left--) {
-        zq_tile_next(t);
-        keep_sums(t);
-    }
+    every_output(t, value_f32);
 }
