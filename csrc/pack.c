@@ -105,7 +105,7 @@ start(zq_linear *w, zq_weight_kind kind, int64_t n, int64_t k, int64_t group, in
               zero = !grouped ? 0 : kind == ZQ_W_S4_GROUP ? 0x88 : 0x80;
     const int64_t panels = panel_count(n), columns = panels * ZQ_NR;
     *w = (zq_linear){.kind = kind, .n = n, .k = k, .group = group, .panel_bytes = panel_bytes};
-    w->panels = zq_alloc((size_t)(panels * panel_bytes));
+    w->panels = zq_alloc((size_t)(panels * panel_bytes) + ZQ_PANEL_SLACK);
     w->bias = alloc_words(columns);
     w->last_use = zq_alloc(sizeof *w->last_use);
     if (kind == ZQ_W_S8) {

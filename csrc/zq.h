@@ -22,7 +22,7 @@ typedef enum {
 } zq_status;
 
 /* ---- dispatch (zq_dispatch.c) ------------------------------------------------------------------- */
-typedef enum { ZQ_REF, ZQ_AVX2, ZQ_AVXVNNI, ZQ_AVX512VNNI, ZQ_LEVELS } zq_level;
+typedef enum { ZQ_REF, ZQ_AVX2, ZQ_AVXVNNI, ZQ_AVX512VNNI, ZQ_AMX, ZQ_LEVELS } zq_level;
 extern const char *const zq_level_names[ZQ_LEVELS];
 int zq_level_supported(zq_level level); /* by this CPU and OS. Not a range: Zen 4 has AVX512VNNI, not AVXVNNI */
 zq_level zq_level_best(zq_level cap); /* the highest supported level <= cap */

@@ -22,6 +22,7 @@
 #endif
 #define ZQ_TARGET_AVX2 "avx2,fma,f16c"
 #define ZQ_TARGET_AVXVNNI "avxvnni,avx2,fma,f16c"
+#define ZQ_TARGET_AMX "amx-tile,amx-int8," ZQ_TARGET_AVX512
 #define ZQ_TARGET_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
 
 ZQ_INLINE int64_t

@@ -1,17 +1,20 @@
 /* Which kernels run. Tables are filled once, at import, and read-only afterwards; zq_level_use() swaps one
- * atomic pointer. Order: ref < avx2 < avxvnni < avx512vnni; each level starts as a copy of the one that it builds on. */
+ * atomic pointer. Order: ref < avx2 < avxvnni < avx512vnni < amx; each level starts as a copy of the one that it builds on. */
+#define _GNU_SOURCE
 #include "zq_kernels.h"
 
 #include <stdatomic.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
-const char *const zq_level_names[ZQ_LEVELS] = {"ref", "avx2", "avxvnni", "avx512vnni"};
+const char *const zq_level_names[ZQ_LEVELS] = {"ref", "avx2", "avxvnni", "avx512vnni", "amx"};
 
 /* Whose kernels a level inherits: those of the next lower level that every CPU with this one has. */
-static const zq_level base_level[ZQ_LEVELS] = {ZQ_REF, ZQ_REF, ZQ_AVX2, ZQ_AVX2};
+static const zq_level base_level[ZQ_LEVELS] = {ZQ_REF, ZQ_REF, ZQ_AVX2, ZQ_AVX2, ZQ_AVX512VNNI};
 
 #define X(name, ret, args) #name,
 const char *const zq_kernel_names[] = {ZQ_KERNELS(X)};
@@ -54,6 +57,21 @@ has_avx512vnni(void)
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
+
+/* Tile registers: the CPU has them (leaf 7, EDX bits 24 and 25), the system saves them (XCR0 bits 17 and 18), and this process
+ * may use them. Linux grants that on request, to all threads of the process and to what it forks, unless some thread's
+ * signal stack is too small for the larger frame. */
+static int
+has_amx(void)
+{
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d, low, high;
+    if (!has_avx512vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 3) != 3) {
+        return 0;
+    }
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
 #endif
 
 int
@@ -65,6 +83,7 @@ zq_level_supported(zq_level level)
     case ZQ_AVX2: return has_avx2();
     case ZQ_AVXVNNI: return has_avxvnni();
     case ZQ_AVX512VNNI: return has_avx512vnni();
+    case ZQ_AMX: return has_amx();
 #endif
     default: return 0;
     }
@@ -96,6 +115,10 @@ fill_tables(void)
     zq_fill_quantize__avx512vnni(&tables[ZQ_AVX512VNNI]);
     zq_fill_nn__avx512vnni(&tables[ZQ_AVX512VNNI]);
     zq_fill_gemm__avx512vnni(&tables[ZQ_AVX512VNNI]);
+#endif
+    tables[ZQ_AMX] = tables[base_level[ZQ_AMX]];
+#if defined(__x86_64__)
+    zq_fill_gemm__amx(&tables[ZQ_AMX]);
 #endif
 }
 

@@ -13,6 +13,9 @@
 /* Output channels per panel of packed weights; a group has a multiple of ZQ_KSTEP input features, but the last. */
 enum { ZQ_NR = 32, ZQ_KSTEP = 8 };
 
+/* Readable bytes behind the last panel, as kernels of deep steps read whole ones and multiply what is too much by 0. */
+enum { ZQ_PANEL_SLACK = 2048 };
+
 /* Tiles of y = act((a - zero) w^T * sx * sw + bias) + residual; mr rows by nr <= ZQ_NR columns, and `more` further ones of
  * the same size, below it or beside it (zq_tile_next). The arrays that run over columns (colsum, scale, zcorr, bias) are
  * padded to ZQ_NR. A kernel may change the description: `more` and what moves on from tile to tile are undefined afterwards,
@@ -310,6 +313,7 @@ void zq_fill_nn__avx512vnni(zq_kernels *t);
 void zq_fill_gemm__avx2(zq_kernels *t);
 void zq_fill_gemm__avxvnni(zq_kernels *t);
 void zq_fill_gemm__avx512vnni(zq_kernels *t);
+void zq_fill_gemm__amx(zq_kernels *t);
 #endif
 
 #endif

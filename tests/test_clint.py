@@ -15,13 +15,15 @@ from zquant import _core
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".c", ".h"))
-LEVELS = ("ref", "avx2", "avxvnni", "avx512vnni")
+LEVELS = ("ref", "avx2", "avxvnni", "avx512vnni", "amx")
 
 # Kernels that a level leaves to the one that it builds on, with the reason.
+KERNELS = re.findall(r"^\s*X\((\w+),", (CSRC / "zq_kernels.h").read_text(), flags=re.MULTILINE)
 INHERITED: dict[tuple[str, str], str] = {
-    (kernel, "avxvnni"): "256-bit VNNI is for products of integers; everything else is avx2's"
-    for kernel in re.findall(r"^\s*X\((\w+),", (CSRC / "zq_kernels.h").read_text(), flags=re.MULTILINE)
-    if not re.match("gemm_(u8s8|s8u)", kernel)
+    **{(kernel, "avxvnni"): "256-bit VNNI is for products of integers; everything else is avx2's"
+       for kernel in KERNELS if not re.match("gemm_(u8s8|s8u)", kernel)},
+    **{(kernel, "amx"): "tile registers are for products of integers; everything else is avx512vnni's"
+       for kernel in KERNELS if not kernel.startswith("gemm_u8s8")},
 }
 
 
@@ -55,7 +57,7 @@ CODE = {name(p): without_comments(p.read_text()) for p in SOURCES}
 RAW = {name(p): p.read_text() for p in SOURCES}
 
 PYTHON_H = r"#\s*include\s*[<\"]Python\.h"
-INTRINSICS = r"\bimmintrin|\b_mm\d*_\w+|\b__m(128|256|512)[id]?\b"
+INTRINSICS = r"\bimmintrin|\b_tile_\w+|\b_mm\d*_\w+|\b__m(128|256|512)[id]?\b"
 ALLOCATION = r"(?<![\w.>])(malloc|calloc|realloc|free|posix_memalign|aligned_alloc)\s*\("
 THREADS = r"\b(pthread_\w+|sched_\w+)\s*\("
 FETCHES = r"\bstatic void\s+(pre)?fetch\w*\("
@@ -100,6 +102,7 @@ def test_functions_that_only_fetch_ahead_are_inline() -> None:
     (PYTHON_H, "#include <Python.h>\n"),
     (INTRINSICS, "x = _mm512_setzero_si512();"),
     (INTRINSICS, "__m256i v;"),
+    (INTRINSICS, "_tile_zero(0);"),
     (ALLOCATION, "p = malloc(n);"),
     (ALLOCATION, "  free (p);"),
     (THREADS, "pthread_create(&t, 0, f, 0);"),

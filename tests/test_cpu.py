@@ -29,18 +29,18 @@ def test_info_names_what_runs():
     assert repr(info).startswith("CPUInfo(active=")
 
 
-@pytest.mark.parametrize("level", ["ref", "avx2", "avxvnni", "avx512vnni"])
+@pytest.mark.parametrize("level", ["ref", "avx2", "avxvnni", "avx512vnni", "amx"])
 def test_the_environment_caps_the_level(level):
     available = zq.cpu.info().available if "ZQUANT_ISA" not in os.environ else tuple(_core.levels())
     code, out, err = python("import zquant as zq; print(zq.cpu.info().active)", ZQUANT_ISA=level)
     assert code == 0, err
-    order = ["ref", "avx2", "avxvnni", "avx512vnni"]
+    order = ["ref", "avx2", "avxvnni", "avx512vnni", "amx"]
     assert out == [v for v in available if order.index(v) <= order.index(level)][-1]
 
 
 def test_an_unknown_level_is_an_import_error_with_the_list():
     code, _, err = python("import zquant", ZQUANT_ISA="avx9")
-    assert code == 1 and "ZQUANT_ISA=avx9: expected one of ref, avx2, avxvnni, avx512vnni" in err
+    assert code == 1 and "ZQUANT_ISA=avx9: expected one of ref, avx2, avxvnni, avx512vnni, amx" in err
 
 
 def test_use_restores_the_level_after_an_error():

@@ -14,7 +14,7 @@ from zquant.reference import gemm as reference
 
 LEVELS = _core.levels()
 SIZES = [(1, 1, 1), (2, 3, 5), (3, 31, 8), (5, 33, 17), (7, 64, 31), (11, 65, 64), (12, 32, 65), (13, 37, 127), (25, 96, 128),
-         (37, 61, 193), (61, 128, 96), (131, 40, 72)]
+         (37, 61, 193), (61, 128, 96), (131, 40, 72), (16, 48, 256), (17, 16, 320), (33, 80, 511), (64, 33, 640)]
 ACTIVATIONS = [None, "relu", "gelu", "gelu_tanh", "silu"]
 
 
@@ -90,6 +90,19 @@ def test_integer_product_is_exact(m, n, k):
     handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], None)
     got = everywhere(lambda: _core.gemm_s32(d["q"], handle, d["zx"]))
     assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("m", [5, 16, 17, 32, 45])
+@pytest.mark.parametrize("k", [8, 56, 72, 200])
+def test_codes_are_read_to_the_end_of_their_row_at_most(isa, guarded, m, k):
+    """Steps of 64 input features do not fit: of the last row of codes nothing behind its end is there."""
+    d = make(m, 40, k)
+    handle = _core.linear_pack_s8(d["codes"], d["scales"][:, 0], d["bias"])
+    want = (d["q"].astype(np.int64) - d["zx"][:, None]) @ d["codes"].astype(np.int64).T
+    assert np.array_equal(_core.gemm_s32(guarded(d["q"]), handle, guarded(d["zx"])), want)
+    x = d["q"], d["sx"], d["zx"]
+    got = _core.linear_forward(handle, tuple(map(guarded, x)), 0, 0, guarded(d["residual"]), 0)
+    assert same_bits(got, _core.linear_forward(handle, x, 0, 0, d["residual"], 0))
 
 
 @pytest.mark.parametrize("k", [1, 31, 4096, 16384, 66000])

@@ -26,7 +26,7 @@ def info() -> CPUInfo:
     """Dispatch level in use, levels available, threads, and the kernel set that OpenBLAS chose.
 
     ``kernels`` maps each kernel to the level whose code serves it (a level inherits what it does not override).
-    ``ZQUANT_ISA=ref|avx2|avxvnni|avx512vnni`` in the environment caps the level at import: the best level of this CPU
+    ``ZQUANT_ISA=ref|avx2|avxvnni|avx512vnni|amx`` in the environment caps the level at import: the best level of this CPU
     that is not above it runs. Levels are not nested: a CPU may have AVX-512 VNNI but not the 256-bit ``avxvnni`` (Zen 4),
     where ``ZQUANT_ISA=avxvnni`` therefore means ``avx2``.
 

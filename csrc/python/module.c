@@ -121,7 +121,7 @@ choose_level(void)
     if (cap && *cap) {
         level = find_level(cap);
         if (level < 0) {
-            PyErr_Format(PyExc_ImportError, "ZQUANT_ISA=%s: expected one of ref, avx2, avxvnni, avx512vnni", cap);
+            PyErr_Format(PyExc_ImportError, "ZQUANT_ISA=%s: expected one of ref, avx2, avxvnni, avx512vnni, amx", cap);
             return -1;
         }
     }
