@@ -1,15 +1,16 @@
-/* AMX tiles of S8: 32 rows by one panel of 32 columns, 64 input features a step. A tile register holds 16 rows of 64 bytes:
- * rows of a as they lie in memory, and of a panel 16 of its 128-byte lines, the left or the right half of each, which is the
- * layout of tdpbusd's second operand. Four registers of sums, two of each operand:
+/* AMX tiles: 32 rows by one panel of 32 columns, up to 64 input features a step. A tile register holds 16 rows of 64 bytes: rows
+ * of a as they lie in memory, and of a panel 16 of its 128-byte lines, the left or the right half of each, which is the layout
+ * of the second operand. Four registers of sums, two of each operand:
  *
  *            b 6   b 7
  *     a 4     0     1      rows 0 to 15
- *     a 5     2     3      rows 16 and on; of at most 16 rows: the same rows, every other step
+ *     a 5     2     3      rows 16 and on
  *
- * Sums leave by way of memory, and rows are finished (scale, bias, activation, residual) from there, as the other levels do it,
- * bit for bit; the sums are integers, whose order does not show. Rows of a come with the hint that they will not be needed
- * again soon: L1 then keeps the panel for the next tile (+20 % at 768 input features). Measured without gain: finishing a tile
- * between the steps of the next one, which the out-of-order core does by itself, and fetching rows or outputs ahead. */
+ * Sums leave by way of memory. There, rows are finished (scale, bias, activation, residual), and of groups become float sums, as
+ * the other levels do it, bit for bit; the sums are integers, whose order does not show. Rows of a come with the hint that
+ * they will not be needed again soon: L1 then keeps the panel for the next tile (+20 % at 768 input features). Measured
+ * without gain: finishing a tile between the steps of the next one, which the out-of-order core does by itself, and fetching
+ * rows or outputs ahead. A chain of products in one register goes as fast as several side by side. */
 #if defined(__x86_64__)
 #include "../zq_kernels.h"
 
@@ -22,7 +23,7 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AMX)
 
 #include "gemm_finish.inc.h"
 
-enum { MR = 32, HALF = 16, STEP = 64, LINE = 4 * ZQ_NR, FEW_ROWS = 4 };
+enum { MR = 32, HALF = 16, STEP = 64, LINE = 4 * ZQ_NR, FEW_ROWS = 4, FEW_ROWS_SHORT = 12 };
 
 /* What ldtilecfg reads */
 typedef struct {
@@ -34,128 +35,108 @@ typedef struct {
 /* Tile instructions are opaque to the compiler: memory that they read is written before, what they wrote is read behind. */
 #define IN_ORDER() __asm__ volatile("" ::: "memory")
 
-/* The registers for tiles of mr rows; all of them are cleared. */
+/* The registers for tiles of mr rows and steps of `depth` input features; all of them are cleared. */
 ZQ_INLINE void
-configure(int mr)
+configure(int mr, int depth)
 {
-    const uint8_t top = (uint8_t)zq_min(mr, HALF), bottom = (uint8_t)(mr > HALF ? mr - HALF : mr);
+    const uint8_t top = (uint8_t)zq_min(mr, HALF), bottom = (uint8_t)zq_max(mr - HALF, 1), lines = (uint8_t)(depth / 4);
+    const uint16_t bytes = (uint16_t)depth;
     const tile_config config = {.palette = 1,
-                                .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
-                                .rows = {top, top, bottom, bottom, top, bottom, HALF, HALF}};
+                                .row_bytes = {64, 64, 64, 64, bytes, bytes, 64, 64},
+                                .rows = {top, top, bottom, bottom, top, bottom, lines, lines}};
     IN_ORDER();
     _tile_loadconfig(&config);
 }
 
-/* Where the rows of a tile and its panel lie, and how far their rows are apart, in bytes. */
-typedef struct {
-    const uint8_t *a, *b;
-    int64_t lda;
-    int narrow; /* at most 16 columns */
-} operands;
-
-/* One step of all rows of a tile of more than 16 */
 ZQ_INLINE void
-step_tall(const operands *o)
+clear_sums(void)
 {
-    _tile_stream_loadd(4, o->a, (size_t)o->lda);
-    _tile_loadd(6, o->b, LINE);
-    _tile_dpbusd(0, 4, 6);
-    _tile_stream_loadd(5, o->a + HALF * o->lda, (size_t)o->lda);
-    _tile_dpbusd(2, 5, 6);
-    if (!o->narrow) {
-        _tile_loadd(7, o->b + LINE / 2, LINE);
-        _tile_dpbusd(1, 4, 7);
-        _tile_dpbusd(3, 5, 7);
-    }
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
 }
 
-/* One step of a tile of at most 16 rows: into registers 0 and 1, or into 2 and 3, as one chain of sums would wait for itself. */
-ZQ_INLINE void
-step_low(const operands *o, const int odd)
-{
-    if (odd) {
-        _tile_stream_loadd(5, o->a, (size_t)o->lda);
-        _tile_loadd(6, o->b, LINE);
-        _tile_dpbusd(2, 5, 6);
-        if (!o->narrow) {
-            _tile_loadd(7, o->b + LINE / 2, LINE);
-            _tile_dpbusd(3, 5, 7);
-        }
-        return;
-    }
-    _tile_stream_loadd(4, o->a, (size_t)o->lda);
-    _tile_loadd(6, o->b, LINE);
-    _tile_dpbusd(0, 4, 6);
-    if (!o->narrow) {
-        _tile_loadd(7, o->b + LINE / 2, LINE);
-        _tile_dpbusd(1, 4, 7);
-    }
-}
+/* Sums of a tile, (MR, NR): integers, or float32 of groups */
+typedef union {
+    _Alignas(64) int32_t at[MR * ZQ_NR];
+    float f32[MR * ZQ_NR];
+} sums;
 
 ZQ_INLINE void
-step(const int tall, const operands *o, int64_t i)
+store_sums(const int tall, sums *c)
 {
+    _tile_stored(0, c->at, LINE);
+    _tile_stored(1, c->at + HALF, LINE);
     if (tall) {
-        step_tall(o);
+        _tile_stored(2, c->at + HALF * ZQ_NR, LINE);
+        _tile_stored(3, c->at + HALF * ZQ_NR + HALF, LINE);
     }
-    else {
-        step_low(o, i % 2 != 0);
-    }
+    IN_ORDER();
 }
 
+/* One step: rows a, lda bytes apart, times the lines of a panel at b. PRODUCT is tdpbusd (u8 a, s8 b) or tdpbsud. Of at most 16
+ * rows (not tall) or columns (narrow) there are no others. */
+#define MULTIPLY_STEP(PRODUCT, tall, narrow, a, lda, b)              \
+    {                                                                \
+        _tile_stream_loadd(4, a, (size_t)(lda));                     \
+        _tile_loadd(6, b, LINE);                                     \
+        PRODUCT(0, 4, 6);                                            \
+        if (tall) {                                                  \
+            _tile_stream_loadd(5, (a) + HALF * (lda), (size_t)(lda)); \
+            PRODUCT(2, 5, 6);                                        \
+        }                                                            \
+        if (!(narrow)) {                                             \
+            _tile_loadd(7, (b) + LINE / 2, LINE);                    \
+            PRODUCT(1, 4, 7);                                        \
+            if (tall) {                                              \
+                PRODUCT(3, 5, 7);                                    \
+            }                                                        \
+        }                                                            \
+    }
+
+/* What t->ahead asks for (see zq_tile) beside `lines` lines of the panel; where that is next */
+ZQ_INLINE const char *
+prefetch_beside(const zq_tile *t, const char *ahead, int64_t lines)
+{
+    const int64_t bytes = ahead ? lines * t->ahead_step : 0;
+    for (int64_t i = 0; i < bytes; i += 64) {
+        _mm_prefetch(ahead + i, _MM_HINT_T0);
+    }
+    return ahead ? ahead + bytes : NULL;
+}
+
+/* ---- S8 -------------------------------------------------------------------------------------------- */
 /* The last input features, less than a step, with zeros behind them: nothing behind the rows of a is read, and what lies
  * behind the panel (the next one, or slack) is multiplied by 0. */
 ZQ_INLINE void
-last_step(const int tall, const zq_tile *t, const operands *o, int64_t i)
+last_step(const int tall, const zq_tile *t, const uint8_t *from, const uint8_t *b)
 {
     _Alignas(64) uint8_t a[MR * STEP];
     const __mmask64 mask = ~0ULL >> (STEP - t->k % STEP);
     for (int r = 0; r < t->mr; r++) {
-        _mm512_store_si512(a + r * STEP, _mm512_maskz_loadu_epi8(mask, o->a + r * o->lda));
+        _mm512_store_si512(a + r * STEP, _mm512_maskz_loadu_epi8(mask, from + r * t->lda));
     }
     IN_ORDER();
-    step(tall, &(operands){.a = a, .b = o->b, .lda = STEP, .narrow = o->narrow}, i);
+    MULTIPLY_STEP(_tile_dpbusd, tall, t->nr <= HALF, a, STEP, b)
 }
-
-/* What t->ahead asks for (see zq_tile) beside the lines of one step of the panel; where that is next */
-ZQ_INLINE const char *
-prefetch_step(const zq_tile *t, const char *ahead)
-{
-    const int64_t bytes = STEP / 4 * t->ahead_step;
-    for (int64_t i = 0; i < bytes; i += 64) {
-        _mm_prefetch(ahead + i, _MM_HINT_T0);
-    }
-    return ahead + bytes;
-}
-
-/* Sums of a tile: (MR, NR), where those of at most 16 rows are the sum of rows i and HALF + i. */
-typedef struct {
-    _Alignas(64) int32_t at[MR * ZQ_NR];
-} sums;
 
 /* The sums of tile t, without what zero points take off */
 ZQ_INLINE void
 multiply(const int tall, const zq_tile *t, sums *c)
 {
-    const int64_t steps = t->k / STEP;
-    operands o = {.a = t->a, .b = t->b, .lda = t->lda, .narrow = t->nr <= HALF};
+    const uint8_t *a = t->a, *b = t->b;
     const char *ahead = t->ahead;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t i = 0; i < steps; i++, o.a += STEP, o.b += STEP / 4 * LINE) {
-        step(tall, &o, i);
-        ahead = ahead ? prefetch_step(t, ahead) : NULL;
+    const int narrow = t->nr <= HALF;
+    clear_sums();
+    for (int64_t k = STEP; k <= t->k; k += STEP, a += STEP, b += STEP / 4 * LINE) {
+        MULTIPLY_STEP(_tile_dpbusd, tall, narrow, a, t->lda, b)
+        ahead = prefetch_beside(t, ahead, STEP / 4);
     }
     if (t->k % STEP) {
-        last_step(tall, t, &o, steps);
+        last_step(tall, t, a, b);
     }
-    _tile_stored(0, c->at, LINE);
-    _tile_stored(1, c->at + HALF, LINE);
-    _tile_stored(2, c->at + HALF * ZQ_NR, LINE);
-    _tile_stored(3, c->at + HALF * ZQ_NR + HALF, LINE);
-    IN_ORDER();
+    store_sums(tall, c);
 }
 
 static void
@@ -169,47 +150,145 @@ multiply_tile(const zq_tile *t, sums *c)
     }
 }
 
+/* ---- groups ---------------------------------------------------------------------------------------- */
+/* `depth` input features of a panel of 4-bit codes, a byte for each */
+ZQ_INLINE void
+unpack_step(const uint8_t *b, int depth, uint8_t *to)
+{
+    const __m512i low = _mm512_set1_epi8(15);
+    for (; depth > 0; depth -= 8, b += LINE, to += 2 * LINE) {
+        const __m512i w0 = _mm512_load_si512(b), w1 = _mm512_load_si512(b + 64);
+        _mm512_store_si512(to, _mm512_and_si512(w0, low));
+        _mm512_store_si512(to + 64, _mm512_and_si512(w1, low));
+        _mm512_store_si512(to + LINE, _mm512_and_si512(_mm512_srli_epi16(w0, 4), low));
+        _mm512_store_si512(to + LINE + 64, _mm512_and_si512(_mm512_srli_epi16(w1, 4), low));
+    }
+}
+
+/* f += (c + start) * scale, of a group whose starts lie at start, ld_start apart */
+ZQ_INLINE void
+add_group(const zq_tile *t, const sums *c, const int32_t *start, const float *scale, const int first, sums *f)
+{
+    const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + HALF), none = _mm512_setzero_ps();
+    const int64_t ld = t->ld_start;
+    const int mr = t->mr;
+    for (int i = 0; i < mr; i++, start += ld) {
+        const __m512i v = _mm512_set1_epi32(*start);
+        float *to = f->f32 + i * ZQ_NR;
+        const __m512 c0 = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_load_si512(c->at + i * ZQ_NR), v));
+        const __m512 c1 = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_load_si512(c->at + i * ZQ_NR + HALF), v));
+        _mm512_store_ps(to, _mm512_fmadd_ps(c0, s0, first ? none : _mm512_load_ps(to)));
+        _mm512_store_ps(to + HALF, _mm512_fmadd_ps(c1, s1, first ? none : _mm512_load_ps(to + HALF)));
+    }
+}
+
+/* The float sums of tile t. A group's sums are added while the next one is multiplied. */
+ZQ_INLINE void
+multiply_groups(const int tall, const int four_bits, const int depth, const zq_tile *t, sums *f)
+{
+    _Alignas(64) uint8_t codes[2][STEP * ZQ_NR];
+    sums c;
+    const int64_t groups = t->k / t->group, steps = t->group / depth, step_bytes = depth * ZQ_NR / (four_bits ? 2 : 1);
+    const uint8_t *a = t->a, *b = t->b;
+    const float *scale = NULL;
+    const char *ahead = t->ahead;
+    for (int64_t g = 0; g <= groups; g++) {
+        const float *next_scale = (const float *)b;
+        if (g < groups) {
+            b += LINE;
+            clear_sums();
+            for (int64_t i = 0; i < steps; i++, a += depth, b += step_bytes) {
+                const uint8_t *panel = b;
+                if (four_bits) {
+                    uint8_t *to = codes[(g * steps + i) % 2];
+                    unpack_step(b, depth, to);
+                    IN_ORDER();
+                    panel = to;
+                }
+                MULTIPLY_STEP(_tile_dpbsud, tall, 0, a, t->lda, panel)
+            }
+            ahead = prefetch_beside(t, ahead, 1 + steps * step_bytes / LINE);
+        }
+        if (g == 1) {
+            add_group(t, &c, t->start, scale, 1, f);
+        }
+        else if (g > 1) {
+            add_group(t, &c, t->start + g - 1, scale, 0, f);
+        }
+        if (g < groups) {
+            store_sums(tall, &c);
+        }
+        scale = next_scale;
+    }
+}
+
+ZQ_INLINE void
+multiply_rows_groups(const int tall, const int four_bits, const zq_tile *t, sums *f)
+{
+    if (t->group % STEP) {
+        multiply_groups(tall, four_bits, STEP / 2, t, f);
+    }
+    else {
+        multiply_groups(tall, four_bits, STEP, t, f);
+    }
+}
+
+ZQ_INLINE void
+multiply_tile_groups(const int four_bits, const zq_tile *t, sums *f)
+{
+    if (t->mr > HALF) {
+        multiply_rows_groups(1, four_bits, t, f);
+    }
+    else {
+        multiply_rows_groups(0, four_bits, t, f);
+    }
+}
+
+/* ---- sums become y --------------------------------------------------------------------------------- */
 /* What all rows of a tile share, of columns j .. j + 16 */
 typedef struct {
     __m512i colsum;
-    __m512 scale, bias;
+    __m512 scale, bias; /* of groups, zcorr is in the place of the scale */
 } columns;
 
 ZQ_INLINE columns
-columns_of(const zq_tile *t, int j)
+columns_of(const zq_tile *t, const int grouped, int j)
 {
-    return (columns){_mm512_loadu_si512(t->colsum + j), _mm512_loadu_ps(t->scale + j), _mm512_loadu_ps(t->bias + j)};
+    return (columns){grouped ? _mm512_setzero_si512() : _mm512_loadu_si512(t->colsum + j),
+                     _mm512_loadu_ps((grouped ? t->zcorr : t->scale) + j), _mm512_loadu_ps(t->bias + j)};
 }
 
-/* The sum in row i, columns j .. j + 16, minus zero * colsum; of a low tile out of its two parts */
+/* The sum in row i, columns j .. j + 16, minus zero * colsum */
 ZQ_INLINE __m512i
-sum_at(const zq_tile *t, const int low, const sums *c, int i, int j, __m512i colsum)
+sum_at(const zq_tile *t, const sums *c, int i, int j, __m512i colsum)
 {
-    __m512i sum = _mm512_load_si512(c->at + i * ZQ_NR + j);
-    if (low) {
-        sum = _mm512_add_epi32(sum, _mm512_load_si512(c->at + (HALF + i) * ZQ_NR + j));
-    }
+    const __m512i sum = _mm512_load_si512(c->at + i * ZQ_NR + j);
     return _mm512_sub_epi32(sum, _mm512_mullo_epi32(_mm512_set1_epi32(t->zx[i]), colsum));
 }
 
-/* (sum * sx) * scale + bias */
+/* (sum * sx) * scale + bias; of groups (f - (zero - 128) * zcorr) * sx + bias */
 ZQ_INLINE __m512
-scaled_at(const zq_tile *t, const int low, const sums *c, int i, int j, const columns *of)
+scaled_at(const zq_tile *t, const int grouped, const sums *c, int i, int j, const columns *of)
 {
-    const __m512 v = _mm512_cvtepi32_ps(sum_at(t, low, c, i, j, of->colsum));
-    return _mm512_fmadd_ps(_mm512_mul_ps(v, _mm512_set1_ps(t->sx[i])), of->scale, of->bias);
+    const __m512 sx = _mm512_set1_ps(t->sx[i]);
+    if (grouped) {
+        const __m512 zero = _mm512_set1_ps((float)(t->zx[i] - 128));
+        return _mm512_fmadd_ps(_mm512_fnmadd_ps(zero, of->scale, _mm512_load_ps(c->f32 + i * ZQ_NR + j)), sx, of->bias);
+    }
+    const __m512 v = _mm512_cvtepi32_ps(sum_at(t, c, i, j, of->colsum));
+    return _mm512_fmadd_ps(_mm512_mul_ps(v, sx), of->scale, of->bias);
 }
 
 /* `rows` <= TOGETHER rows from i on, their vectors in step. Simple: whole rows, and nothing but the activation is left to do. */
 enum { TOGETHER = 2 };
 
 ZQ_INLINE void
-finish_vectors(const zq_tile *t, const int low, const int simple, const sums *c, const columns of[2], int i, const int rows,
+finish_vectors(const zq_tile *t, const int grouped, const int simple, const sums *c, const columns of[2], int i, const int rows,
                const zq_activation act)
 {
     __m512 y[2 * TOGETHER];
 #define EACH _Pragma("GCC unroll 4") for (int u = 0; u < 2 * rows; u++)
-    EACH { y[u] = scaled_at(t, low, c, i + u / 2, u % 2 * HALF, &of[u % 2]); }
+    EACH { y[u] = scaled_at(t, grouped, c, i + u / 2, u % 2 * HALF, &of[u % 2]); }
     if (!simple) {
         EACH { y[u] = add_low_rank(t, y[u], i + u / 2, u % 2 * HALF); }
     }
@@ -228,90 +307,97 @@ finish_vectors(const zq_tile *t, const int low, const int simple, const sums *c,
 }
 
 ZQ_INLINE void
-finish_with(const zq_tile *t, const int low, const int simple, const sums *c, const zq_activation act)
+finish_with(const zq_tile *t, const int grouped, const int simple, const sums *c, const zq_activation act)
 {
-    columns of[2] = {columns_of(t, 0), columns_of(t, HALF)};
+    columns of[2] = {columns_of(t, grouped, 0), columns_of(t, grouped, HALF)};
     const zq_tile here = *t; /* which the stores to y cannot change */
     int i = 0;
     for (; i + TOGETHER <= here.mr; i += TOGETHER) {
         if (act != ZQ_ACT_NONE) { /* read again: an activation takes all registers */
-            of[0] = columns_of(&here, 0);
-            of[1] = columns_of(&here, HALF);
+            of[0] = columns_of(&here, grouped, 0);
+            of[1] = columns_of(&here, grouped, HALF);
         }
-        finish_vectors(&here, low, simple, c, of, i, TOGETHER, act);
+        finish_vectors(&here, grouped, simple, c, of, i, TOGETHER, act);
     }
     if (i < here.mr) {
-        finish_vectors(&here, low, simple, c, of, i, 1, act);
+        finish_vectors(&here, grouped, simple, c, of, i, 1, act);
     }
 }
 
 /* Pairs of rows: y = act((y_2i + y_2i+1) + bias) + residual */
 ZQ_INLINE void
-finish_pairs(const zq_tile *t, const int low, const sums *c, const zq_activation act)
+finish_pairs(const zq_tile *t, const int grouped, const sums *c, const zq_activation act)
 {
     for (int i = 0; i < t->mr; i += 2) {
         for (int j = 0; j < t->nr; j += HALF) {
-            columns of = columns_of(t, j);
+            columns of = columns_of(t, grouped, j);
             const __m512 bias = of.bias;
             of.bias = _mm512_setzero_ps();
-            const __m512 both = _mm512_add_ps(scaled_at(t, low, c, i, j, &of), scaled_at(t, low, c, i + 1, j, &of));
+            const __m512 both = _mm512_add_ps(scaled_at(t, grouped, c, i, j, &of), scaled_at(t, grouped, c, i + 1, j, &of));
             finish_vector(t, _mm512_add_ps(both, bias), i / 2, j, zq_min(t->nr - j, HALF), act);
         }
     }
 }
 
 ZQ_INLINE void
-finish_as(const zq_tile *t, const int low, const sums *c, const zq_activation act)
+finish_as(const zq_tile *t, const int grouped, const sums *c, const zq_activation act)
 {
     if (t->pairs) {
-        finish_pairs(t, low, c, act);
+        finish_pairs(t, grouped, c, act);
     }
     else if (t->nr == ZQ_NR && !t->rank && !t->residual && !t->stream) {
-        finish_with(t, low, 1, c, act);
+        finish_with(t, grouped, 1, c, act);
     }
     else {
-        finish_with(t, low, 0, c, act);
+        finish_with(t, grouped, 0, c, act);
     }
 }
 
 ZQ_INLINE void
-finish_sums(const zq_tile *t, const sums *c, const zq_activation act)
-{
-    if (t->mr > HALF) {
-        finish_as(t, 0, c, act);
-    }
-    else {
-        finish_as(t, 1, c, act);
-    }
-}
-
-static void
-finish(const zq_tile *t, const sums *c)
+finish(const zq_tile *t, const int grouped, const sums *c)
 {
     switch (t->act) {
-    case ZQ_ACT_NONE: finish_sums(t, c, ZQ_ACT_NONE); break;
-    case ZQ_ACT_RELU: finish_sums(t, c, ZQ_ACT_RELU); break;
-    case ZQ_ACT_GELU: finish_sums(t, c, ZQ_ACT_GELU); break;
-    case ZQ_ACT_GELU_TANH: finish_sums(t, c, ZQ_ACT_GELU_TANH); break;
-    case ZQ_ACT_SILU: finish_sums(t, c, ZQ_ACT_SILU); break;
+    case ZQ_ACT_NONE: finish_as(t, grouped, c, ZQ_ACT_NONE); break;
+    case ZQ_ACT_RELU: finish_as(t, grouped, c, ZQ_ACT_RELU); break;
+    case ZQ_ACT_GELU: finish_as(t, grouped, c, ZQ_ACT_GELU); break;
+    case ZQ_ACT_GELU_TANH: finish_as(t, grouped, c, ZQ_ACT_GELU_TANH); break;
+    case ZQ_ACT_SILU: finish_as(t, grouped, c, ZQ_ACT_SILU); break;
     case ZQ_ACTS: break;
     }
 }
 
-/* Tiles of few rows leave most of a tile register empty: the level below has the kernel for them. */
-static void (*few_rows)(zq_tile *t);
-static void (*few_rows_s32)(const zq_tile *t, int32_t *c, int64_t ldc);
+static void
+finish_s8(const zq_tile *t, const sums *c)
+{
+    finish(t, 0, c);
+}
+
+static void
+finish_groups(const zq_tile *t, const sums *f)
+{
+    finish(t, 1, f);
+}
+
+/* ---- the kernels ----------------------------------------------------------------------------------- */
+/* Those of the level below: tiles of few rows (of short groups, not quite so few) leave most of a tile register empty, and some
+ * groups are not of whole steps. */
+typedef void (*tiles_fn)(zq_tile *t);
+static struct {
+    tiles_fn u8s8, s8u8_group, s8u4_group;
+    void (*u8s8_s32)(const zq_tile *t, int32_t *c, int64_t ldc);
+    int mr_group;
+} below;
 
 static void
 zq_gemm_u8s8_32x32__amx(zq_tile *t)
 {
     if (t->mr <= FEW_ROWS) {
-        few_rows(t);
+        below.u8s8(t);
         return;
     }
     sums c;
-    configure(t->mr);
-    EACH_TILE(t, (multiply_tile(t, &c), finish(t, &c)))
+    configure(t->mr, STEP);
+    EACH_TILE(t, (multiply_tile(t, &c), finish_s8(t, &c)))
     _tile_release();
 }
 
@@ -319,20 +405,68 @@ static void
 zq_gemm_u8s8_s32_32x32__amx(const zq_tile *t, int32_t *out, int64_t ldc)
 {
     if (t->mr <= FEW_ROWS) {
-        few_rows_s32(t, out, ldc);
+        below.u8s8_s32(t, out, ldc);
         return;
     }
     sums c;
-    configure(t->mr);
+    configure(t->mr, STEP);
     multiply_tile(t, &c);
     _tile_release();
     for (int i = 0; i < t->mr; i++) {
         for (int j = 0; j < t->nr; j += HALF) {
-            const __m512i colsum = _mm512_loadu_si512(t->colsum + j);
-            const __m512i sum = t->mr > HALF ? sum_at(t, 0, &c, i, j, colsum) : sum_at(t, 1, &c, i, j, colsum);
+            const __m512i sum = sum_at(t, &c, i, j, _mm512_loadu_si512(t->colsum + j));
             _mm512_mask_storeu_epi32(out + i * ldc + j, v16_mask(zq_min(t->nr - j, HALF)), sum);
         }
     }
+}
+
+/* One tile, by the level below in as many as it needs */
+static void
+in_lower_tiles(const zq_tile *t, tiles_fn kernel)
+{
+    for (int i = 0; i < t->mr; i += below.mr_group) {
+        const int64_t row = t->pairs ? i / 2 : i;
+        zq_tile part = *t;
+        part.mr = (int)zq_min(below.mr_group, t->mr - i);
+        part.a = (const uint8_t *)t->a + i * t->lda;
+        part.sx += i;
+        part.zx += i;
+        part.start += i * t->ld_start;
+        part.y += row * t->ldy;
+        part.residual = t->residual ? t->residual + row * t->ldr : NULL;
+        part.low = t->low ? t->low + row * t->ld_low : NULL;
+        kernel(&part);
+    }
+}
+
+ZQ_INLINE void
+run_groups(zq_tile *t, const int four_bits, tiles_fn lower)
+{
+    if (t->mr <= below.mr_group) {
+        lower(t);
+        return;
+    }
+    const int whole = (t->group % STEP == 0 || t->group == STEP / 2) && t->k % t->group == 0;
+    if (!whole || (t->group < STEP && t->mr <= FEW_ROWS_SHORT)) {
+        EACH_TILE(t, in_lower_tiles(t, lower))
+        return;
+    }
+    sums f;
+    configure(t->mr, (int)zq_min(t->group, STEP));
+    EACH_TILE(t, (multiply_tile_groups(four_bits, t, &f), finish_groups(t, &f)))
+    _tile_release();
+}
+
+static void
+zq_gemm_s8u8_group_32x32__amx(zq_tile *t)
+{
+    run_groups(t, 0, below.s8u8_group);
+}
+
+static void
+zq_gemm_s8u4_group_32x32__amx(zq_tile *t)
+{
+    run_groups(t, 1, below.s8u4_group);
 }
 
 ZQ_TARGET_END
@@ -340,11 +474,16 @@ ZQ_TARGET_END
 void
 zq_fill_gemm__amx(zq_kernels *t)
 {
-    few_rows = t->gemm_u8s8;
-    few_rows_s32 = t->gemm_u8s8_s32;
+    below.u8s8 = t->gemm_u8s8;
+    below.u8s8_s32 = t->gemm_u8s8_s32;
+    below.s8u8_group = t->gemm_s8u8_group;
+    below.s8u4_group = t->gemm_s8u4_group;
+    below.mr_group = t->mr_group;
     t->gemm_u8s8 = zq_gemm_u8s8_32x32__amx;
     t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_32x32__amx;
-    t->mr_u8s8 = MR;
+    t->gemm_s8u8_group = zq_gemm_s8u8_group_32x32__amx;
+    t->gemm_s8u4_group = zq_gemm_s8u4_group_32x32__amx;
+    t->mr_u8s8 = t->mr_group = MR;
 }
 #else
 typedef int zq_no_x86;
