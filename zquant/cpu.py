@@ -28,7 +28,9 @@ def info() -> CPUInfo:
     ``kernels`` maps each kernel to the level whose code serves it (a level inherits what it does not override).
     ``ZQUANT_ISA=ref|avx2|avxvnni|avx512vnni|amx`` in the environment caps the level at import: the best level of this CPU
     that is not above it runs. Levels are not nested: a CPU may have AVX-512 VNNI but not the 256-bit ``avxvnni`` (Zen 4),
-    where ``ZQUANT_ISA=avxvnni`` therefore means ``avx2``.
+    where ``ZQUANT_ISA=avxvnni`` therefore means ``avx2``. For ``amx``, Linux has to grant the process tile registers,
+    which importing zquant asks for: signal stacks (``sigaltstack``) must then have room for them, so that a program whose
+    native code sets up small ones may want ``ZQUANT_ISA=avx512vnni``.
 
     >>> import zquant as zq
     >>> zq.cpu.info().active in zq.cpu.info().available

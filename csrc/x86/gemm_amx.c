@@ -1,16 +1,20 @@
-/* AMX tiles: 32 rows by one panel of 32 columns, up to 64 input features a step. A tile register holds 16 rows of 64 bytes: rows
- * of a as they lie in memory, and of a panel 16 of its 128-byte lines, the left or the right half of each, which is the layout
- * of the second operand. Four registers of sums, two of each operand:
+/* AMX tiles: 32 rows by one panel of 32 columns, up to 64 input features a step. A tile register holds 16 rows of 64 bytes:
+ * rows of a as they lie in memory, and of a panel 16 of its 128-byte lines, the left or the right half of each, which is the
+ * layout of the second operand. Four registers of sums, two of each operand:
  *
  *            b 6   b 7
  *     a 4     0     1      rows 0 to 15
  *     a 5     2     3      rows 16 and on
  *
- * Sums leave by way of memory. There, rows are finished (scale, bias, activation, residual), and of groups become float sums, as
- * the other levels do it, bit for bit; the sums are integers, whose order does not show. Rows of a come with the hint that
- * they will not be needed again soon: L1 then keeps the panel for the next tile (+20 % at 768 input features). Measured
- * without gain: finishing a tile between the steps of the next one, which the out-of-order core does by itself, and fetching
- * rows or outputs ahead. A chain of products in one register goes as fast as several side by side. */
+ * Sums leave by way of memory. There, rows are finished (scale, bias, activation, residual), and of groups become float
+ * sums, as the other levels do it, bit for bit; the sums are integers, whose order does not show. Rows of a come with the
+ * hint that they will not be needed again soon: L1 then keeps the panel for the next tile (+20 % at 768 input features). A
+ * chain of products in one register goes as fast as several side by side.
+ *
+ * Measured without gain: finishing a tile between the steps of the next one, which the out-of-order core does by itself;
+ * fetching rows or outputs ahead; panels longer than L1 in blocks of input features that eight tiles meet in turn. Of
+ * groups, quarters of a tile with their float sums in registers are quicker where sixteen tiles share a panel, and slower
+ * elsewhere. */
 #if defined(__x86_64__)
 #include "../zq_kernels.h"
 
@@ -44,7 +48,7 @@ configure(int mr, int depth)
     const tile_config config = {.palette = 1,
                                 .row_bytes = {64, 64, 64, 64, bytes, bytes, 64, 64},
                                 .rows = {top, top, bottom, bottom, top, bottom, lines, lines}};
-    IN_ORDER();
+    __asm__ volatile("" ::"r"(&config) : "memory"); /* ldtilecfg reads all of it, which gcc 12 is not told */
     _tile_loadconfig(&config);
 }
 
@@ -279,7 +283,7 @@ scaled_at(const zq_tile *t, const int grouped, const sums *c, int i, int j, cons
     return _mm512_fmadd_ps(_mm512_mul_ps(v, sx), of->scale, of->bias);
 }
 
-/* `rows` <= TOGETHER rows from i on, their vectors in step. Simple: whole rows, and nothing but the activation is left to do. */
+/* `rows` <= TOGETHER rows from i on, their vectors in step. Simple: whole rows, and nothing is left to do but the activation. */
 enum { TOGETHER = 2 };
 
 ZQ_INLINE void

@@ -4,7 +4,8 @@ Ceilings come first, measured in the same run. Integer products refer to the pea
 that of vfmadd231ps; "gemv" to plain readings of the memory around each slice; "avx2" and "avxvnni" to the 256-bit
 instructions that they run, and nothing else, from registers (the tables say which): with groups that includes each group's
 conversion and multiplication by its scale, which no exact computation can do without, but not the unpacking of codes, which
-many rows may share; "rows" counts the float32 bytes of the input. Products of up to 16 rows take some ten microseconds: a C
+many rows may share; "amx" to the peak of tdpbusd (the other sections are measured at the level of AVX-512 where the CPU has
+both); "rows" counts the float32 bytes of the input. Products of up to 16 rows take some ten microseconds: a C
 loop calls the library 16 times (or once for each copy of the weights), as the engines that the goals refer to were called.
 "In a sequence" is the same as models run it, a sequence of kernels without the interpreter in between: what creates and frees
 outputs counts too. A goal is met when every shape reaches it (w8a8: the mean, and every shape a lower one), "mean" is said
@@ -133,6 +134,16 @@ def ratios(rows: Rows) -> Rows:
             for (name, *key), r in at.items() if name == "w8a8" and ("f32", *key) in at]
 
 
+def tile_items(quick: bool) -> list[Item]:
+    """Products at the amx level, few rows and many."""
+    from zquant import _core
+
+    if "amx" not in _core.levels():
+        return []
+    shapes = (*linears.BERT, *linears.MINILM[2:], *linears.LLAMA[: 1 if quick else 3])
+    return items_of(("w8a8", "w8a8+gelu int8-out", *GROUPS), shapes, (16, 512), level="amx")
+
+
 def attention_ratios(rows: Rows) -> Rows:
     at = {(r["name"], r["m"], r["k"]): r for r in rows}
     return [quotient("attention int8 / fp32", r, at["attention fp32 checked", m, k], None)
@@ -172,11 +183,13 @@ SECTIONS = {
                      (Goal("int8 / float32", (3.5, 3.5), "/", mean=(3.8, 3.8), figure="value"),), ratios),
     "avx2": Section(at_level("avx2"), MUST_LEVEL),
     "avxvnni": Section(at_level("avxvnni"), MUST_LEVEL),
+    "amx": Section(tile_items, ()),
 }
 # Of a level's kinds of weights: the instructions whose peak is their ceiling.
 LEVEL_KINDS = {"avx2 w8a8": ceilings.SIGNS256, "avxvnni w8a8": ceilings.VNNI256,
                **{f"avx2 {g}": kind for g, kind in zip(GROUPS, ceilings.NIBBLES256)},
-               **{f"avxvnni {g}": kind for g, kind in zip(GROUPS, ceilings.VNNI256_GROUPS)}}
+               **{f"avxvnni {g}": kind for g, kind in zip(GROUPS, ceilings.VNNI256_GROUPS)},
+               **{f"amx {kind}": ceilings.TILES for kind in ("w8a8", "w8a8+gelu int8-out", *GROUPS)}}
 
 
 # ---- the calls to time --------------------------------------------------------------------------------------
@@ -230,7 +243,8 @@ class Bench:
     def __init__(self, threads: int, args: Any) -> None:
         from zquant import _core
 
-        self.args, self.best = args, _core.level()
+        # The goals are for AVX-512 VNNI, and in its peak.
+        self.args, self.best = args, "avx512vnni" if _core.level() == "amx" else _core.level()
         _core.set_threads(threads)
         wanted = {name: kind for name, kind in LEVEL_KINDS.items() if name.split()[0] in args.only}
         self.gate = harness.Gate(threads, more=wanted)

@@ -15,7 +15,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { MAX_THREADS = 64, UNROLL = 48, FAR_BYTES = 16 << 20 };
 
@@ -74,6 +76,19 @@ LOOP(loop_signs256, X4(CHAINS(SIGNS256)))
     LOOP(name##_g32, k32 CHAINS(GROUP256))                                                                          \
     LOOP(name##_g64, k32 k32 CHAINS(GROUP256))                                                                      \
     LOOP(name##_g128, X4(k32) CHAINS(GROUP256))
+/* AMX: products of 16 rows, 64 k and 16 columns each, sums in four registers, operands in four */
+#define TILES                                                                                                       \
+    "tdpbusd %%tmm6,%%tmm4,%%tmm0\n tdpbusd %%tmm7,%%tmm4,%%tmm1\n"                                                 \
+    "tdpbusd %%tmm6,%%tmm5,%%tmm2\n tdpbusd %%tmm7,%%tmm5,%%tmm3\n"
+static void
+loop_tiles(long n)
+{
+    static const unsigned char config[64] = {
+        [0] = 1, [16] = 64, [18] = 64, [20] = 64, [22] = 64, [24] = 64, [26] = 64, [28] = 64, [30] = 64,
+        [48] = 16, [49] = 16, [50] = 16, [51] = 16, [52] = 16, [53] = 16, [54] = 16, [55] = 16};
+    __asm__ volatile("ldtilecfg (%1)\n .p2align 6\n1:\n" X4(TILES TILES TILES) "dec %0\n jnz 1b\n tilerelease\n"
+                     : "+r"(n) : "r"(config) : "cc", "memory");
+}
 GROUP_LOOPS(loop_nibbles256, NIBBLES256_K32)
 GROUP_LOOPS(loop_vnni256, VNNI256_K32)
 
@@ -114,7 +129,7 @@ zqb_isa(void)
 
 enum {
     KIND_VNNI, KIND_FMA512, KIND_SIGNS256, KIND_FMA256, KIND_NIBBLES256_G128, KIND_NIBBLES256_G64, KIND_NIBBLES256_G32,
-    KIND_VNNI256, KIND_VNNI256_G128, KIND_VNNI256_G64, KIND_VNNI256_G32, KINDS
+    KIND_VNNI256, KIND_VNNI256_G128, KIND_VNNI256_G64, KIND_VNNI256_G32, KIND_TILES, KINDS
 };
 
 static void
@@ -132,6 +147,7 @@ run_loop(int kind, long n)
     case KIND_VNNI256_G64: loop_vnni256_g64(n); break;
     case KIND_VNNI256_G32: loop_vnni256_g32(n); break;
     case KIND_FMA256: loop_fma256(n); break;
+    case KIND_TILES: loop_tiles(n); break;
     default: loop_vnni256(n); break;
     }
 #else
@@ -151,10 +167,29 @@ has_avxvnni(void)
 #endif
 }
 
+/* AMX: in the CPU, saved by the system, and allowed to this process, which has to ask (as zq_dispatch.c does). */
+static int
+has_tiles(void)
+{
+#if defined(__x86_64__)
+    unsigned a, b, c, d, low, high;
+    if (zqb_isa() < 2 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 3) != 3) {
+        return 0;
+    }
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+    return 0;
+#endif
+}
+
 /* Whether this CPU has the instructions of a kind. */
 int
 zqb_runs(int kind)
 {
+    if (kind == KIND_TILES) {
+        return has_tiles();
+    }
     if (kind >= KIND_VNNI256 && kind < KINDS) {
         return has_avxvnni();
     }
@@ -162,7 +197,7 @@ zqb_runs(int kind)
 }
 
 /* Operations (a multiply and an add are two) of one of the UNROLL parts of an iteration: longer groups, longer iterations. */
-static const double ops_of_kind[KINDS] = {128, 32, 64, 16, 512, 256, 128, 64, 512, 256, 128};
+static const double ops_of_kind[KINDS] = {128, 32, 64, 16, 512, 256, 128, 64, 512, 256, 128, 32768};
 
 /* ---- a team of pinned threads -------------------------------------------------------------------- */
 typedef struct {

@@ -13,7 +13,7 @@ import native
 # As in ceilings.c; where the end of a group counts, one kind for each size of groups.
 GROUPS = (128, 64, 32)
 VNNI, FMA512, SIGNS256, FMA256 = range(4)
-NIBBLES256, VNNI256, VNNI256_GROUPS = range(4, 7), 7, range(8, 11)
+NIBBLES256, VNNI256, VNNI256_GROUPS, TILES = range(4, 7), 7, range(8, 11), 11
 GROUP_END = "cvt + fma every"
 KIND_NAMES = {
     VNNI: "vpdpbusd zmm (u8 x s8)",
@@ -21,6 +21,7 @@ KIND_NAMES = {
     SIGNS256: "vpsignb + vpmaddubsw + vpmaddwd + vpaddd ymm (exact u8 x s8 on AVX2)",
     FMA256: "vfmadd231ps ymm",
     VNNI256: "vpdpbusd ymm (u8 x s8, AVX-VNNI)",
+    TILES: "tdpbusd (u8 x s8, AMX)",
     **{kind: f"vpmaddubsw + vpaddw ymm, vpmaddwd + vpaddd every 32 k, {GROUP_END} {group} k"
        for kind, group in zip(NIBBLES256, GROUPS)},
     **{kind: f"vpdpbusd ymm, {GROUP_END} {group} k" for kind, group in zip(VNNI256_GROUPS, GROUPS)},
