@@ -15,7 +15,6 @@
 
 enum {
     ALIAS_BYTES = 2048,    /* rows a multiple of this apart share too few L1 sets */
-    L2_BYTES = 512 * 1024, /* of a core's L2, what a chunk of rows may occupy */
     STREAM_BYTES = 6 << 20, /* float32 outputs from this size on bypass the caches: L2 and most of L3 lose them anyway */
     MIN_TILES = 2,         /* per thread: below that, work is split by columns */
     LOW_TILE = 32,         /* rows: tall tiles may become so low before work is split by columns */
@@ -356,7 +355,7 @@ run_one_tile(const gemm_job *g, int64_t p, int64_t end, strip *s)
 static void
 run_few_tiles(const gemm_job *g, int64_t p, int64_t end, const strip *s)
 {
-    const int64_t panels = end - p, blocks = zq_ceil_div(panels * g->w->panel_bytes, L2_BYTES);
+    const int64_t panels = end - p, blocks = zq_ceil_div(panels * g->w->panel_bytes, zq_l2_room());
     for (int64_t block = 0; block < blocks; block++) {
         for (int64_t tile = s->t0; tile < s->t1; tile++) {
             strip one = *s;
@@ -413,7 +412,7 @@ static void
 set_blocks(const gemm_job *g, strip *s)
 {
     const int64_t rows = strip_rows(g, s);
-    if (has_long_rows(g->w) && rows * g->kpad * (int64_t)sizeof(float) > L2_BYTES) {
+    if (has_long_rows(g->w) && rows * g->kpad * (int64_t)sizeof(float) > zq_l2_room()) {
         s->sums = zq_scratch(ZQ_SCRATCH_SUMS, (size_t)(BLOCK_PANELS * rows * ZQ_NR) * sizeof *s->sums);
         s->blocks = s->sums ? zq_ceil_div(g->kpad, F32_BLOCK) : 1;
     }
@@ -534,7 +533,7 @@ count_chunks(const gemm_job *g, int threads)
     const int64_t floats = has_long_rows(g->w) ? F32_BLOCK : g->w->k;
     const int64_t in_bytes = g->w->kind == ZQ_W_F32 ? floats * 4 : g->lda * g->split;
     const int64_t row_bytes = in_bytes + (g->quantize_out ? g->w->n * 4 : 0);
-    const int64_t rows = zq_max(MIN_CHUNK_ROWS, L2_BYTES / zq_max(row_bytes, 1));
+    const int64_t rows = zq_max(MIN_CHUNK_ROWS, zq_l2_room() / zq_max(row_bytes, 1));
     const int64_t chunks = zq_round_up(zq_ceil_div(g->m, rows), threads);
     return zq_max(1, zq_min(chunks, g->tiles));
 }

@@ -5,10 +5,10 @@
 
 #include <stdatomic.h>
 #include <string.h>
+#include <unistd.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 const char *const zq_level_names[ZQ_LEVELS] = {"ref", "avx2", "avxvnni", "avx512vnni", "amx"};
@@ -24,6 +24,26 @@ const int zq_kernel_count = (int)(sizeof zq_kernel_names / sizeof *zq_kernel_nam
 static zq_kernels tables[ZQ_LEVELS];
 static _Atomic(const zq_kernels *) active;
 static atomic_int active_level;
+static int64_t l2_room = 512 << 10;
+
+/* Asked once, as cpuid takes tens of microseconds in a virtual machine; one that hides its caches has what Zen 4 and 5 have.
+ * More than 1 MiB has not been measured. */
+static void
+find_l2_room(void)
+{
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (bytes > 0) {
+        l2_room = zq_max(128 << 10, zq_min(bytes / 2, 1 << 20));
+    }
+#endif
+}
+
+int64_t
+zq_l2_room(void)
+{
+    return l2_room;
+}
 
 static void
 fill_ref(zq_kernels *t)
@@ -128,6 +148,7 @@ zq_level_use(zq_level level)
     assert(zq_level_supported(level));
     if (!tables[ZQ_REF].absmax_f32) {
         fill_tables();
+        find_l2_room();
     }
     atomic_store(&active_level, (int)level);
     atomic_store(&active, &tables[level]);

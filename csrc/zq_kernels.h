@@ -297,6 +297,8 @@ typedef struct zq_kernels {
 ZQ_KERNELS(X)
 #undef X
 
+/* Of a core's L2, what a chunk of rows may occupy, in bytes: half of it. Speed alone depends on it. */
+int64_t zq_l2_room(void);
 /* The active level's table: load it once per entry into the core, not per row. */
 const zq_kernels *zq_active(void);
 /* The level whose implementation `level` uses for the kernel at field index i of the list. */

@@ -41,7 +41,7 @@ RETRIES = 2
 L2_BYTES = 384 << 10  # of float32 that the row operators read
 FEW_ROWS, SEQUENCE = 16, 16  # up to so many rows: so many layers per call
 INSTRUCTIONS = 4  # int8 operations per float32 operation
-FAMILIES = {"memory": "gemv", "rotated": "from memory", "sequence": "in a sequence"}
+FAMILIES = {"memory": "gemv", "rotated": "from memory", "sequence": "in a sequence", "levels": "/ avx512vnni"}
 
 
 class Item(NamedTuple):
@@ -135,13 +135,14 @@ def ratios(rows: Rows) -> Rows:
 
 
 def tile_items(quick: bool) -> list[Item]:
-    """Products at the amx level, few rows and many."""
+    """Products at the amx level, few rows and many, and how many times as fast as one level below they are."""
     from zquant import _core
 
     if "amx" not in _core.levels():
         return []
     shapes = (*linears.BERT, *linears.MINILM[2:], *linears.LLAMA[: 1 if quick else 3])
-    return items_of(("w8a8", "w8a8+gelu int8-out", *GROUPS), shapes, (16, 512), level="amx")
+    return [item for family in ("linear", "levels")
+            for item in items_of(("w8a8", "w8a8+gelu int8-out", *GROUPS), shapes, (16, 512), family=family, level="amx")]
 
 
 def attention_ratios(rows: Rows) -> Rows:
@@ -262,7 +263,7 @@ class Bench:
         for level, group in itertools.groupby(new, key=lambda item: item.level):
             _core.use_level(level or self.best)
             todo = list(group)
-            cached = [item for item in todo if item.family != "memory"]
+            cached = [item for item in todo if item.family not in ("memory", "levels")]
             cases = [self.case(item) for item in cached]
             if cases and self.gate.threads > 1:
                 self.gate.pin(max(cases, key=lambda c: c.ops).work)
@@ -279,8 +280,8 @@ class Bench:
             del cases
             self.packed.clear()
             for item in todo:
-                if item.family == "memory":
-                    self.found[item] = self.from_memory(item)
+                if item.family in ("memory", "levels"):
+                    self.found[item] = (self.from_memory if item.family == "memory" else self.beside_avx512)(item)
             _core.use_level(self.best)
 
     def not_measured(self, item: Item) -> dict[str, Any]:
@@ -338,6 +339,26 @@ class Bench:
         every = memory.slices(self.memory, case.work, calls, self.args.rounds * self.args.seconds)
         self.packed.clear()
         return memory.row(self.memory, case, calls, every)
+
+    def beside_avx512(self, item: Item) -> dict[str, Any]:
+        """How many times as fast as at the level of AVX-512: the median of slices in turn, which needs no peak."""
+        from zquant import _core
+
+        work, ratios = self.case(item).work, []
+        calls = 1 + int(harness.WORK_SLICE / max(harness.seconds_of(work), 1e-7))
+        end = harness.now() + self.args.rounds * self.args.seconds
+        while harness.now() < end or len(ratios) < 5:
+            took = []
+            for level in ("avx512vnni", item.level):
+                _core.use_level(level)
+                work()
+                start = harness.now()
+                for _ in range(calls):
+                    work()
+                took.append(harness.now() - start)
+            ratios.append(took[0] / took[1])
+        return harness.row(item.name, self.gate.threads, statistics.median(ratios), "x", m=item.m, n=item.n, k=item.k,
+                           noise=harness.spread_of(ratios))
 
     def limits(self) -> Rows:
         """The ceilings: peaks of the gate's instructions, and read bandwidths."""
