@@ -186,7 +186,8 @@ add_group(const zq_tile *t, const sums *c, const int32_t *start, const float *sc
     }
 }
 
-/* The float sums of tile t. A group's sums are added while the next one is multiplied. */
+/* The float sums of tile t. A group's sums are added while the next one is multiplied. Codes of 4 bits are unpacked to two
+ * buffers in turn, as the compiler may do so before the products of the step before. */
 ZQ_INLINE void
 multiply_groups(const int tall, const int four_bits, const int depth, const zq_tile *t, sums *f)
 {
@@ -283,7 +284,7 @@ scaled_at(const zq_tile *t, const int grouped, const sums *c, int i, int j, cons
     return _mm512_fmadd_ps(_mm512_mul_ps(v, sx), of->scale, of->bias);
 }
 
-/* `rows` <= TOGETHER rows from i on, their vectors in step. Simple: whole rows, and nothing is left to do but the activation. */
+/* `rows` <= TOGETHER rows from i on, their vectors in step. Simple: whole rows, and only the activation is left to do. */
 enum { TOGETHER = 2 };
 
 ZQ_INLINE void
