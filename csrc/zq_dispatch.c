@@ -25,6 +25,8 @@ static zq_kernels tables[ZQ_LEVELS];
 static _Atomic(const zq_kernels *) active;
 static atomic_int active_level;
 static int64_t l2_room = 512 << 10;
+static int tall_groups = -1;
+int zq_fetch_to_l2;
 
 /* Asked once, as cpuid takes tens of microseconds in a virtual machine; one that hides its caches has what Zen 4 and 5 have.
  * More than 1 MiB has not been measured. */
@@ -92,6 +94,16 @@ has_amx(void)
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
+
+/* What is chosen by the CPU's maker. Intel: the ports of the dot products do all other 512-bit arithmetic too, where AMD's Zen 5
+ * has others for it, so that groups go in tall tiles; and of what is fetched ahead to L1, so much waits for memory there that
+ * little can be read from L2 meanwhile (one token, 4-bit weights: 80 % of the read bandwidth, and 91 % fetched to L2). */
+static int
+is_intel(void)
+{
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel");
+}
 #endif
 
 int
@@ -134,12 +146,20 @@ fill_tables(void)
     zq_fill_gemm__avxvnni(&tables[ZQ_AVXVNNI]);
     zq_fill_quantize__avx512vnni(&tables[ZQ_AVX512VNNI]);
     zq_fill_nn__avx512vnni(&tables[ZQ_AVX512VNNI]);
-    zq_fill_gemm__avx512vnni(&tables[ZQ_AVX512VNNI]);
+    zq_fill_gemm__avx512vnni(&tables[ZQ_AVX512VNNI], tall_groups < 0 ? is_intel() : tall_groups);
+    zq_fetch_to_l2 = is_intel();
 #endif
     tables[ZQ_AMX] = tables[base_level[ZQ_AMX]];
 #if defined(__x86_64__)
     zq_fill_gemm__amx(&tables[ZQ_AMX]);
 #endif
+}
+
+void
+zq_tall_groups_use(int choice)
+{
+    tall_groups = choice;
+    fill_tables();
 }
 
 void

@@ -297,6 +297,8 @@ typedef struct zq_kernels {
 ZQ_KERNELS(X)
 #undef X
 
+/* Where to prefetch weights from beyond L2: to L2 (1), or to L1 (0). Set at import, by CPU. */
+extern int zq_fetch_to_l2;
 /* Of a core's L2, what a chunk of rows may occupy, in bytes: half of it. Speed alone depends on it. */
 int64_t zq_l2_room(void);
 /* The active level's table: load it once per entry into the core, not per row. */
@@ -306,6 +308,10 @@ zq_level zq_kernel_origin(zq_level level, int i);
 extern const char *const zq_kernel_names[];
 extern const int zq_kernel_count;
 
+/* Which of AVX-512's tiles of groups run, as the bits are the same: 1 tall ones (12x32), 0 low ones (4x32), -1 what suits this
+ * CPU, as at import. For tests and measurements: no kernel may be running. */
+void zq_tall_groups_use(int choice);
+
 /* Each x86 level fills in its own families (one function per file). */
 #if defined(__x86_64__)
 void zq_fill_quantize__avx2(zq_kernels *t);
@@ -314,7 +320,7 @@ void zq_fill_nn__avx2(zq_kernels *t);
 void zq_fill_nn__avx512vnni(zq_kernels *t);
 void zq_fill_gemm__avx2(zq_kernels *t);
 void zq_fill_gemm__avxvnni(zq_kernels *t);
-void zq_fill_gemm__avx512vnni(zq_kernels *t);
+void zq_fill_gemm__avx512vnni(zq_kernels *t, int tall_groups);
 void zq_fill_gemm__amx(zq_kernels *t);
 #endif
 

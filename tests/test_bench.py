@@ -66,7 +66,7 @@ def test_kernels(tmp_path: Path, harness: Any) -> None:
     assert all(r["m"] == r["n"] == 0 for r in rows if r["name"].startswith(("peak", "read")))
     assert all(r["n"] == 64 for r in rows if r["name"].startswith(("w8", "w4")))
     assert len(rows) == len({(r["name"], r["m"], r["n"], r["k"], r["threads"]) for r in rows}), "a row was measured twice"
-    elsewhere = {"avx2", "avxvnni", "amx", "epilogues", "minilm", "attention"}  # their goals are for other shapes or levels
+    elsewhere = {"avx2", "avxvnni", "amx", "tiles", "epilogues", "minilm", "attention"}  # without goals for it
     for name in set(bench_kernels.SECTIONS) - elsewhere:
         assert f"{name}: " in text
     for name, kind in bench_kernels.LEVEL_KINDS.items():  # a level's percentages are of the instructions it runs
@@ -127,7 +127,7 @@ def test_every_section_has_shapes_and_goals_that_match(harness: Any) -> None:
     for quick in (True, False):
         for name, section in bench_kernels.SECTIONS.items():
             items = list(section.items(quick))
-            assert items or name in ("avx2", "avxvnni", "amx"), name
+            assert items or name in ("avx2", "avxvnni", "amx", "tiles"), name
             rows = [harness.row(i.name, 1, 1.0, "GOP/s", m=i.m, n=i.n, k=i.k, ceiling=1.0, noise=0.0) for i in items]
             rows += section.ratio(rows) if section.ratio else []
             for goal in section.goals if items else ():

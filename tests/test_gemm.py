@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +33,28 @@ def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
+@contextmanager
+def tiles(choice):
+    """AVX-512's groups in low tiles (0), in tall ones (1), or as suits this CPU (-1)."""
+    _core.use_tall_groups(choice)
+    try:
+        yield
+    finally:
+        _core.use_tall_groups(-1)
+
+
 def everywhere(run):
-    """run() at every level with 1 and 2 threads; all must agree with ref on one thread. Returns that result."""
+    """run() at every level, where there are two kinds of tiles with both, with 1 and 2 threads; all must agree with ref on one
+    thread. Returns that result."""
     want = None
     for level in LEVELS:
-        with zq.cpu.use(level):
-            for threads in (1, 2):
-                _core.set_threads(threads)
-                got = run()
-                want = got if want is None else want
-                assert same_bits(got, want), f"{level}, {threads} threads"
+        for choice in (0, 1) if level in ("avx512vnni", "amx") else (-1,):
+            with zq.cpu.use(level), tiles(choice):
+                for threads in (1, 2):
+                    _core.set_threads(threads)
+                    got = run()
+                    want = got if want is None else want
+                    assert same_bits(got, want), f"{level}, tiles {choice}, {threads} threads"
     return want
 
 
@@ -164,6 +177,18 @@ def test_groups_in_tiles_of_many_rows(m, bits, group):
     got = everywhere(lambda: _core.linear_forward(handle, x, 0, ops.ACTIVATIONS["relu"], d["residual"], 0))
     close(got, reference.linear_grouped(*x, d["codes"], d["scales"], group, d["bias"], "relu", d["residual"]), 4e-6)
     everywhere(lambda: _core.linear_forward(handle, d["x"], 3, ops.ACTIVATIONS["gelu"], d["residual"], 0))
+
+
+@pytest.mark.skipif("avx512vnni" not in LEVELS, reason="the tiles to choose from are AVX-512's")
+def test_which_tiles_of_groups_run():
+    """Tall ones on Intel; the comparisons above are of both."""
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    with zq.cpu.use("avx512vnni"):
+        assert [_core.use_tall_groups(choice) for choice in (1, 0, -1)] == [12, 4, 12 if intel else 4]
+        with pytest.raises(ValueError, match="choice"):
+            _core.use_tall_groups(2)
+        with pytest.raises(TypeError, match="choice"):
+            _core.use_tall_groups("tall")
 
 
 def int16_layers(d, n, k, group):

@@ -68,6 +68,18 @@ py_use_level(PyObject *self, PyObject *arg)
 }
 
 static PyObject *
+py_use_tall_groups(PyObject *self, PyObject *arg)
+{
+    (void)self;
+    int64_t choice;
+    if (zq_int(arg, "choice", -1, 1, &choice) < 0) {
+        return NULL;
+    }
+    zq_tall_groups_use((int)choice);
+    return PyLong_FromLong(zq_active()->mr_group);
+}
+
+static PyObject *
 py_kernels(PyObject *self, PyObject *ignored)
 {
     (void)self, (void)ignored;
@@ -105,6 +117,8 @@ static PyMethodDef methods[] = {
     {"levels", py_levels, METH_NOARGS, "levels() -> the dispatch levels of this CPU, slowest first"},
     {"level", py_level, METH_NOARGS, "level() -> the active dispatch level"},
     {"use_level", py_use_level, METH_O, "use_level(name): switch the dispatch level"},
+    {"use_tall_groups", py_use_tall_groups, METH_O,
+     "use_tall_groups(choice) -> rows of a tile of groups now: at avx512vnni 12 (1), 4 (0) or what suits this CPU (-1)"},
     {"kernels", py_kernels, METH_NOARGS, "kernels() -> {kernel: level that serves it}"},
     {"threads", py_threads, METH_NOARGS, "threads() -> threads that a kernel may use"},
     {"set_threads", py_set_threads, METH_O, "set_threads(n)"},

@@ -27,7 +27,7 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AMX)
 
 #include "gemm_finish.inc.h"
 
-enum { MR = 32, HALF = 16, STEP = 64, LINE = 4 * ZQ_NR, FEW_ROWS = 4, FEW_ROWS_SHORT = 12 };
+enum { MR = 32, HALF = 16, STEP = 64, LINE = 4 * ZQ_NR, FEW_ROWS = 4 };
 
 /* What ldtilecfg reads */
 typedef struct {
@@ -105,7 +105,7 @@ prefetch_beside(const zq_tile *t, const char *ahead, int64_t lines)
 {
     const int64_t bytes = ahead ? lines * t->ahead_step : 0;
     for (int64_t i = 0; i < bytes; i += 64) {
-        _mm_prefetch(ahead + i, _MM_HINT_T0);
+        fetch_far(ahead + i);
     }
     return ahead ? ahead + bytes : NULL;
 }
@@ -444,15 +444,22 @@ in_lower_tiles(const zq_tile *t, tiles_fn kernel)
     }
 }
 
+/* Up to so many rows the level below is faster with groups of this size. */
+ZQ_INLINE int
+few_rows_of(int64_t group)
+{
+    return group < STEP ? 12 : group == STEP ? 8 : 6;
+}
+
 ZQ_INLINE void
 run_groups(zq_tile *t, const int four_bits, tiles_fn lower)
 {
-    if (t->mr <= below.mr_group) {
-        lower(t);
-        return;
-    }
     const int whole = (t->group % STEP == 0 || t->group == STEP / 2) && t->k % t->group == 0;
-    if (!whole || (t->group < STEP && t->mr <= FEW_ROWS_SHORT)) {
+    if (!whole || t->mr <= few_rows_of(t->group)) {
+        if (t->mr <= below.mr_group) {
+            lower(t);
+            return;
+        }
         EACH_TILE(t, in_lower_tiles(t, lower))
         return;
     }

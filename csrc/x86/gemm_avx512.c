@@ -1,5 +1,8 @@
 /* AVX-512 VNNI tiles: mr rows by one panel of 32 columns, two zmm wide. Accumulators stay in registers: 24 for
- * S8 and F32 (12 rows), 16 integer + 8 float for groups (4 rows). A last panel of at most 16 columns is half as much
+ * S8 and F32 (12 rows), 16 integer + 8 float for groups (4 rows). Intel's tiles of groups are taller: 24 integer ones, and the
+ * float sums in L1. There all 512-bit arithmetic shares the two ports of the dot products, so that what a group costs besides,
+ * above all the unpacking of codes, has to serve many rows (W4A8: a tenth to a fifth faster than 4 rows; AMD's other ports
+ * unpack beside the products). Codes unpacked once for all tiles of a panel were no faster still. A last panel of at most 16 columns is half as much
  * work for S8. The epilogue's scale and bias are applied in registers, and of S8 and F32 a residual that nothing else goes
  * with; activation and residual run over the tile just stored otherwise, which is still in L1. */
 #if defined(__x86_64__)
@@ -26,9 +29,9 @@ ZQ_INLINE void
 prefetch_ahead(const int far, const zq_tile *t, const char **ahead)
 {
     if (far) {
-        _mm_prefetch(*ahead, _MM_HINT_T0);
+        fetch_far(*ahead);
         if (far == 2) {
-            _mm_prefetch(*ahead + 64, _MM_HINT_T0);
+            fetch_far(*ahead + 64);
         }
         *ahead += far == 2 ? 128 : t->ahead_step;
     }
@@ -348,14 +351,14 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
 
 /* y = (f - (zero - 128) * zcorr) * sx + bias */
 ZQ_INLINE void
-finish_group(const int mr, const int how, const zq_tile *t, __m512 f[MR_GROUP][NV])
+finish_group(const int mr, const int how, const zq_tile *t, __m512 f[][NV])
 {
     const __m512 z0 = _mm512_loadu_ps(t->zcorr), z1 = _mm512_loadu_ps(t->zcorr + 16);
     const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
     const int32_t *zero = t->zx;
     const float *scale = t->sx;
     const rows_out out = out_of(t);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
         const __m512 z = _mm512_set1_ps((float)(zero[i] - 128)), sx = _mm512_set1_ps(scale[i]);
         store2(how, &out, i, _mm512_fmadd_ps(_mm512_fnmadd_ps(z, z0, f[i][0]), sx, bias0),
@@ -393,6 +396,93 @@ one_group(const int mr, const int four_bits, const int far, const zq_tile *t)
     }
 #define END_GROUP(how) finish_group(mr, how, t, f)
     STORE_ROWS(t, END_GROUP)
+}
+
+/* ---- tall tiles of groups -------------------------------------------------------------------------- */
+/* From here on what p points to lies in memory, and nothing read before is still in a register. */
+ZQ_INLINE void
+leave_registers(const void *p)
+{
+    __asm__ volatile("" ::"r"(p) : "memory");
+}
+
+/* Four codes of each row, `offset` behind its cursor, times unsigned codes. */
+ZQ_INLINE void
+step_tall(const int mr, const zq_tile *t, const row_cursor *row, const int offset, __m512i w0, __m512i w1, __m512i acc[MR][NV])
+{
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        const __m512i x = broadcast4(row->at[i / ROWS_BY] + i % ROWS_BY * t->lda + offset);
+        acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], w0, x);
+        acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], w1, x);
+    }
+}
+
+/* acc += one group of `steps` * 8 input features, whose codes are at b; returns where they end. */
+ZQ_INLINE const uint8_t *
+accumulate_tall(const int mr, const int four_bits, const int far, const zq_tile *t, int64_t steps, const uint8_t *b,
+                row_cursor *row, const char **ahead, __m512i acc[MR][NV])
+{
+    const __m512i low = _mm512_set1_epi8(15);
+    for (; steps > 0; steps--, b += four_bits ? 128 : 256) {
+        const __m512i w0 = _mm512_load_si512(b), w1 = _mm512_load_si512(b + 64);
+        prefetch_ahead(far, t, ahead);
+        if (four_bits) {
+            step_tall(mr, t, row, 0, _mm512_and_si512(w0, low), _mm512_and_si512(w1, low), acc);
+            step_tall(mr, t, row, 4, _mm512_and_si512(_mm512_srli_epi16(w0, 4), low),
+                      _mm512_and_si512(_mm512_srli_epi16(w1, 4), low), acc);
+        }
+        else {
+            step_tall(mr, t, row, 0, w0, w1, acc);
+            prefetch_ahead(far, t, ahead);
+            step_tall(mr, t, row, 4, _mm512_load_si512(b + 128), _mm512_load_si512(b + 192), acc);
+        }
+        advance_rows(mr, 8, row);
+    }
+    return b;
+}
+
+/* f += acc * scale, with f in memory */
+ZQ_INLINE void
+add_tall(const int mr, const float *scale, __m512i acc[MR][NV], __m512 f[MR][NV])
+{
+    const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);
+    leave_registers(f);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        IN_PLACE(acc[i]);
+        f[i][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][0]), s0, f[i][0]);
+        f[i][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][1]), s1, f[i][1]);
+    }
+    leave_registers(f);
+}
+
+ZQ_INLINE void
+one_tall(const int mr, const int four_bits, const int far, const zq_tile *t)
+{
+    __m512 f[MR][NV];
+    row_cursor row = rows_of(mr, t);
+    const uint8_t *b = t->b;
+    const int32_t *start = t->start;
+    const char *ahead = t->ahead;
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        f[i][0] = f[i][1] = _mm512_setzero_ps();
+    }
+    fetch_columns(t);
+    for (int64_t k = 0; k < t->k; k += t->group, start++) {
+        __m512i acc[MR][NV];
+        const float *scale = (const float *)b;
+        prefetch_ahead(far, t, &ahead);
+#pragma GCC unroll 16
+        for (int i = 0; i < mr; i++) {
+            acc[i][0] = acc[i][1] = _mm512_set1_epi32(start[i * t->ld_start]);
+        }
+        b = accumulate_tall(mr, four_bits, far, t, zq_min(t->group, t->k - k) / ZQ_KSTEP, b + 4 * ZQ_NR, &row, &ahead, acc);
+        add_tall(mr, scale, acc, f);
+    }
+#define END_TALL(how) finish_group(mr, how, t, f)
+    STORE_ROWS(t, END_TALL)
 }
 
 /* y = acc + bias, and with `add` + residual */
@@ -475,7 +565,8 @@ one_f32(const int mr, const int far, const zq_tile *t)
 
 /* One function per tile height: the compiler keeps the accumulators in registers only when mr is a constant. */
 #define ROWS4(X, far) X(1, far) X(2, far) X(3, far) X(4, far)
-#define ROWS12(X, far) ROWS4(X, far) X(5, far) X(6, far) X(7, far) X(8, far) X(9, far) X(10, far) X(11, far) X(12, far)
+#define ROWS5_12(X, far) X(5, far) X(6, far) X(7, far) X(8, far) X(9, far) X(10, far) X(11, far) X(12, far)
+#define ROWS12(X, far) ROWS4(X, far) ROWS5_12(X, far)
 
 #define S8(n, far) \
     case n: EVERY_TILE(one_s8, n, far)
@@ -489,6 +580,11 @@ one_f32(const int mr, const int far, const zq_tile *t)
     case n: EVERY_TILE(one_group, n, 0, far)
 #define G4(n, far) \
     case n: EVERY_TILE(one_group, n, 1, far)
+
+#define T8(n, far) \
+    case n: EVERY_TILE(one_tall, n, 0, far)
+#define T4(n, far) \
+    case n: EVERY_TILE(one_tall, n, 1, far)
 
 /* Of S8 and F32: the tile function adds the residual, which nothing else goes with. */
 ZQ_INLINE int
@@ -583,10 +679,34 @@ zq_gemm_s8u4_group_4x32__avx512vnni(zq_tile *t)
     run_tiles(t, zq_gemm_s8u4_group_4x32_tile__avx512vnni);
 }
 
+static void
+zq_gemm_s8u8_group_12x32_tile__avx512vnni(const zq_tile *t)
+{
+    NEAR_OR_FAR(ROWS5_12, T8)
+}
+
+static void
+zq_gemm_s8u8_group_12x32__avx512vnni(zq_tile *t)
+{
+    run_tiles(t, t->mr > MR_GROUP ? zq_gemm_s8u8_group_12x32_tile__avx512vnni : zq_gemm_s8u8_group_4x32_tile__avx512vnni);
+}
+
+static void
+zq_gemm_s8u4_group_12x32_tile__avx512vnni(const zq_tile *t)
+{
+    NEAR_OR_FAR(ROWS5_12, T4)
+}
+
+static void
+zq_gemm_s8u4_group_12x32__avx512vnni(zq_tile *t)
+{
+    run_tiles(t, t->mr > MR_GROUP ? zq_gemm_s8u4_group_12x32_tile__avx512vnni : zq_gemm_s8u4_group_4x32_tile__avx512vnni);
+}
+
 ZQ_TARGET_END
 
 void
-zq_fill_gemm__avx512vnni(zq_kernels *t)
+zq_fill_gemm__avx512vnni(zq_kernels *t, int tall_groups)
 {
     t->gemm_u8s8 = zq_gemm_u8s8_12x32__avx512vnni;
     t->gemm_u8s8_s32 = zq_gemm_u8s8_s32_12x32__avx512vnni;
@@ -596,6 +716,11 @@ zq_fill_gemm__avx512vnni(zq_kernels *t)
     t->center_groups_b8 = center_groups_b8__avx512vnni;
     t->mr_u8s8 = t->mr_f32 = MR;
     t->mr_group = MR_GROUP;
+    if (tall_groups) {
+        t->gemm_s8u8_group = zq_gemm_s8u8_group_12x32__avx512vnni;
+        t->gemm_s8u4_group = zq_gemm_s8u4_group_12x32__avx512vnni;
+        t->mr_group = MR;
+    }
     t->few_tiles = 6;
 }
 #else

@@ -5,7 +5,8 @@ that of vfmadd231ps; "gemv" to plain readings of the memory around each slice; "
 instructions that they run, and nothing else, from registers (the tables say which): with groups that includes each group's
 conversion and multiplication by its scale, which no exact computation can do without, but not the unpacking of codes, which
 many rows may share; "amx" to the peak of tdpbusd (the other sections are measured at the level of AVX-512 where the CPU has
-both); "rows" counts the float32 bytes of the input. Products of up to 16 rows take some ten microseconds: a C
+both); "tiles" compares the two heights that AVX-512's tiles of groups may have, whichever this CPU chooses; "rows" counts the
+float32 bytes of the input. Products of up to 16 rows take some ten microseconds: a C
 loop calls the library 16 times (or once for each copy of the weights), as the engines that the goals refer to were called.
 "In a sequence" is the same as models run it, a sequence of kernels without the interpreter in between: what creates and frees
 outputs counts too. A goal is met when every shape reaches it (w8a8: the mean, and every shape a lower one), "mean" is said
@@ -41,7 +42,9 @@ RETRIES = 2
 L2_BYTES = 384 << 10  # of float32 that the row operators read
 FEW_ROWS, SEQUENCE = 16, 16  # up to so many rows: so many layers per call
 INSTRUCTIONS = 4  # int8 operations per float32 operation
-FAMILIES = {"memory": "gemv", "rotated": "from memory", "sequence": "in a sequence", "levels": "/ avx512vnni"}
+FAMILIES = {"memory": "gemv", "rotated": "from memory", "sequence": "in a sequence", "levels": "/ avx512vnni",
+            "tiles": "tall / low tiles"}
+IN_TURN = ("levels", "tiles")
 
 
 class Item(NamedTuple):
@@ -145,6 +148,15 @@ def tile_items(quick: bool) -> list[Item]:
             for item in items_of(("w8a8", "w8a8+gelu int8-out", *GROUPS), shapes, (16, 512), family=family, level="amx")]
 
 
+def tall_items(quick: bool) -> list[Item]:
+    """Groups at the level of AVX-512: how many times as fast tall tiles are as low ones."""
+    from zquant import _core
+
+    if "avx512vnni" not in _core.levels():
+        return []
+    return items_of(GROUPS, linears.BERT[:: 2 if quick else 1], (5, 8, 16, 512), family="tiles", level="avx512vnni")
+
+
 def attention_ratios(rows: Rows) -> Rows:
     at = {(r["name"], r["m"], r["k"]): r for r in rows}
     return [quotient("attention int8 / fp32", r, at["attention fp32 checked", m, k], None)
@@ -185,6 +197,7 @@ SECTIONS = {
     "avx2": Section(at_level("avx2"), MUST_LEVEL),
     "avxvnni": Section(at_level("avxvnni"), MUST_LEVEL),
     "amx": Section(tile_items, ()),
+    "tiles": Section(tall_items, ()),
 }
 # Of a level's kinds of weights: the instructions whose peak is their ceiling.
 LEVEL_KINDS = {"avx2 w8a8": ceilings.SIGNS256, "avxvnni w8a8": ceilings.VNNI256,
@@ -263,7 +276,7 @@ class Bench:
         for level, group in itertools.groupby(new, key=lambda item: item.level):
             _core.use_level(level or self.best)
             todo = list(group)
-            cached = [item for item in todo if item.family not in ("memory", "levels")]
+            cached = [item for item in todo if item.family not in ("memory", *IN_TURN)]
             cases = [self.case(item) for item in cached]
             if cases and self.gate.threads > 1:
                 self.gate.pin(max(cases, key=lambda c: c.ops).work)
@@ -280,8 +293,8 @@ class Bench:
             del cases
             self.packed.clear()
             for item in todo:
-                if item.family in ("memory", "levels"):
-                    self.found[item] = (self.from_memory if item.family == "memory" else self.beside_avx512)(item)
+                if item.family in ("memory", *IN_TURN):
+                    self.found[item] = (self.from_memory if item.family == "memory" else self.in_turn)(item)
             _core.use_level(self.best)
 
     def not_measured(self, item: Item) -> dict[str, Any]:
@@ -340,23 +353,27 @@ class Bench:
         self.packed.clear()
         return memory.row(self.memory, case, calls, every)
 
-    def beside_avx512(self, item: Item) -> dict[str, Any]:
-        """How many times as fast as at the level of AVX-512: the median of slices in turn, which needs no peak."""
+    def in_turn(self, item: Item) -> dict[str, Any]:
+        """How many times as fast as at the level of AVX-512, or in low tiles: the median of slices in turn, without a peak."""
         from zquant import _core
 
-        work, ratios = self.case(item).work, []
+        work, ratios = self.case(item).work, list[float]()
         calls = 1 + int(harness.WORK_SLICE / max(harness.seconds_of(work), 1e-7))
         end = harness.now() + self.args.rounds * self.args.seconds
         while harness.now() < end or len(ratios) < 5:
             took = []
-            for level in ("avx512vnni", item.level):
-                _core.use_level(level)
+            for ours in (False, True):
+                if item.family == "tiles":
+                    _core.use_tall_groups(ours)
+                else:
+                    _core.use_level(item.level if ours else "avx512vnni")
                 work()
                 start = harness.now()
                 for _ in range(calls):
                     work()
                 took.append(harness.now() - start)
             ratios.append(took[0] / took[1])
+        _core.use_tall_groups(-1)
         return harness.row(item.name, self.gate.threads, statistics.median(ratios), "x", m=item.m, n=item.n, k=item.k,
                            noise=harness.spread_of(ratios))
 

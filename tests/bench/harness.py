@@ -7,12 +7,17 @@ in between (the kernel counts what they used and how long they waited). What is 
 best round; several rounds over all cases are interleaved. The clock drifts by some percent within a minute: "best" means the
 third fastest slice of the last seconds, and percentages refer to that. Where too few slices
 are kept, the figure is marked: it is then of all slices, less the time that the threads were without a CPU, and says little.
+
+Some CPUs clock down under the work itself, and up again in the peak slices beside it (Intel's, by a tenth and more): hardly a
+slice passes there. Kernels are then compared with the peak slices right before and right after, where these two agree: the
+figure is marked (~), and the median over such slices; it is no timing to quote, but its percentage is.
 """
 from __future__ import annotations
 
 import argparse
 import collections
 import heapq
+import itertools
 import json
 import os
 import resource
@@ -30,8 +35,11 @@ from ceilings import Ceilings
 GATE = 0.96
 RECENT = 3.0  # seconds: how old a peak slice may be to count
 DRIFT = 0.9  # of the run's best peak: what is slower is not the clock but somebody else
+ALIKE = 0.04  # the peak right before and right after a slice differ by no more, and both are at least
+STEADY = 0.8  # of the run's best: less is not the clock
 REFRESH = 30  # peak slices before each sample
 DRAM_BYTES = 256 << 20  # per thread: no cache holds it
+MIN_BESIDE = 5
 MAX_LOST = 0.03  # of a slice's wall time, that our threads were without a CPU
 WORK_SLICE = 4e-3
 LONG = 0.1  # a call that takes so many seconds averages the disturbances itself, and needs no warming
@@ -51,6 +59,7 @@ class Sample:
     faults: float = 0.0  # page faults per call
     speed: float = 0.0  # int8 peak of a thread at that time
     spread: float = 0.0  # between the quartiles of the kept slices, as a part of the median
+    beside: tuple[tuple[float, float], ...] = ()  # slices between two peaks that agree: seconds per call, peak of a thread
 
     @property
     def gated(self) -> bool:
@@ -74,6 +83,11 @@ class Case:
     def best(self) -> Sample | None:
         good = [s for s in self.samples if s.gated]
         return min(good, key=lambda s: s.seconds) if good else None
+
+    def beside_peaks(self) -> tuple[tuple[float, float], ...]:
+        """The slices of all rounds beside the peaks around them; none where a round passed the gate, or where they are few."""
+        every = tuple(itertools.chain.from_iterable(s.beside for s in self.samples))
+        return () if self.best() or len(every) < MIN_BESIDE else every
 
     def noise(self) -> float:
         """What a difference to another run must exceed: the rounds' distance, or the slices' within the best one."""
@@ -102,6 +116,7 @@ class Gate:
         self.recent: collections.deque[tuple[float, float]] = collections.deque()  # time and rate of int8 slices
         self.ratios: dict[str, list[float]] = {name: [] for name in self.kinds}  # to the int8 peak of the same moment
         self.fastest_read = 0.0
+        self.latest = 0.0  # int8 peak of a thread in the last slice
         self.measure_peaks()
         reached = self.ceilings.best(self.kind, threads)
         # False while the host runs the virtual CPUs on fewer physical cores: then N threads cannot be measured.
@@ -163,8 +178,14 @@ class Gate:
         if self.kind < 0:
             return True
         rate = self.ceilings.peak(self.kind, self.threads)
-        self._saw("int8", rate / self.threads, self.threads)
+        self.latest = rate / self.threads
+        self._saw("int8", self.latest, self.threads)
         return rate >= GATE * self.threads * self.speed()
+
+    def alike(self, before: float, after: float) -> bool:
+        """Whether two peak slices say the same of the time between them."""
+        low, high = min(before, after), max(before, after)
+        return low >= max((1 - ALIKE) * high, STEADY * self.fastest["int8"][0]) > 0
 
     def lost_time(self) -> Callable[[], float]:
         """Start a stopwatch: the seconds that our threads have been without a CPU since."""
@@ -194,6 +215,7 @@ class Gate:
         few = 1 if first >= LONG else 3
         kept: list[float] = []
         every: list[float] = []
+        beside: list[tuple[float, float]] = []
         faults = 0
         for _ in range(REFRESH if seconds >= 0.1 else 0):
             self.good()
@@ -203,7 +225,7 @@ class Gate:
             if calls > 1 or self.threads > 1 and self.settle and first < LONG:
                 work()  # wakes the pool and refills the caches; not timed
             f0 = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            lost_time = self.lost_time()
+            peak, lost_time = self.latest, self.lost_time()
             start = now()
             for _ in range(calls):
                 work()
@@ -212,14 +234,18 @@ class Gate:
             faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - f0
             after = self.good()
             every.append(self.undisturbed(took, lost) / calls)
-            if before and after and lost <= MAX_LOST * took:
-                kept.append(took / calls)
+            if lost <= MAX_LOST * took:
+                if before and after:
+                    kept.append(took / calls)
+                if self.alike(peak, self.latest):
+                    beside.append((took / calls, (peak + self.latest) / 2))
             before = after or self.wait()
         if len(kept) >= few:
             middle = statistics.median(kept)
         else:  # of few long calls the fastest was disturbed least
             middle = min(every) if few == 1 else statistics.median(every)
-        return Sample(middle, len(kept), len(every), faults / (calls * len(every)), self.speed(), spread_of(kept))
+        return Sample(middle, len(kept), len(every), faults / (calls * len(every)), self.speed(), spread_of(kept),
+                      tuple(beside))
 
 
 def spread_of(values: list[float]) -> float:
@@ -316,22 +342,29 @@ def run_cases(gate: Gate, cases: list[Case], rounds: int, seconds: float, progre
 
 
 def rows_of(gate: Gate, cases: Iterable[Case], unit: str = "GOP/s") -> list[dict[str, Any]]:
+    """A row for each case: of its best round, or beside the peaks around its slices; without a value where neither is known."""
     rows = []
     for c in cases:
-        best = c.best()
-        value = c.ops / best.seconds / 1e9 if best else None
-        limit = gate.limit(c.ceiling, best.speed) if best else 0.0
+        best, beside = c.best(), c.beside_peaks()
+        value, limit, noise = None, 0.0, c.noise()
+        if best:
+            value, limit = c.ops / best.seconds / 1e9, gate.limit(c.ceiling, best.speed)
+        elif beside:
+            value = c.ops / statistics.median(seconds for seconds, _ in beside) / 1e9
+            shares = [c.ops / seconds / 1e9 / gate.limit(c.ceiling, peak) for seconds, peak in beside]
+            limit, noise = value / statistics.median(shares), spread_of(shares)
         rows.append(row(c.name, gate.threads, value, unit, m=c.m, n=c.n, k=c.k, ceiling=limit or None,
-                        noise=round(c.noise(), 4), kept=sum(s.kept for s in c.samples), slices=sum(s.slices for s in c.samples),
-                        faults=round(best.faults, 2) if best else None))
+                        noise=round(noise, 4), kept=sum(s.kept for s in c.samples), slices=sum(s.slices for s in c.samples),
+                        faults=round(best.faults, 2) if best else None, beside=len(beside)))
     return rows
 
 
 def cell(r: dict[str, Any]) -> str:
-    """'446 (94)': value and percent of the ceiling; 'n/a' where too few slices passed the gate."""
+    """'446 (94)': value and percent of the ceiling; ~ before it: beside the peaks around it; 'n/a' where there are too few."""
     if r["value"] is None:
         return "n/a"
-    return f"{r['value']:.{2 if r['unit'] == 'x' else 0}f}" + (f" ({r['percent']:.0f})" if r["percent"] is not None else "")
+    percent = f" ({r['percent']:.0f})" if r["percent"] is not None else ""
+    return f"{'~' * bool(r.get('beside'))}{r['value']:.{2 if r['unit'] == 'x' else 0}f}{percent}"
 
 
 def print_table(title: str, header: list[str], lines: Iterable[list[str]]) -> None:
