@@ -23,7 +23,7 @@ enum {
     F32_BLOCK = 768,       /* of so many input features at the most; */
     BLOCK_PANELS = 8,      /* so many panels meet a block before the next one: their sums stay in L2 as well */
     MIN_CHUNK_ROWS = 96,   /* a chunk has at least so many rows, or the weights are read too often */
-    FEW_ROWS = 32,         /* up to so many, weights out of L2 are read once, not once per thread */
+    FEW_ROWS = 32,         /* up to so many, weights out of L3 are read once, not once per thread; out of memory: memory_rows */
     FAR_BYTES = 64 << 10,  /* weights that L2 does not keep from one call to the next */
     NEAR_BYTES = 16 << 20, /* weights that L3 keeps until the next product, if no more than that is read in between */
     AHEAD_BYTES = 6144,    /* what memory delivers during its latency, and some */
@@ -703,7 +703,8 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.split = x->f32 && x->quant == ZQ_QUANT_TOKEN_16 ? 2 : 1;
     set_tiles(&g, zq_ceil_div(m, mr / g.split));
     g.far = g.panels * w->panel_bytes >= FAR_BYTES;
-    g.few_tiles = g.far && is_near(w, g.panels * w->panel_bytes) ? g.K->few_tiles : 0;
+    const int near = g.far && is_near(w, g.panels * w->panel_bytes);
+    g.few_tiles = near ? g.K->few_tiles : 0;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
     g.stream_out = !g.quantize_out && m * out->ld_y * 4 >= STREAM_BYTES && out->ld_y % 16 == 0 && (uintptr_t)out->y % 64 == 0;
     zq_find_scale(&g.in);
@@ -712,7 +713,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
         return range;
     }
     const int threads = g.threads = zq_threads();
-    const int once = g.far && m * g.split <= FEW_ROWS;
+    const int once = g.far && m * g.split <= (near ? FEW_ROWS : g.K->memory_rows);
     if (threads > 1 && g.tiles < (int64_t)threads * MIN_TILES && m * g.split >= (int64_t)threads * MIN_TILES * LOW_TILE) {
         set_tiles(&g, (int64_t)threads * MIN_TILES);
     }

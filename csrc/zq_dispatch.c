@@ -54,6 +54,7 @@ fill_ref(zq_kernels *t)
     ZQ_KERNELS(X)
 #undef X
     t->mr_u8s8 = t->mr_group = t->mr_f32 = t->mr_matmul = 4;
+    t->memory_rows = 32;
 }
 
 #if defined(__x86_64__)

@@ -291,6 +291,8 @@ typedef struct zq_kernels {
     int mr_u8s8, mr_group, mr_f32, mr_matmul;
     /* Up to so many tiles of rows are quicker one after the other, each over many panels, than panel by panel. */
     int few_tiles;
+    /* Weights out of memory are read once, not once per thread, by up to so many rows: who computes fast waits for memory. */
+    int memory_rows;
 } zq_kernels;
 
 #define X(name, ret, args) ret zq_##name##__ref args;

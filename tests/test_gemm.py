@@ -382,6 +382,22 @@ def test_weights_beyond_the_second_level_cache(kind):
                     assert same_bits(part, whole[:m].copy()), f"{level}, {threads} threads, {m} rows"
 
 
+@pytest.mark.parametrize("m", [31, 32, 33, 100, 256, 257])
+def test_new_weights_with_any_number_of_rows(m):
+    """Weights that no cache can have yet are read once by all threads together up to some number of rows, which the level says,
+    and by every thread beyond it; codes in, floats in, codes out."""
+    d = make(m, 300, 520, group=64, seed=3)
+    x = (d["q"], d["sx"], d["zx"])
+    floats = [(d["x"], 2, quant_out) for quant_out in (0, 2)]
+    for pack, calls in ((lambda: _core.linear_pack_s8(d["codes"], d["scales"][:, 0].copy(), d["bias"]), [(x, 0, 0), *floats]),
+                        (lambda: _core.linear_pack_group(d["codes"], d["scales"], 64, 8, d["bias"]), [(x, 0, 0), *floats]),
+                        (lambda: _core.linear_pack_f32(d["w"], d["bias"]), floats)):
+        assert _core.linear_bytes(pack()) > 64 << 10
+        for rows, quant_in, quant_out in calls:
+            everywhere(lambda pack=pack, rows=rows, quant_in=quant_in, quant_out=quant_out: _core.linear_forward(
+                pack(), rows, quant_in, 2, d["residual"], quant_out))
+
+
 @pytest.mark.parametrize("m,n,k", [(60, 300, 2561), (64, 33, 3072), (171, 40, 3100), (97, 257, 4099)])
 @pytest.mark.parametrize("activation,quant_out", [(None, 0), ("gelu", 0), (None, 2)])
 def test_long_float_rows_in_blocks_of_input_features(m, n, k, activation, quant_out):

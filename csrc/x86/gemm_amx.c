@@ -496,6 +496,7 @@ zq_fill_gemm__amx(zq_kernels *t)
     t->gemm_s8u8_group = zq_gemm_s8u8_group_32x32__amx;
     t->gemm_s8u4_group = zq_gemm_s8u4_group_32x32__amx;
     t->mr_u8s8 = t->mr_group = MR;
+    t->memory_rows = 256;
 }
 #else
 typedef int zq_no_x86;
