@@ -64,6 +64,7 @@ typedef struct {
     int threads;
     int64_t item;       /* bytes of an element of a */
     int far;            /* the weights are read from beyond L2 */
+    int near;           /* and L3 has them */
     int64_t few_tiles;  /* up to so many tiles of rows go through blocks of panels one after the other */
     void (*kernel)(zq_tile *);
     int64_t groups;     /* scales per channel, with groups; else 0 */
@@ -219,7 +220,7 @@ strip_of(const gemm_job *g, int64_t t0, int64_t t1, int64_t base, const operand 
     const zq_tile tile = {.k = g->kpad, .group = w->group, .lda = op->lda, .pairs = g->split == 2, .act = g->out->act,
                           .ldy = ldy, .ldr = g->out->ld_residual, .stream = g->stream_out, .ld_start = g->groups,
                           .rank = g->out->add.rank, .ld_low = g->out->add.ld_t,
-                          .ahead_step = zq_ceil_div(128, t1 - t0)};
+                          .ahead_step = zq_ceil_div(128, t1 - t0), .ahead_to_l2 = zq_fetch_to_l2 && !g->near};
     return (strip){.t0 = t0, .t1 = t1, .base = base, .op = op, .y = y, .blocks = 1, .tile = tile};
 }
 
@@ -703,8 +704,8 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.split = x->f32 && x->quant == ZQ_QUANT_TOKEN_16 ? 2 : 1;
     set_tiles(&g, zq_ceil_div(m, mr / g.split));
     g.far = g.panels * w->panel_bytes >= FAR_BYTES;
-    const int near = g.far && is_near(w, g.panels * w->panel_bytes);
-    g.few_tiles = near ? g.K->few_tiles : 0;
+    g.near = g.far && is_near(w, g.panels * w->panel_bytes);
+    g.few_tiles = g.near ? g.K->few_tiles : 0;
     g.quantize_out = out->quant != ZQ_QUANT_NONE;
     g.stream_out = !g.quantize_out && m * out->ld_y * 4 >= STREAM_BYTES && out->ld_y % 16 == 0 && (uintptr_t)out->y % 64 == 0;
     zq_find_scale(&g.in);
@@ -713,7 +714,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
         return range;
     }
     const int threads = g.threads = zq_threads();
-    const int once = g.far && m * g.split <= (near ? FEW_ROWS : g.K->memory_rows);
+    const int once = g.far && m * g.split <= (g.near ? FEW_ROWS : g.K->memory_rows);
     if (threads > 1 && g.tiles < (int64_t)threads * MIN_TILES && m * g.split >= (int64_t)threads * MIN_TILES * LOW_TILE) {
         set_tiles(&g, (int64_t)threads * MIN_TILES);
     }

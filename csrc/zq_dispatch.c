@@ -97,8 +97,8 @@ has_amx(void)
 }
 
 /* What is chosen by the CPU's maker. Intel: the ports of the dot products do all other 512-bit arithmetic too, where AMD's Zen 5
- * has others for it, so that groups go in tall tiles; and of what is fetched ahead to L1, so much waits for memory there that
- * little can be read from L2 meanwhile (one token, 4-bit weights: 80 % of the read bandwidth, and 91 % fetched to L2). */
+ * has others for it, so that groups go in tall tiles; and of what is fetched out of memory to L1, so much waits there that little
+ * can be read from L2 meanwhile. What comes from L2 or L3 is better fetched to L1 here too (by up to a quarter). */
 static int
 is_intel(void)
 {

@@ -37,9 +37,10 @@ typedef struct {
     const float *bias;     /* (NR) */
     int pairs; /* rows 2i and 2i + 1 of a add up to row i of y: y = act((y_2i + y_2i+1) + bias) + residual; mr is even */
     /* Panels from beyond L2: for every 128 bytes of the panel the line at ahead is to be prefetched, and the next one too
-     * where ahead_step is 128; ahead moves on by ahead_step. NULL: nothing is. Never read from. */
+     * where ahead_step is 128; ahead moves on by ahead_step. NULL: nothing is. Never read from. To L1, or to L2 alone. */
     const char *ahead;
     int64_t ahead_step;
+    int ahead_to_l2;
     /* What is added before the activation: y += low (rows, rank) low_b (rank, NR), one fma for each r in order. rank 0: nothing */
     int64_t rank, ld_low;
     const float *low, *low_b;
@@ -299,7 +300,7 @@ typedef struct zq_kernels {
 ZQ_KERNELS(X)
 #undef X
 
-/* Where to prefetch weights from beyond L2: to L2 (1), or to L1 (0). Set at import, by CPU. */
+/* Whether weights out of memory are better fetched to L2 than to L1. Set at import, by CPU. */
 extern int zq_fetch_to_l2;
 /* Of a core's L2, what a chunk of rows may occupy, in bytes: half of it. Speed alone depends on it. */
 int64_t zq_l2_room(void);

@@ -54,9 +54,9 @@ prefetch_ahead(const int far, const zq_tile *t, const void *b)
 {
     if (far) {
         const char *p = t->ahead + ((const char *)b - (const char *)t->b) / 128 * t->ahead_step;
-        fetch_far(p);
+        _mm_prefetch(p, _MM_HINT_T0);
         if (far == 2) {
-            fetch_far(p + 64);
+            _mm_prefetch(p + 64, _MM_HINT_T0);
         }
     }
 }
@@ -68,7 +68,7 @@ prefetch_group(const int far, const zq_tile *t, const void *b, int64_t bytes)
     if (far == 1) {
         const int64_t at = ((const char *)b - (const char *)t->b) / 128 * t->ahead_step;
         for (int64_t line = 0; line < bytes / 128 * t->ahead_step; line += 64) {
-            fetch_far(t->ahead + at + line);
+            _mm_prefetch(t->ahead + at + line, _MM_HINT_T0);
         }
     }
 }
@@ -78,7 +78,7 @@ ZQ_INLINE void
 prefetch_half(const int far, const zq_tile *t, const uint8_t *b)
 {
     if (far == 2) {
-        fetch_far(t->ahead + (b - (const uint8_t *)t->b));
+        _mm_prefetch(t->ahead + (b - (const uint8_t *)t->b), _MM_HINT_T0);
     }
 }
 

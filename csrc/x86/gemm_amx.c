@@ -99,13 +99,19 @@ store_sums(const int tall, sums *c)
         }                                                            \
     }
 
-/* What t->ahead asks for (see zq_tile) beside `lines` lines of the panel; where that is next */
+/* What t->ahead asks for (see zq_tile) beside `lines` lines of the panel; where that is next. to_l2: t->ahead_to_l2, a constant
+ * in the loops of few rows, where these are most of the work. */
 ZQ_INLINE const char *
-prefetch_beside(const zq_tile *t, const char *ahead, int64_t lines)
+prefetch_beside(const int to_l2, const zq_tile *t, const char *ahead, int64_t lines)
 {
     const int64_t bytes = ahead ? lines * t->ahead_step : 0;
     for (int64_t i = 0; i < bytes; i += 64) {
-        fetch_far(ahead + i);
+        if (to_l2) {
+            _mm_prefetch(ahead + i, _MM_HINT_T1);
+        }
+        else {
+            _mm_prefetch(ahead + i, _MM_HINT_T0);
+        }
     }
     return ahead ? ahead + bytes : NULL;
 }
@@ -127,7 +133,7 @@ last_step(const int tall, const zq_tile *t, const uint8_t *from, const uint8_t *
 
 /* The sums of tile t, without what zero points take off */
 ZQ_INLINE void
-multiply(const int tall, const zq_tile *t, sums *c)
+multiply(const int tall, const int to_l2, const zq_tile *t, sums *c)
 {
     const uint8_t *a = t->a, *b = t->b;
     const char *ahead = t->ahead;
@@ -135,7 +141,7 @@ multiply(const int tall, const zq_tile *t, sums *c)
     clear_sums();
     for (int64_t k = STEP; k <= t->k; k += STEP, a += STEP, b += STEP / 4 * LINE) {
         MULTIPLY_STEP(_tile_dpbusd, tall, narrow, a, t->lda, b)
-        ahead = prefetch_beside(t, ahead, STEP / 4);
+        ahead = prefetch_beside(to_l2, t, ahead, STEP / 4);
     }
     if (t->k % STEP) {
         last_step(tall, t, a, b);
@@ -143,14 +149,25 @@ multiply(const int tall, const zq_tile *t, sums *c)
     store_sums(tall, c);
 }
 
+ZQ_INLINE void
+multiply_rows(const int tall, const zq_tile *t, sums *c)
+{
+    if (t->ahead_to_l2) {
+        multiply(tall, 1, t, c);
+    }
+    else {
+        multiply(tall, 0, t, c);
+    }
+}
+
 static void
 multiply_tile(const zq_tile *t, sums *c)
 {
     if (t->mr > HALF) {
-        multiply(1, t, c);
+        multiply_rows(1, t, c);
     }
     else {
-        multiply(0, t, c);
+        multiply_rows(0, t, c);
     }
 }
 
@@ -212,7 +229,8 @@ multiply_groups(const int tall, const int four_bits, const int depth, const zq_t
                 }
                 MULTIPLY_STEP(_tile_dpbsud, tall, 0, a, t->lda, panel)
             }
-            ahead = prefetch_beside(t, ahead, 1 + steps * step_bytes / LINE);
+            ahead = t->ahead_to_l2 ? prefetch_beside(1, t, ahead, 1 + steps * step_bytes / LINE)
+                                   : prefetch_beside(0, t, ahead, 1 + steps * step_bytes / LINE);
         }
         if (g == 1) {
             add_group(t, &c, t->start, scale, 1, f);

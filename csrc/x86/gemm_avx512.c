@@ -1,8 +1,8 @@
 /* AVX-512 VNNI tiles: mr rows by one panel of 32 columns, two zmm wide. Accumulators stay in registers: 24 for
  * S8 and F32 (12 rows), 16 integer + 8 float for groups (4 rows). Intel's tiles of groups are taller: 24 integer ones, and the
  * float sums in L1. There all 512-bit arithmetic shares the two ports of the dot products, so that what a group costs besides,
- * above all the unpacking of codes, has to serve many rows (W4A8: a tenth to a fifth faster than 4 rows; AMD's other ports
- * unpack beside the products). Codes unpacked once for all tiles of a panel were no faster still. A last panel of at most 16 columns is half as much
+ * above all the unpacking of codes, has to serve many rows (AMD's other ports unpack beside the products). Codes unpacked once
+ * for all tiles of a panel were no faster still. A last panel of at most 16 columns is half as much
  * work for S8. The epilogue's scale and bias are applied in registers, and of S8 and F32 a residual that nothing else goes
  * with; activation and residual run over the tile just stored otherwise, which is still in L1. */
 #if defined(__x86_64__)
@@ -24,16 +24,39 @@ enum { MR = 12, MR_GROUP = 4, NV = 2 };
 /* What uses a row's sums comes after this: gcc 12 starts with all rows at once otherwise, and spills every sum to do so. */
 #define IN_PLACE(row) __asm__ volatile("" : "+v"((row)[0]), "+v"((row)[1]))
 
+/* Loops of products have `far` as a constant: 0, or as NEAR_OR_FAR has it, with TO_L2 where t->ahead_to_l2 says so. A choice
+ * within the loop costs some percent. Float32 weights are fetched to L1 always: nothing was gained. */
+enum { TO_L2 = 4 };
+
+#define FOR_EACH_FAR(far, t, LOOP)           \
+    if ((far) && (t)->ahead_to_l2) {         \
+        LOOP((far) | TO_L2);                 \
+    }                                        \
+    else {                                   \
+        LOOP(far);                           \
+    }
+
+ZQ_INLINE void
+fetch(const int far, const char *p)
+{
+    if (far & TO_L2) {
+        _mm_prefetch(p, _MM_HINT_T1);
+    }
+    else {
+        _mm_prefetch(p, _MM_HINT_T0);
+    }
+}
+
 /* Once per 128 bytes of a panel: prefetch what t->ahead asks for (see zq_tile), one line or two; *ahead moves along. */
 ZQ_INLINE void
 prefetch_ahead(const int far, const zq_tile *t, const char **ahead)
 {
     if (far) {
-        fetch_far(*ahead);
-        if (far == 2) {
-            fetch_far(*ahead + 64);
+        fetch(far, *ahead);
+        if ((far & ~TO_L2) == 2) {
+            fetch(far, *ahead + 64);
         }
-        *ahead += far == 2 ? 128 : t->ahead_step;
+        *ahead += (far & ~TO_L2) == 2 ? 128 : t->ahead_step;
     }
 }
 
@@ -90,9 +113,9 @@ step_s8(const int mr, const int far, const zq_tile *t, const row_cursor *row, co
     }
 }
 
-/* acc[i][v] = sum over k of a[i][k] * b[k][16 v + lane] */
+/* acc[i][v] += sum over k of a[i][k] * b[k][16 v + lane] */
 ZQ_INLINE void
-accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
+add_products_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
 {
     row_cursor row = rows_of(mr, t);
     const int8_t *b = t->b, *const end = b + ZQ_NR * t->k;
@@ -106,6 +129,13 @@ accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV]
         step_s8(mr, far, t, &row, 0, b, &ahead, acc);
         advance_rows(mr, 4, &row);
     }
+}
+
+ZQ_INLINE void
+accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
+{
+#define LOOP_S8(far) add_products_s8(mr, far, t, acc)
+    FOR_EACH_FAR(far, t, LOOP_S8)
 }
 
 /* -zero[i] * colsum: what the zero point of a row contributes, as the accumulator's start */
@@ -457,19 +487,14 @@ add_tall(const int mr, const float *scale, __m512i acc[MR][NV], __m512 f[MR][NV]
     leave_registers(f);
 }
 
+/* f += all groups of a tile */
 ZQ_INLINE void
-one_tall(const int mr, const int four_bits, const int far, const zq_tile *t)
+add_groups_tall(const int mr, const int four_bits, const int far, const zq_tile *t, __m512 f[MR][NV])
 {
-    __m512 f[MR][NV];
     row_cursor row = rows_of(mr, t);
     const uint8_t *b = t->b;
     const int32_t *start = t->start;
     const char *ahead = t->ahead;
-#pragma GCC unroll 16
-    for (int i = 0; i < mr; i++) {
-        f[i][0] = f[i][1] = _mm512_setzero_ps();
-    }
-    fetch_columns(t);
     for (int64_t k = 0; k < t->k; k += t->group, start++) {
         __m512i acc[MR][NV];
         const float *scale = (const float *)b;
@@ -481,6 +506,19 @@ one_tall(const int mr, const int four_bits, const int far, const zq_tile *t)
         b = accumulate_tall(mr, four_bits, far, t, zq_min(t->group, t->k - k) / ZQ_KSTEP, b + 4 * ZQ_NR, &row, &ahead, acc);
         add_tall(mr, scale, acc, f);
     }
+}
+
+ZQ_INLINE void
+one_tall(const int mr, const int four_bits, const int far, const zq_tile *t)
+{
+    __m512 f[MR][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        f[i][0] = f[i][1] = _mm512_setzero_ps();
+    }
+    fetch_columns(t);
+#define LOOP_TALL(far) add_groups_tall(mr, four_bits, far, t, f)
+    FOR_EACH_FAR(far, t, LOOP_TALL)
 #define END_TALL(how) finish_group(mr, how, t, f)
     STORE_ROWS(t, END_TALL)
 }
@@ -586,6 +624,20 @@ one_f32(const int mr, const int far, const zq_tile *t)
 #define T4(n, far) \
     case n: EVERY_TILE(one_tall, n, 1, far)
 
+/* NEAR_OR_FAR, with functions of their own for what is fetched to L2 */
+#define NEAR_OR_FAR_OR_MEMORY(ROWS, X)                    \
+    if (t->ahead && t->ahead_to_l2) {                     \
+        if (t->ahead_step < 128) {                        \
+            switch (t->mr) { ROWS(X, 1 | TO_L2) }         \
+        }                                                 \
+        else {                                            \
+            switch (t->mr) { ROWS(X, 2 | TO_L2) }         \
+        }                                                 \
+    }                                                     \
+    else {                                                \
+        NEAR_OR_FAR(ROWS, X)                              \
+    }
+
 /* Of S8 and F32: the tile function adds the residual, which nothing else goes with. */
 ZQ_INLINE int
 residual_alone(const zq_tile *t)
@@ -658,7 +710,7 @@ zq_gemm_f32_12x32__avx512vnni(zq_tile *t)
 static void
 zq_gemm_s8u8_group_4x32_tile__avx512vnni(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS4, G8)
+    NEAR_OR_FAR_OR_MEMORY(ROWS4, G8)
 }
 
 static void
@@ -670,7 +722,7 @@ zq_gemm_s8u8_group_4x32__avx512vnni(zq_tile *t)
 static void
 zq_gemm_s8u4_group_4x32_tile__avx512vnni(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS4, G4)
+    NEAR_OR_FAR_OR_MEMORY(ROWS4, G4)
 }
 
 static void

@@ -15,18 +15,6 @@
         switch (t->mr) { ROWS(X, 2) }     \
     }
 
-/* Prefetch weights from beyond L2 that are read some microseconds later. */
-ZQ_INLINE void
-fetch_far(const char *p)
-{
-    if (zq_fetch_to_l2) {
-        _mm_prefetch(p, _MM_HINT_T1);
-    }
-    else {
-        _mm_prefetch(p, _MM_HINT_T0);
-    }
-}
-
 enum { FINISH_ROWS = 16, FINISH_TOGETHER = 2 };
 
 typedef void (*tile_fn)(const zq_tile *t);
