@@ -28,14 +28,6 @@ enum { MR = 12, MR_GROUP = 4, NV = 2 };
  * within the loop costs some percent. Float32 weights are fetched to L1 always: nothing was gained. */
 enum { TO_L2 = 4 };
 
-#define FOR_EACH_FAR(far, t, LOOP)           \
-    if ((far) && (t)->ahead_to_l2) {         \
-        LOOP((far) | TO_L2);                 \
-    }                                        \
-    else {                                   \
-        LOOP(far);                           \
-    }
-
 ZQ_INLINE void
 fetch(const int far, const char *p)
 {
@@ -113,9 +105,9 @@ step_s8(const int mr, const int far, const zq_tile *t, const row_cursor *row, co
     }
 }
 
-/* acc[i][v] += sum over k of a[i][k] * b[k][16 v + lane] */
+/* acc[i][v] = sum over k of a[i][k] * b[k][16 v + lane] */
 ZQ_INLINE void
-add_products_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
+accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
 {
     row_cursor row = rows_of(mr, t);
     const int8_t *b = t->b, *const end = b + ZQ_NR * t->k;
@@ -129,13 +121,6 @@ add_products_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][N
         step_s8(mr, far, t, &row, 0, b, &ahead, acc);
         advance_rows(mr, 4, &row);
     }
-}
-
-ZQ_INLINE void
-accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
-{
-#define LOOP_S8(far) add_products_s8(mr, far, t, acc)
-    FOR_EACH_FAR(far, t, LOOP_S8)
 }
 
 /* -zero[i] * colsum: what the zero point of a row contributes, as the accumulator's start */
@@ -487,14 +472,19 @@ add_tall(const int mr, const float *scale, __m512i acc[MR][NV], __m512 f[MR][NV]
     leave_registers(f);
 }
 
-/* f += all groups of a tile */
 ZQ_INLINE void
-add_groups_tall(const int mr, const int four_bits, const int far, const zq_tile *t, __m512 f[MR][NV])
+one_tall(const int mr, const int four_bits, const int far, const zq_tile *t)
 {
+    __m512 f[MR][NV];
     row_cursor row = rows_of(mr, t);
     const uint8_t *b = t->b;
     const int32_t *start = t->start;
     const char *ahead = t->ahead;
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        f[i][0] = f[i][1] = _mm512_setzero_ps();
+    }
+    fetch_columns(t);
     for (int64_t k = 0; k < t->k; k += t->group, start++) {
         __m512i acc[MR][NV];
         const float *scale = (const float *)b;
@@ -506,19 +496,6 @@ add_groups_tall(const int mr, const int four_bits, const int far, const zq_tile 
         b = accumulate_tall(mr, four_bits, far, t, zq_min(t->group, t->k - k) / ZQ_KSTEP, b + 4 * ZQ_NR, &row, &ahead, acc);
         add_tall(mr, scale, acc, f);
     }
-}
-
-ZQ_INLINE void
-one_tall(const int mr, const int four_bits, const int far, const zq_tile *t)
-{
-    __m512 f[MR][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < mr; i++) {
-        f[i][0] = f[i][1] = _mm512_setzero_ps();
-    }
-    fetch_columns(t);
-#define LOOP_TALL(far) add_groups_tall(mr, four_bits, far, t, f)
-    FOR_EACH_FAR(far, t, LOOP_TALL)
 #define END_TALL(how) finish_group(mr, how, t, f)
     STORE_ROWS(t, END_TALL)
 }
@@ -670,7 +647,7 @@ zq_gemm_u8s8_12x32_tile__avx512vnni(const zq_tile *t)
         zq_gemm_u8s8_12x16_tile__avx512vnni(t);
         return;
     }
-    NEAR_OR_FAR(ROWS12, S8)
+    NEAR_OR_FAR_OR_MEMORY(ROWS12, S8)
 }
 
 static void
@@ -734,7 +711,7 @@ zq_gemm_s8u4_group_4x32__avx512vnni(zq_tile *t)
 static void
 zq_gemm_s8u8_group_12x32_tile__avx512vnni(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS5_12, T8)
+    NEAR_OR_FAR_OR_MEMORY(ROWS5_12, T8)
 }
 
 static void
@@ -746,7 +723,7 @@ zq_gemm_s8u8_group_12x32__avx512vnni(zq_tile *t)
 static void
 zq_gemm_s8u4_group_12x32_tile__avx512vnni(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS5_12, T4)
+    NEAR_OR_FAR_OR_MEMORY(ROWS5_12, T4)
 }
 
 static void
