@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +359,36 @@ def test_a_disturbed_slice_is_dropped(harness: Any, monkeypatch: pytest.MonkeyPa
     assert gate.measure(lambda: None, want=3, seconds=0.01).kept == 0, "the threads were without a CPU"
     monkeypatch.setattr(gate, "lost_time", lambda: lambda: 0.0)
     assert gate.measure(lambda: None, want=3, seconds=1.0).kept == 3
+
+
+@needs_cc
+@pytest.mark.parametrize(("rates", "said"), [((90.0,), True), ((90.0, 60.0), False), ((70.0,), False)])
+def test_work_that_lowers_the_clock_is_compared_with_the_peaks_beside_it(harness: Any, monkeypatch: pytest.MonkeyPatch,
+                                                                         rates: tuple[float, ...], said: bool) -> None:
+    """No slice passes the gate. Peaks around it that agree are its ceiling; those that differ, or are far too low, are none."""
+    gate = harness.Gate(1)
+    turns = itertools.cycle(rates)
+
+    def no_good() -> bool:
+        gate.latest = next(turns)
+        return False
+
+    monkeypatch.setattr(gate, "kind", 0)
+    monkeypatch.setattr(gate, "good", no_good)
+    monkeypatch.setattr(gate, "wait", no_good)
+    monkeypatch.setattr(gate, "lost_time", lambda: lambda: 0.0)
+    gate.fastest["int8"], gate.ratios["int8"] = [100.0] * 3, [1.0]
+    case = harness.Case("half", lambda: time.sleep(1e-3), 1e-3 * 90e9 / 2)
+    case.samples.append(gate.measure(case.work, seconds=0.09))
+    (row,) = harness.rows_of(gate, [case])
+    assert row["kept"] == 0
+    assert (row["value"] is not None) == said == harness.cell(row).startswith("~")
+    if said:
+        assert row["beside"] >= harness.MIN_BESIDE
+        assert row["ceiling"] == pytest.approx(90.0)
+        assert 10 < row["percent"] <= 50  # it sleeps at least as long as it says
+    else:
+        assert harness.cell(row) == "n/a"
 
 
 @needs_cc
