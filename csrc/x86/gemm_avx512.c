@@ -25,7 +25,8 @@ enum { MR = 12, MR_GROUP = 4, NV = 2 };
 #define IN_PLACE(row) __asm__ volatile("" : "+v"((row)[0]), "+v"((row)[1]))
 
 /* Loops of products have `far` as a constant: 0, or as NEAR_OR_FAR has it, with TO_L2 where t->ahead_to_l2 says so. A choice
- * within the loop costs some percent. Float32 weights are fetched to L1 always: nothing was gained. */
+ * within the loop costs some percent. Float32 weights, tall tiles of groups and several tiles of rows fetch to L1 always: they
+ * gain little or nothing. */
 enum { TO_L2 = 4 };
 
 ZQ_INLINE void
@@ -601,18 +602,13 @@ one_f32(const int mr, const int far, const zq_tile *t)
 #define T4(n, far) \
     case n: EVERY_TILE(one_tall, n, 1, far)
 
-/* NEAR_OR_FAR, with functions of their own for what is fetched to L2 */
-#define NEAR_OR_FAR_OR_MEMORY(ROWS, X)                    \
-    if (t->ahead && t->ahead_to_l2) {                     \
-        if (t->ahead_step < 128) {                        \
-            switch (t->mr) { ROWS(X, 1 | TO_L2) }         \
-        }                                                 \
-        else {                                            \
-            switch (t->mr) { ROWS(X, 2 | TO_L2) }         \
-        }                                                 \
-    }                                                     \
-    else {                                                \
-        NEAR_OR_FAR(ROWS, X)                              \
+/* NEAR_OR_FAR, with functions of their own for what one tile of rows fetches to L2 */
+#define NEAR_OR_FAR_OR_MEMORY(ROWS, X)                                \
+    if (t->ahead && t->ahead_to_l2 && t->ahead_step == 128) {         \
+        switch (t->mr) { ROWS(X, 2 | TO_L2) }                         \
+    }                                                                 \
+    else {                                                            \
+        NEAR_OR_FAR(ROWS, X)                                          \
     }
 
 /* Of S8 and F32: the tile function adds the residual, which nothing else goes with. */
@@ -711,7 +707,7 @@ zq_gemm_s8u4_group_4x32__avx512vnni(zq_tile *t)
 static void
 zq_gemm_s8u8_group_12x32_tile__avx512vnni(const zq_tile *t)
 {
-    NEAR_OR_FAR_OR_MEMORY(ROWS5_12, T8)
+    NEAR_OR_FAR(ROWS5_12, T8)
 }
 
 static void
@@ -723,7 +719,7 @@ zq_gemm_s8u8_group_12x32__avx512vnni(zq_tile *t)
 static void
 zq_gemm_s8u4_group_12x32_tile__avx512vnni(const zq_tile *t)
 {
-    NEAR_OR_FAR_OR_MEMORY(ROWS5_12, T4)
+    NEAR_OR_FAR(ROWS5_12, T4)
 }
 
 static void
