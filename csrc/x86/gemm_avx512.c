@@ -25,8 +25,8 @@ enum { MR = 12, MR_GROUP = 4, NV = 2 };
 #define IN_PLACE(row) __asm__ volatile("" : "+v"((row)[0]), "+v"((row)[1]))
 
 /* Loops of products have `far` as a constant: 0, or as NEAR_OR_FAR has it, with TO_L2 where t->ahead_to_l2 says so. A choice
- * within the loop costs some percent. Float32 weights, tall tiles of groups and several tiles of rows fetch to L1 always: they
- * gain little or nothing. */
+ * within the loop costs some percent. Float32 weights, taller tiles and several of them fetch to L1 always: they gain
+ * little, or gcc 12 spills. */
 enum { TO_L2 = 4 };
 
 ZQ_INLINE void
@@ -602,13 +602,13 @@ one_f32(const int mr, const int far, const zq_tile *t)
 #define T4(n, far) \
     case n: EVERY_TILE(one_tall, n, 1, far)
 
-/* NEAR_OR_FAR, with functions of their own for what one tile of rows fetches to L2 */
-#define NEAR_OR_FAR_OR_MEMORY(ROWS, X)                                \
-    if (t->ahead && t->ahead_to_l2 && t->ahead_step == 128) {         \
-        switch (t->mr) { ROWS(X, 2 | TO_L2) }                         \
-    }                                                                 \
-    else {                                                            \
-        NEAR_OR_FAR(ROWS, X)                                          \
+/* NEAR_OR_FAR, with functions of their own for what one tile of up to four rows fetches to L2 */
+#define NEAR_OR_FAR_OR_MEMORY(ROWS, X)                                                    \
+    if (t->ahead && t->ahead_to_l2 && t->ahead_step == 128 && t->mr <= MR_GROUP) {        \
+        switch (t->mr) { ROWS4(X, 2 | TO_L2) }                                            \
+    }                                                                                     \
+    else {                                                                                \
+        NEAR_OR_FAR(ROWS, X)                                                              \
     }
 
 /* Of S8 and F32: the tile function adds the residual, which nothing else goes with. */
