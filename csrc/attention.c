@@ -230,15 +230,6 @@ write_rows(item *w, int any_keys, zq_trouble *trouble)
     }
 }
 
-/* `bytes` bytes from *free on, whole cache lines. */
-static void *
-take(char **free, int64_t bytes)
-{
-    char *p = *free;
-    *free += zq_round_up(bytes, 64);
-    return p;
-}
-
 /* Memory of one item, out of this thread's scratch; 0 on failure. */
 static int
 carve(item *w)
@@ -253,22 +244,22 @@ carve(item *w)
     if (!p) {
         return 0;
     }
-    w->kt = take(&p, w->int8 ? 0 : tile * d * f32);
-    w->v = take(&p, tile * dp * f32);
-    w->s = take(&p, scores * f32);
-    w->o = take(&p, rows * dp * f32);
-    w->max = take(&p, rows * f32);
-    w->sum = take(&p, rows * f32);
-    w->factor = take(&p, rows * f32);
+    w->kt = zq_take(&p, w->int8 ? 0 : tile * d * f32);
+    w->v = zq_take(&p, tile * dp * f32);
+    w->s = zq_take(&p, scores * f32);
+    w->o = zq_take(&p, rows * dp * f32);
+    w->max = zq_take(&p, rows * f32);
+    w->sum = zq_take(&p, rows * f32);
+    w->factor = zq_take(&p, rows * f32);
     if (w->int8) {
-        w->row8 = take(&p, rows * d4);
-        w->q8 = take(&p, rows * d4);
-        w->q_sum = take(&p, rows * f32);
-        w->k8 = take(&p, tile * d4);
-        w->v8 = take(&p, tile * dp);
-        w->k_scale = take(&p, tile * f32);
-        w->v_scale = take(&p, dp * f32);
-        w->p8 = take(&p, tile * LANES);
+        w->row8 = zq_take(&p, rows * d4);
+        w->q8 = zq_take(&p, rows * d4);
+        w->q_sum = zq_take(&p, rows * f32);
+        w->k8 = zq_take(&p, tile * d4);
+        w->v8 = zq_take(&p, tile * dp);
+        w->k_scale = zq_take(&p, tile * f32);
+        w->v_scale = zq_take(&p, dp * f32);
+        w->p8 = zq_take(&p, tile * LANES);
     }
     return 1;
 }
@@ -337,7 +328,7 @@ zq_attention(const zq_attention_args *a, int64_t *bad_row)
 {
     attention t = {.a = a, .K = zq_active(), .item_rows = ITEM_ROWS};
     zq_trouble_init(&t.trouble);
-    t.first_job = zq_alloc((size_t)(a->sequences + 1) * sizeof *t.first_job);
+    t.first_job = zq_scratch(ZQ_SCRATCH_JOBS, (size_t)(a->sequences + 1) * sizeof *t.first_job);
     if (!t.first_job) {
         return ZQ_ENOMEM;
     }
@@ -348,6 +339,5 @@ zq_attention(const zq_attention_args *a, int64_t *bad_row)
         jobs = count_jobs(&t);
     }
     zq_parallel_for(jobs * a->heads, attention_job, &t);
-    zq_free(t.first_job);
     return zq_trouble_status(&t.trouble, bad_row);
 }

@@ -500,12 +500,11 @@ zq_kv_attend(zq_kv *c, int64_t layer, const zq_kv_attention *a, int64_t *bad_row
         return ZQ_ERANGE;
     }
     zq_trouble_init(&t.trouble);
-    t.first_job = zq_alloc((size_t)(c->sequences + 1) * sizeof *t.first_job);
+    t.first_job = zq_scratch(ZQ_SCRATCH_JOBS, (size_t)(c->sequences + 1) * sizeof *t.first_job);
     if (!t.first_job) {
         return ZQ_ENOMEM;
     }
     const zq_status status = run_pass(&t, bad_row);
-    zq_free(t.first_job);
     if (status == ZQ_OK) {
         leave_layer(&t);
     }

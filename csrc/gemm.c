@@ -11,6 +11,7 @@
 #include "rows_in.h"
 #include "zq_kernels.h"
 
+#include <float.h>
 #include <string.h>
 
 enum {
@@ -220,7 +221,7 @@ strip_of(const gemm_job *g, int64_t t0, int64_t t1, int64_t base, const operand 
     const zq_tile tile = {.k = g->kpad, .group = w->group, .lda = op->lda, .pairs = g->split == 2, .act = g->out->act,
                           .ldy = ldy, .ldr = g->out->ld_residual, .stream = g->stream_out, .ld_start = g->groups,
                           .rank = g->out->add.rank, .ld_low = g->out->add.ld_t,
-                          .ahead_step = zq_ceil_div(128, t1 - t0), .ahead_to_l2 = zq_fetch_to_l2 && !g->near};
+                          .ahead_step = zq_ceil_div(128, t1 - t0), .ahead_to_l2 = g->K->fetch_to_l2 && !g->near};
     return (strip){.t0 = t0, .t1 = t1, .base = base, .op = op, .y = y, .blocks = 1, .tile = tile};
 }
 
@@ -464,6 +465,9 @@ quantize_outputs(gemm_job *g, int64_t r0, int64_t r1, const float *y, int64_t ld
     }
     for (int64_t r = r0; r < r1; r++, y += ldy) {
         uint8_t *q = o->q + r * o->ld_q;
+        if (!(g->K->absmax_f32(y, n) <= FLT_MAX)) {
+            zq_note_bad_row(&g->in.trouble, r);
+        }
         if (o->static_count == 1) {
             g->K->quantize_div_f32_b8(y, n, o->static_scale[0], o->static_zero[0], 0, 255, q);
         }
@@ -471,6 +475,24 @@ quantize_outputs(gemm_job *g, int64_t r0, int64_t r1, const float *y, int64_t ld
             g->K->quantize_vec_f32_b8(y, n, o->static_scale, o->static_zero, 0, 255, q);
         }
         memset(q + n, 0, (size_t)slack);
+    }
+}
+
+/* Rows of no outputs, as codes */
+static void
+quantize_nothing(int64_t m, const zq_out *out)
+{
+    for (int64_t r = 0; r < m && (out->quant == ZQ_QUANT_TOKEN_SYM || out->quant == ZQ_QUANT_TOKEN_ASYM); r++) {
+        zq_token_scale(out->quant, 0.0f, 0.0f, out->q_scale + r, out->q_zero + r);
+    }
+}
+
+/* The last of a job: streaming stores are not ordered by what tells the caller that it is done. */
+static void
+order_stores(const gemm_job *g)
+{
+    if (g->stream_out) {
+        atomic_thread_fence(memory_order_seq_cst);
     }
 }
 
@@ -521,9 +543,7 @@ chunk_job(void *ctx, int64_t c)
     if (g->quantize_out) {
         quantize_outputs(g, r0, r0 + rows, y, ldy);
     }
-    if (g->stream_out) {
-        atomic_thread_fence(memory_order_seq_cst); /* streaming stores are not ordered by the pool's release */
-    }
+    order_stores(g);
 }
 
 /* Rows per chunk so that its codes, or a block of its floats (and its outputs, when they are quantized afterwards) stay in
@@ -598,6 +618,7 @@ panel_job(void *ctx, int64_t job)
     const int64_t ldy = g->out->y ? g->out->ld_y : out_pitch(g);
     strip s = strip_of(g, 0, g->tiles, 0, &op, g->out->y ? g->out->y : g->y, ldy);
     run_panels(g, job_start(g, job), job_start(g, job + 1), &s);
+    order_stores(g);
 }
 
 static void
@@ -687,6 +708,7 @@ zq_status
 zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out, int64_t *bad_row)
 {
     if (m == 0 || w->n == 0) {
+        quantize_nothing(m, out);
         return ZQ_OK;
     }
     if (w->extras) {
@@ -699,7 +721,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
     g.item = w->kind == ZQ_W_F32 ? (int64_t)sizeof(float) : 1;
     g.lda = zq_row_pitch(w->k * (w->kind == ZQ_W_F32 ? 4 : 1));
     g.copy_in = w->kind == ZQ_W_F32 && !w->in_factor && x->ld_f32 % (ALIAS_BYTES / 4) == 0 && w->n > ZQ_NR;
-    g.panels = zq_ceil_div(w->n, ZQ_NR);
+    g.panels = zq_panel_count(w->n);
     g.prepare_in = w->in_factor || (w->kind != ZQ_W_F32 && (x->f32 || g.groups));
     g.split = x->f32 && x->quant == ZQ_QUANT_TOKEN_16 ? 2 : 1;
     set_tiles(&g, zq_ceil_div(m, mr / g.split));
@@ -722,7 +744,7 @@ zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out 
         g.chunks = count_chunks(&g, threads);
         /* One chunk each: equal chunks, since nobody can take more later. */
         if (g.chunks == threads || (threads > 1 && g.tiles < FEW_TILES * g.chunks)) {
-            set_tiles(&g, zq_round_up(g.tiles, g.chunks));
+            set_tiles(&g, zq_min(m, zq_round_up(g.tiles, g.chunks)));
         }
         zq_parallel_for(g.chunks, chunk_job, &g);
     }
@@ -758,13 +780,12 @@ s32_panel(void *ctx, int64_t p)
     }
 }
 
-zq_status
+void
 zq_gemm_u8s8_s32(const zq_linear *w, const uint8_t *a, int64_t ld, const int32_t *zero, int64_t m, int32_t *c)
 {
     assert(w->kind == ZQ_W_S8);
     s32_job s = {.w = w, .K = zq_active(), .a = a, .zero = zero, .ld = ld, .m = m, .c = c};
     if (m > 0) {
-        zq_parallel_for(zq_ceil_div(w->n, ZQ_NR), s32_panel, &s);
+        zq_parallel_for(zq_panel_count(w->n), s32_panel, &s);
     }
-    return ZQ_OK;
 }

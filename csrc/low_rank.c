@@ -23,17 +23,11 @@ struct zq_extras {
     float *weights; /* panels of (known, ZQ_NR) */
 };
 
-static int64_t
-panel_count(const zq_linear *w)
-{
-    return zq_ceil_div(w->n, ZQ_NR);
-}
-
 /* (n, rank) as panels of (rank, ZQ_NR), zeros behind column n. */
 static float *
 pack_columns(const zq_linear *w, const float *u, int64_t rank)
 {
-    const size_t bytes = (size_t)(panel_count(w) * rank * ZQ_NR) * sizeof *u;
+    const size_t bytes = (size_t)(zq_panel_count(w->n) * rank * ZQ_NR) * sizeof *u;
     float *out = zq_alloc(bytes);
     if (!out) {
         return NULL;
@@ -73,7 +67,7 @@ int64_t
 zq_extras_bytes(const zq_linear *w)
 {
     const struct zq_extras *e = w->extras;
-    const int64_t columns = panel_count(w) * ZQ_NR * (int64_t)sizeof(float);
+    const int64_t columns = zq_panel_count(w->n) * ZQ_NR * (int64_t)sizeof(float);
     return !e ? 0 : (e->rank ? zq_linear_bytes(&e->v) : 0) + (e->rank + e->known) * columns + e->known * 8;
 }
 
@@ -128,15 +122,6 @@ typedef struct {
     float *top;       /* (k) */
 } low_job;
 
-/* Takes `bytes` from a buffer, in whole cache lines. */
-static void *
-take(char **buffer, int64_t bytes)
-{
-    void *p = *buffer;
-    *buffer += zq_round_up(bytes, 64);
-    return p;
-}
-
 static int64_t
 codes_bytes(const low_job *j)
 {
@@ -146,9 +131,9 @@ codes_bytes(const low_job *j)
 static void
 take_codes(low_job *j, char **buffer)
 {
-    j->q = take(buffer, j->m * j->ld);
-    j->scale = take(buffer, j->m * 4);
-    j->zero = take(buffer, j->m * 4);
+    j->q = zq_take(buffer, j->m * j->ld);
+    j->scale = zq_take(buffer, j->m * 4);
+    j->zero = zq_take(buffer, j->m * 4);
 }
 
 /* One row of floats to codes, zeros in the slack. */
@@ -234,7 +219,7 @@ forward_corrected(low_job *j, const zq_out *out, int64_t *bad_row)
     if (!buffer) {
         return ZQ_ENOMEM;
     }
-    j->t = take(&buffer, j->m * j->rank * 4);
+    j->t = zq_take(&buffer, j->m * j->rank * 4);
     if (quantize) {
         take_codes(j, &buffer);
     }
@@ -284,7 +269,7 @@ weight_column(const zq_linear *w, int64_t column, int64_t *known, float *u, int6
         ++*known;
     }
     const int is_known = *known < e->known && e->columns[*known] == column;
-    for (int64_t p = 0; p < panel_count(w); p++) {
+    for (int64_t p = 0; p < zq_panel_count(w->n); p++) {
         float *out = u + (p * rank + r) * ZQ_NR;
         if (is_known) {
             memcpy(out, e->weights + (p * e->known + *known) * ZQ_NR, ZQ_NR * sizeof *out);
@@ -324,14 +309,14 @@ forward_outliers(low_job *j, const zq_out *out, int64_t *bad_row)
     zq_parallel_for(zq_ceil_div(w->k, BLOCK_COLUMNS), top_job, j);
     j->rank = find_outliers(j, NULL);
     const int64_t columns = zq_round_up(j->rank * 8, 64), t = zq_round_up(j->m * j->rank * 4, 64);
-    const int64_t u = panel_count(w) * ZQ_NR * j->rank * 4;
+    const int64_t u = zq_panel_count(w->n) * ZQ_NR * j->rank * 4;
     char *buffer = zq_scratch(ZQ_SCRATCH_LOW, (size_t)(columns + t + u + codes_bytes(j)));
     if (!buffer) {
         return ZQ_ENOMEM;
     }
-    j->columns = take(&buffer, j->rank * 8);
-    j->t = take(&buffer, j->m * j->rank * 4);
-    float *panels = take(&buffer, u);
+    j->columns = zq_take(&buffer, j->rank * 8);
+    j->t = zq_take(&buffer, j->m * j->rank * 4);
+    float *panels = zq_take(&buffer, u);
     take_codes(j, &buffer);
     find_outliers(j, j->columns);
     int64_t known = 0;

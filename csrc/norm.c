@@ -11,7 +11,8 @@
 enum { JOB_ITEMS = 32768 };
 
 /* Elements of the rows that a kernel gets at once: with a residual and the output they still fit into L1. Two rows may be
- * longer: one alone hides no latency, which costs more. Softmax goes over them row by row and takes as many as a job has. */
+ * longer: one alone hides no latency, which costs more. Softmax goes over them row by row and takes as many as a job has,
+ * unless they become codes. */
 enum { BATCH_ITEMS = 3072, PAIR_ITEMS = 4096 };
 
 /* Floats of a cache line, and rows of a thread from which on gamma and beta are worth a copy that begins with a line. */
@@ -214,14 +215,13 @@ static unsigned
 softmax_rows(const row_jobs *j, const affine *a, int64_t row, int64_t rows, float *y, zq_range *range)
 {
     (void)a;
-    (void)range; /* probabilities are not quantized */
-    return j->K->softmax_rows_f32(j->x + row * j->n, rows, j->n, y);
+    return j->K->softmax_rows_f32(j->x + row * j->n, rows, j->n, y, range);
 }
 
 zq_status
-zq_softmax(const float *x, int64_t m, int64_t n, float *y, int64_t *bad_row)
+zq_softmax(const float *x, int64_t m, int64_t n, const zq_rows_out *out, int64_t *bad_row)
 {
-    const zq_rows_out out = {.y = y, .quant = ZQ_QUANT_NONE};
-    row_jobs j = {.fn = softmax_rows, .batch_items = JOB_ITEMS, .x = x, .m = m, .n = n, .out = &out};
+    const int64_t batch = out->quant == ZQ_QUANT_NONE ? JOB_ITEMS : BATCH_ITEMS;
+    row_jobs j = {.fn = softmax_rows, .batch_items = batch, .x = x, .m = m, .n = n, .out = out};
     return run(&j, bad_row);
 }

@@ -15,12 +15,6 @@
 #include <string.h>
 
 static int64_t
-panel_count(int64_t n)
-{
-    return zq_ceil_div(n, ZQ_NR);
-}
-
-static int64_t
 group_count(const zq_linear *w)
 {
     return zq_ceil_div(w->k, w->group);
@@ -90,7 +84,7 @@ zq_linear_input(zq_linear *w, float scale, int32_t zero, const float *factor, co
 int64_t
 zq_linear_bytes(const zq_linear *w)
 {
-    const int64_t panels = panel_count(w->n);
+    const int64_t panels = zq_panel_count(w->n);
     const int64_t grouped = w->kind == ZQ_W_S8_GROUP || w->kind == ZQ_W_S4_GROUP;
     const int64_t words = w->kind == ZQ_W_F32 ? 1 : grouped ? 2 : 3;
     const int64_t input = ((w->in_factor != NULL) + (w->in_shift != NULL)) * w->k * 4;
@@ -103,7 +97,7 @@ start(zq_linear *w, zq_weight_kind kind, int64_t n, int64_t k, int64_t group, in
 {
     const int grouped = kind == ZQ_W_S8_GROUP || kind == ZQ_W_S4_GROUP,
               zero = !grouped ? 0 : kind == ZQ_W_S4_GROUP ? 0x88 : 0x80;
-    const int64_t panels = panel_count(n), columns = panels * ZQ_NR;
+    const int64_t panels = zq_panel_count(n), columns = panels * ZQ_NR;
     *w = (zq_linear){.kind = kind, .n = n, .k = k, .group = group, .panel_bytes = panel_bytes};
     w->panels = zq_alloc((size_t)(panels * panel_bytes) + ZQ_PANEL_SLACK);
     w->bias = alloc_words(columns);
@@ -148,7 +142,7 @@ void
 zq_linear_fill_f32(zq_linear *w, const float *weight)
 {
     assert(w->kind == ZQ_W_F32);
-    zq_parallel_for(panel_count(w->n), pack_f32_panel, &(pack_job){.w = w, .weight = weight});
+    zq_parallel_for(zq_panel_count(w->n), pack_f32_panel, &(pack_job){.w = w, .weight = weight});
 }
 
 zq_status
@@ -163,23 +157,14 @@ zq_linear_pack_f32(zq_linear *w, const float *weight, int64_t n, int64_t k, cons
 
 /* -128 would make |code| * 255 * k leave int32 earlier, and has no counterpart in +-127 grids. */
 static int
-has_code_below(const int8_t *codes, int64_t count, int8_t lowest)
+codes_within(const int8_t *codes, int64_t count, int8_t lowest, int8_t highest)
 {
-    int8_t m = 0;
+    int8_t lo = 0, hi = 0;
     for (int64_t i = 0; i < count; i++) {
-        m = codes[i] < m ? codes[i] : m;
+        lo = codes[i] < lo ? codes[i] : lo;
+        hi = codes[i] > hi ? codes[i] : hi;
     }
-    return m < lowest;
-}
-
-static int
-has_code_above(const int8_t *codes, int64_t count, int8_t highest)
-{
-    int8_t m = 0;
-    for (int64_t i = 0; i < count; i++) {
-        m = codes[i] > m ? codes[i] : m;
-    }
-    return m > highest;
+    return lo >= lowest && hi <= highest;
 }
 
 static void
@@ -250,14 +235,14 @@ zq_linear_fill_codes(zq_linear *w, const int8_t *codes, const float *scales)
     if (w->zcorr) { /* adds up over the groups */
         memset(w->zcorr, 0, (size_t)w->n * sizeof *w->zcorr);
     }
-    zq_parallel_for(panel_count(w->n), w->kind == ZQ_W_S8 ? pack_s8_panel : pack_group_panel,
+    zq_parallel_for(zq_panel_count(w->n), w->kind == ZQ_W_S8 ? pack_s8_panel : pack_group_panel,
                     &(pack_job){.w = w, .codes = codes, .scales = scales});
 }
 
 zq_status
 zq_linear_pack_s8(zq_linear *w, const int8_t *codes, const float *scale, int64_t n, int64_t k, const float *bias)
 {
-    if (k > ZQ_MAX_K || has_code_below(codes, n * k, -127)) {
+    if (k > ZQ_MAX_K || !codes_within(codes, n * k, -127, 127)) {
         return ZQ_ERANGE;
     }
     const zq_status s = start(w, ZQ_W_S8, n, k, k, zq_round_up(k, 4) * ZQ_NR, bias);
@@ -272,10 +257,13 @@ zq_linear_pack_group(zq_linear *w, const int8_t *codes, const float *scales, int
                      const float *bias)
 {
     const int four = bits == 4;
-    if (group >= k) {
-        group = zq_round_up(zq_max(k, 1), ZQ_KSTEP); /* one group, as deep as the padded panel */
+    if (k == 0) { /* no groups: one scale per channel, of which nothing is multiplied with it */
+        return start(w, ZQ_W_S8, n, k, k, 0, bias);
     }
-    if (k > ZQ_MAX_K || has_code_below(codes, n * k, four ? -8 : -127) || has_code_above(codes, n * k, four ? 7 : 127)) {
+    if (group >= k) {
+        group = zq_round_up(k, ZQ_KSTEP); /* one group, as deep as the padded panel */
+    }
+    if (k > ZQ_MAX_K || !codes_within(codes, n * k, four ? -8 : -127, four ? 7 : 127)) {
         return ZQ_ERANGE;
     }
     const int64_t bytes =

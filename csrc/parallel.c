@@ -19,9 +19,11 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -219,6 +221,20 @@ worker(void *arg)
     return NULL;
 }
 
+/* Signals that are sent to the process belong to the threads of the program, which may wait for them; those that a thread's own
+ * faults raise stay. */
+static void
+block_signals(sigset_t *before)
+{
+    static const int own[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS};
+    sigset_t all;
+    sigfillset(&all);
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
+        sigdelset(&all, own[i]);
+    }
+    pthread_sigmask(SIG_SETMASK, &all, before);
+}
+
 /* Called with `busy` held. Creating fewer than asked for is not an error: the caller does the work. */
 static void
 grow_pool(int workers)
@@ -227,10 +243,13 @@ grow_pool(int workers)
         const int me = pool.workers + 1;
         pthread_t t;
         pthread_attr_t attr;
+        sigset_t before;
         pthread_cond_init(&pool.wake[me], NULL);
         pthread_attr_init(&attr);
         pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+        block_signals(&before); /* a new thread has its creator's mask */
         const int failed = pthread_create(&t, &attr, worker, (void *)(intptr_t)me);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
         pthread_attr_destroy(&attr);
         if (failed) {
             return;
@@ -421,7 +440,8 @@ free_scratch(void *p)
     for (int i = 0; i < ZQ_SCRATCH_SLOTS; i++) {
         zq_free(s->p[i]);
     }
-    free(s);
+    zq_free(s);
+    scratch = NULL; /* what ends later with the thread may still ask */
 }
 
 static void
@@ -436,10 +456,11 @@ zq_scratch(int slot, size_t bytes)
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     if (!scratch) {
         pthread_once(&once, make_scratch_key);
-        scratch = calloc(1, sizeof *scratch);
+        scratch = zq_alloc(sizeof *scratch);
         if (!scratch) {
             return NULL;
         }
+        memset(scratch, 0, sizeof *scratch);
         pthread_setspecific(scratch_key, scratch);
     }
     if (!scratch->p[slot] || scratch->bytes[slot] < bytes) { /* 0 bytes are memory too */

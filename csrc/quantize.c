@@ -13,11 +13,12 @@
 
 /* ---- scales ------------------------------------------------------------------------------------- */
 
-/* amax / levels, or 0 when that is too small to divide by. */
+/* amax / levels, or 0 when that is too small to divide by; one less in its last place where levels of it are Inf. */
 static float
 absmax_scale(float amax, float levels)
 {
-    return amax < FLT_MIN * levels ? 0.0f : amax / levels;
+    const float s = amax / levels;
+    return amax < FLT_MIN * levels ? 0.0f : s * levels <= FLT_MAX ? s : fmaf(s, -0x1p-24f, s);
 }
 
 /* (hi - lo) / levels for lo <= 0 <= hi, or 0 when that is too small to divide by. */

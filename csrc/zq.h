@@ -62,7 +62,8 @@ typedef enum { ZQ_W_F32, ZQ_W_S8, ZQ_W_S8_GROUP, ZQ_W_S4_GROUP } zq_weight_kind;
 #define ZQ_NEVER INT64_MIN /* zq_linear.last_use before the first product */
 
 /* A weight matrix packed for the micro-kernels: panels of ZQ_NR output channels, the same layout at every
- * dispatch level (see pack.c). Read-only after packing, but for last_use; may be used from many threads. */
+ * dispatch level (see pack.c). Read-only from its first product on, but for last_use, and then for many threads:
+ * zq_linear_correct, _set_outliers, _input and _fill_* come before it. */
 typedef struct zq_linear {
     zq_weight_kind kind;
     int64_t n, k;        /* output channels, input features */
@@ -140,6 +141,8 @@ typedef struct {
     } add;
 } zq_out;
 
+/* Float32 results are finite as long as their parts are: sums of codes times the token's scale, each group's sum of codes times
+ * its scale, and float32 sums are rounded to float32 on the way. */
 zq_status zq_linear_forward(const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out, int64_t *bad_row);
 
 /* The same for a weight with extras; zq_linear_forward calls it. */
@@ -149,8 +152,7 @@ int64_t zq_extras_bytes(const zq_linear *w);
 
 /* Exact integer product: acc = (a - zero_a) (b - zero_b)^T is built on this: c (m, n) int32 = a (m, k) u8 times
  * packed s8 weights, minus zero[i] * column sums. Used by MatMulInteger and the tests. */
-zq_status zq_gemm_u8s8_s32(const zq_linear *w, const uint8_t *a, int64_t ld, const int32_t *zero, int64_t m,
-                           int32_t *c);
+void zq_gemm_u8s8_s32(const zq_linear *w, const uint8_t *a, int64_t ld, const int32_t *zero, int64_t m, int32_t *c);
 
 /* ---- quantizers (quantize.c), Transformer operators (norm.c, attention.c), decoders (kv.c, attention_kv.c) ---- */
 #include "zq_quantize.h"

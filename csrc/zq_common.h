@@ -1,5 +1,4 @@
-/* Compiler glue shared by every C file: restrict, target regions, checked sizes, aligned memory.
- * These are the only macros of the core besides the kernel list. */
+/* What every C file shares: compiler glue, small arithmetic, memory. */
 #ifndef ZQ_COMMON_H
 #define ZQ_COMMON_H
 
@@ -49,6 +48,15 @@ zq_round_up(int64_t a, int64_t b)
     return zq_ceil_div(a, b) * b;
 }
 
+/* `bytes` bytes from *free on, whole cache lines. */
+ZQ_INLINE void *
+zq_take(char **free, int64_t bytes)
+{
+    char *p = *free;
+    *free += zq_round_up(bytes, 64);
+    return p;
+}
+
 /* Memory for operands: 64-byte aligned, at least one cache line of readable slack behind the end; from
  * 1 MiB on aligned to 2 MiB and advised for huge pages (4 KiB pages cost a third of the DRAM bandwidth).
  * NULL when it does not fit. The one allocator of the core. */
@@ -56,7 +64,16 @@ void *zq_alloc(size_t bytes);
 void zq_free(void *p);
 
 /* A buffer of this thread that only grows and is freed when the thread ends; slot < ZQ_SCRATCH_SLOTS. */
-enum { ZQ_SCRATCH_A, ZQ_SCRATCH_Y, ZQ_SCRATCH_NN, ZQ_SCRATCH_ROW, ZQ_SCRATCH_LOW, ZQ_SCRATCH_SUMS, ZQ_SCRATCH_SLOTS };
+enum {
+    ZQ_SCRATCH_A,
+    ZQ_SCRATCH_Y,
+    ZQ_SCRATCH_NN,
+    ZQ_SCRATCH_ROW,
+    ZQ_SCRATCH_LOW,
+    ZQ_SCRATCH_SUMS,
+    ZQ_SCRATCH_JOBS,
+    ZQ_SCRATCH_SLOTS
+};
 void *zq_scratch(int slot, size_t bytes);
 
 #endif

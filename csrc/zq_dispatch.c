@@ -1,5 +1,5 @@
-/* Which kernels run. Tables are filled once, at import, and read-only afterwards; zq_level_use() swaps one
- * atomic pointer. Order: ref < avx2 < avxvnni < avx512vnni < amx; each level starts as a copy of the one that it builds on. */
+/* Which kernels run. Tables are filled at import and read-only afterwards, but for tests that ask for other choices than the
+ * CPU's (zq_cpu_choices_use); zq_level_use() swaps one atomic pointer. Order: ref < avx2 < avxvnni < avx512vnni < amx; each level starts as a copy of the one that it builds on. */
 #define _GNU_SOURCE
 #include "zq_kernels.h"
 
@@ -25,8 +25,7 @@ static zq_kernels tables[ZQ_LEVELS];
 static _Atomic(const zq_kernels *) active;
 static atomic_int active_level;
 static int64_t l2_room = 512 << 10;
-static int tall_groups = -1;
-int zq_fetch_to_l2;
+static zq_cpu_choices asked = {-1, -1};
 
 /* Asked once, as cpuid takes tens of microseconds in a virtual machine; one that hides its caches has what Zen 4 and 5 have.
  * More than 1 MiB has not been measured. */
@@ -96,16 +95,50 @@ has_amx(void)
     return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-/* What is chosen by the CPU's maker. Intel: the ports of the dot products do all other 512-bit arithmetic too, where AMD's Zen 5
- * has others for it, so that groups go in tall tiles; and of what is fetched out of memory to L1, so much waits there that little
- * can be read from L2 meanwhile. What comes from L2 or L3 is better fetched to L1 here too (by up to a quarter). */
-static int
-is_intel(void)
-{
-    __builtin_cpu_init();
-    return __builtin_cpu_is("intel");
-}
 #endif
+
+/* What is chosen by the CPU's maker; others have the choices of the last line. Intel: the ports of the dot products do all other
+ * 512-bit arithmetic too, where AMD's Zen 5 has others for it, so that groups go in tall tiles; and of what is fetched out of
+ * memory to L1, so much waits there that little can be read from L2 meanwhile. What comes from L2 or L3 is better fetched to L1
+ * there too (by up to a quarter). Zen 4 has what Zen 5 has: nobody has compared them there. */
+static const struct {
+    char maker[13];
+    zq_cpu_choices choices;
+} by_maker[] = {
+    {"GenuineIntel", {.tall_groups = 1, .fetch_to_l2 = 1}},
+    {"AuthenticAMD", {.tall_groups = 0, .fetch_to_l2 = 0}},
+    {"", {.tall_groups = 0, .fetch_to_l2 = 0}},
+};
+
+static void
+find_maker(char maker[13])
+{
+    memset(maker, 0, 13);
+#if defined(__x86_64__)
+    unsigned a, part[3] = {0}; /* ebx, ecx, edx, of which the name is the first, the third and the second */
+    if (__get_cpuid(0, &a, &part[0], &part[1], &part[2])) {
+        memcpy(maker, &part[0], 4);
+        memcpy(maker + 4, &part[2], 4);
+        memcpy(maker + 8, &part[1], 4);
+    }
+#endif
+}
+
+/* This CPU's, but for what zq_cpu_choices_use asked for. */
+static zq_cpu_choices
+cpu_choices(void)
+{
+    char maker[13];
+    size_t i = 0;
+    find_maker(maker);
+    while (by_maker[i].maker[0] && strcmp(by_maker[i].maker, maker) != 0) {
+        i++;
+    }
+    zq_cpu_choices c = by_maker[i].choices;
+    c.tall_groups = asked.tall_groups < 0 ? c.tall_groups : asked.tall_groups;
+    c.fetch_to_l2 = asked.fetch_to_l2 < 0 ? c.fetch_to_l2 : asked.fetch_to_l2;
+    return c;
+}
 
 int
 zq_level_supported(zq_level level)
@@ -134,7 +167,9 @@ zq_level_best(zq_level cap)
 static void
 fill_tables(void)
 {
+    const zq_cpu_choices choices = cpu_choices();
     fill_ref(&tables[ZQ_REF]);
+    tables[ZQ_REF].fetch_to_l2 = choices.fetch_to_l2; /* which the other levels inherit */
     tables[ZQ_AVX2] = tables[base_level[ZQ_AVX2]];
 #if defined(__x86_64__)
     zq_fill_quantize__avx2(&tables[ZQ_AVX2]);
@@ -147,8 +182,7 @@ fill_tables(void)
     zq_fill_gemm__avxvnni(&tables[ZQ_AVXVNNI]);
     zq_fill_quantize__avx512vnni(&tables[ZQ_AVX512VNNI]);
     zq_fill_nn__avx512vnni(&tables[ZQ_AVX512VNNI]);
-    zq_fill_gemm__avx512vnni(&tables[ZQ_AVX512VNNI], tall_groups < 0 ? is_intel() : tall_groups);
-    zq_fetch_to_l2 = is_intel();
+    zq_fill_gemm__avx512vnni(&tables[ZQ_AVX512VNNI], choices.tall_groups);
 #endif
     tables[ZQ_AMX] = tables[base_level[ZQ_AMX]];
 #if defined(__x86_64__)
@@ -157,9 +191,9 @@ fill_tables(void)
 }
 
 void
-zq_tall_groups_use(int choice)
+zq_cpu_choices_use(zq_cpu_choices choices)
 {
-    tall_groups = choice;
+    asked = choices;
     fill_tables();
 }
 

@@ -13,6 +13,13 @@
 /* Output channels per panel of packed weights; a group has a multiple of ZQ_KSTEP input features, but the last. */
 enum { ZQ_NR = 32, ZQ_KSTEP = 8 };
 
+/* Panels of n output channels */
+ZQ_INLINE int64_t
+zq_panel_count(int64_t n)
+{
+    return zq_ceil_div(n, ZQ_NR);
+}
+
 /* Readable bytes behind the last panel, as kernels of deep steps read whole ones and multiply what is too much by 0. */
 enum { ZQ_PANEL_SLACK = 2048 };
 
@@ -224,8 +231,9 @@ enum { ZQ_ROWS = 8 };
     X(rmsnorm_f32, int, (const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y)) \
     /* y = act(x) (* up if not NULL); y may be x or up. Bad: x or up holds NaN or Inf, or an end of the range is Inf */ \
     X(activation_rows_f32, unsigned, (const float *x, const float *up, int64_t rows, int64_t n, zq_activation act, float *y, zq_range *range)) \
-    /* y = exp(x - max x) / sum, see zq_softmax; y may be x. Bad: x holds NaN or +Inf */ \
-    X(softmax_rows_f32, unsigned, (const float *x, int64_t rows, int64_t n, float *y)) \
+    /* y = exp(x - max x) / sum, see zq_softmax; y may be x. Bad: x holds NaN or +Inf. range: of y per \
+     * row, 0 to exp(0) / sum, or NULL */ \
+    X(softmax_rows_f32, unsigned, (const float *x, int64_t rows, int64_t n, float *y, zq_range *range)) \
     /* max over x of finite or -Inf values; -Inf for n = 0 */ \
     X(max_f32, float, (const float *x, int64_t n)) \
     /* y = (x - shift) * factor, one of each per element; without shift (NULL) y = x * factor */ \
@@ -294,14 +302,14 @@ typedef struct zq_kernels {
     int few_tiles;
     /* Weights out of memory are read once, not once per thread, by up to so many rows: who computes fast waits for memory. */
     int memory_rows;
+    /* Whether weights out of memory are prefetched to L2 rather than to L1. */
+    int fetch_to_l2;
 } zq_kernels;
 
 #define X(name, ret, args) ret zq_##name##__ref args;
 ZQ_KERNELS(X)
 #undef X
 
-/* Whether weights out of memory are better fetched to L2 than to L1. Set at import, by CPU. */
-extern int zq_fetch_to_l2;
 /* Of a core's L2, what a chunk of rows may occupy, in bytes: half of it. Speed alone depends on it. */
 int64_t zq_l2_room(void);
 /* The active level's table: load it once per entry into the core, not per row. */
@@ -311,9 +319,13 @@ zq_level zq_kernel_origin(zq_level level, int i);
 extern const char *const zq_kernel_names[];
 extern const int zq_kernel_count;
 
-/* Which of AVX-512's tiles of groups run, as the bits are the same: 1 tall ones (12x32), 0 low ones (4x32), -1 what suits this
- * CPU, as at import. For tests and measurements: no kernel may be running. */
-void zq_tall_groups_use(int choice);
+/* What depends on the CPU, not on its levels, and on which no bit of a result depends: 0 or 1; -1 is what suits this CPU, as at
+ * import (one table in zq_dispatch.c). For tests and measurements: no kernel may be running. */
+typedef struct {
+    int tall_groups; /* avx512vnni: tiles of groups are 12x32 rather than 4x32 */
+    int fetch_to_l2; /* as in zq_kernels */
+} zq_cpu_choices;
+void zq_cpu_choices_use(zq_cpu_choices choices);
 
 /* Each x86 level fills in its own families (one function per file). */
 #if defined(__x86_64__)

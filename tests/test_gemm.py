@@ -1,6 +1,10 @@
 """Linear layers and integer products: every kernel at every level against the layer below, bit for bit."""
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -34,27 +38,27 @@ def same_bits(a, b):
 
 
 @contextmanager
-def tiles(choice):
-    """AVX-512's groups in low tiles (0), in tall ones (1), or as suits this CPU (-1)."""
-    _core.use_tall_groups(choice)
+def as_on(choice):
+    """AVX-512's groups in low tiles and memory fetched to L1, as on AMD's CPUs (0); tall ones and L2, as on Intel's (1)."""
+    _core.use_cpu_choices(choice, choice)
     try:
         yield
     finally:
-        _core.use_tall_groups(-1)
+        _core.use_cpu_choices(-1, -1)
 
 
 def everywhere(run):
-    """run() at every level, where there are two kinds of tiles with both, with 1 and 2 threads; all must agree with ref on one
-    thread. Returns that result."""
+    """run() at every level, with either maker's choices, with 1 and 2 threads; all must agree with ref on one thread. Returns
+    that result."""
     want = None
     for level in LEVELS:
-        for choice in (0, 1) if level in ("avx512vnni", "amx") else (-1,):
-            with zq.cpu.use(level), tiles(choice):
+        for choice in (0, 1) if level != "ref" else (-1,):
+            with zq.cpu.use(level), as_on(choice):
                 for threads in (1, 2):
                     _core.set_threads(threads)
                     got = run()
                     want = got if want is None else want
-                    assert same_bits(got, want), f"{level}, tiles {choice}, {threads} threads"
+                    assert same_bits(got, want), f"{level}, choice {choice}, {threads} threads"
     return want
 
 
@@ -180,15 +184,15 @@ def test_groups_in_tiles_of_many_rows(m, bits, group):
 
 
 @pytest.mark.skipif("avx512vnni" not in LEVELS, reason="the tiles to choose from are AVX-512's")
-def test_which_tiles_of_groups_run():
-    """Tall ones on Intel; the comparisons above are of both."""
-    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+def test_what_is_chosen_by_the_maker_of_the_cpu():
+    """Tall tiles and L2 on Intel; the comparisons above are of both."""
+    own = (12, 1) if "GenuineIntel" in Path("/proc/cpuinfo").read_text() else (4, 0)
     with zq.cpu.use("avx512vnni"):
-        assert [_core.use_tall_groups(choice) for choice in (1, 0, -1)] == [12, 4, 12 if intel else 4]
-        with pytest.raises(ValueError, match="choice"):
-            _core.use_tall_groups(2)
-        with pytest.raises(TypeError, match="choice"):
-            _core.use_tall_groups("tall")
+        assert [_core.use_cpu_choices(*c) for c in ((1, 0), (0, 1), (-1, -1))] == [(12, 0), (4, 1), own]
+        with pytest.raises(ValueError, match="tall_groups"):
+            _core.use_cpu_choices(2, 0)
+        with pytest.raises(TypeError, match="fetch_to_l2"):
+            _core.use_cpu_choices(0, "L2")
 
 
 def int16_layers(d, n, k, group):
@@ -588,6 +592,64 @@ def test_large_outputs_behind_an_activation_have_the_bits_of_small_ones(isa, res
     assert np.array_equal(rows(0, m), np.concatenate([rows(0, m // 2), rows(m // 2, m)]))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 30])
+def test_groups_of_no_input_features(m, bits):
+    """Nothing times nothing is the bias, with groups as without."""
+    bias = np.arange(3, dtype=np.float32)
+    handle = _core.linear_pack_group(np.zeros((3, 0), np.int8), np.zeros((3, 0), np.float32), 8, bits, bias)
+    got = everywhere(lambda: _core.linear_forward(handle, np.zeros((m, 0), np.float32), 2, 0, None, 0))
+    assert np.array_equal(got, np.broadcast_to(bias, (m, 3)))
+
+
+@pytest.mark.parametrize("quantize", ["symmetric", "asymmetric"])
+def test_codes_of_no_output_channels_have_the_scale_of_zeros(quantize):
+    codes, scale = np.zeros((0, 8), np.int8), np.zeros(0, np.float32)
+    q, scales, zeros = ops.linear_w8a8(np.ones((4, 8), np.float32), codes, scale, quantize=quantize)
+    assert q.shape == (4, 0) and scales.tolist() == [1.0] * 4
+    assert zeros is None if quantize == "symmetric" else zeros.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("m", [3, 70])
+def test_nothing_that_is_not_finite_becomes_static_codes(m):
+    """NaN of a float32 weight's input, and of a residual: an error as with codes per token, not code 0."""
+    d = make(m, 40, 16)
+    x = d["x"].copy()
+    x[2, 1] = np.nan
+    residual = d["residual"].copy()
+    residual[1, 39] = -np.inf
+    plain, packed = _core.linear_pack_f32(d["w"], None), _core.linear_pack_s8(d["codes"], d["scales"][:, 0].copy(), None)
+    for scale, zero in ((np.float32([0.1]), np.int32([7])), (np.full(40, 0.1, np.float32), np.full(40, 7, np.int32))):
+        for level in LEVELS:
+            with zq.cpu.use(level):
+                with pytest.raises(ValueError, match="NaN or Inf in row 2"):
+                    _core.linear_forward(plain, x, 0, 0, None, (scale, zero))
+                with pytest.raises(ValueError, match="residual: NaN or Inf in row 1"):
+                    _core.linear_forward(packed, d["x"], 2, 0, residual, (scale, zero))
+
+
+def test_zero_points_are_codes():
+    handle = _core.linear_pack_s8(np.ones((1, 1), np.int8), np.ones(1, np.float32), None)
+    for dtype, low, high in ((np.uint8, 0, 255), (np.int8, -128, 127)):
+        a = np.ones((2, 1), dtype)
+        for zero in (low, high):
+            assert _core.gemm_s32(a, handle, np.int32([0, zero])).tolist() == [[1], [1 - zero]]
+        for zero in (low - 1, high + 1, 2**31 - 1, -(2**31)):
+            with pytest.raises(ValueError, match=f"zero: expected {low} to {high}, got {zero} in row 1"):
+                _core.gemm_s32(a, handle, np.int32([0, zero]))
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs POSIX signals")
+def test_workers_leave_signals_to_the_program():
+    """Blocked in the main thread after the pool has started, a signal waits there; no worker takes it."""
+    code = ("import os, signal, numpy as np\nfrom zquant import _core\n_core.set_threads(2)\n"
+            "w = _core.linear_pack_f32(np.ones((512, 512), np.float32), None)\n"
+            "_core.linear_forward(w, np.ones((512, 512), np.float32), 0, 0, None, 0)\n"
+            "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})\nos.kill(os.getpid(), signal.SIGUSR1)\n"
+            "assert signal.sigwait({signal.SIGUSR1}) == signal.SIGUSR1")
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}, timeout=60)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_are_refused_with_the_row(bad):
     d = make(40, 6, 16)
@@ -718,8 +780,6 @@ def test_workers_that_sleep_wake_up():
 
 
 def test_works_in_a_forked_child():
-    import os
-
     d = make(200, 96, 128)
     _core.set_threads(2)
     want = ops.linear(d["x"], d["w"])

@@ -212,7 +212,8 @@ def test_rows_do_not_depend_on_how_they_are_shared_out(m):
     n = 384
     x, w = make(m, n), make(n, seed=1)
     for run in (lambda a: _core.layer_norm(a, None, w, w, 1e-5, 2)[0], lambda a: _core.activation(a, ACTIVATIONS["gelu"], 0),
-                _core.softmax, lambda a: _core.quantize_tokens(a, 2, False)[0]):
+                lambda a: _core.softmax(a, 0), lambda a: _core.softmax(a, 2)[0],
+                lambda a: _core.quantize_tokens(a, 2, False)[0]):
         alone = np.concatenate([run(row[None]) for row in x])
         before = _core.threads()
         try:
@@ -301,7 +302,7 @@ def test_rows_without_features_and_no_rows():
 def test_softmax_at_every_size():
     for n in SIZES:
         x = make(3, n, scale=5)
-        y = everywhere(_core.softmax, x)
+        y = everywhere(_core.softmax, x, 0)
         assert_close(y, ref.softmax(x), rtol=3e-6, atol=1e-36)  # x - max is rounded: up to half an ulp of 35
         assert_close(y.astype(np.float64).sum(-1), np.ones(3), atol=1e-6)
 
@@ -310,7 +311,24 @@ def test_softmax_extremes():
     inf = np.inf
     x = np.float32([[1e30, -1e30, 0, 1e30], [-inf, 0, -inf, 0], [-inf] * 4, [-3e38, -3e38, 3e38, -inf], [1e-45] * 4])
     want = [[0.5, 0, 0, 0.5], [0, 0.5, 0, 0.5], [0] * 4, [0, 0, 1, 0], [0.25] * 4]
-    assert everywhere(_core.softmax, x).tolist() == want
+    assert everywhere(_core.softmax, x, 0).tolist() == want
+
+
+@pytest.mark.parametrize("quantize", ["symmetric", "asymmetric"])
+def test_softmax_in_codes_is_the_quantized_softmax(quantize):
+    """At every level; the rows' ranges come from their sums, so that rows of nothing and of one element count too."""
+    for m, n in [(1, 1), (3, 7), (17, 33), (9, 384), (5, 1000), (3, 5000)]:
+        x = make(m, n, scale=5)
+        x[0] = -np.inf
+        x[-1, ::2] = -np.inf
+        got = everywhere(lambda a: ops.softmax(a, quantize=quantize), x)
+        want = ops.quantize_per_token(ops.softmax(x), symmetric=quantize == "symmetric")
+        assert same_bits(got[0], want[0]) and same_bits(got[1], want[1])
+        assert got[2] is want[2] is None or same_bits(got[2], want[2])
+    with pytest.raises(ValueError, match="x: NaN or .Inf in row 1"):
+        ops.softmax(np.float32([[0, 1], [0, np.inf]]), quantize=quantize)
+    with pytest.raises(ValueError, match="quantize: expected"):
+        ops.softmax(x, quantize="int8")
 
 
 # ---- attention -------------------------------------------------------------------------------------------------
@@ -495,8 +513,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(isa, m, n):
     """Kernels take several rows at once; every third one here is so large that the norms have to rescale it."""
     x, r, w, b = make(m, n), make(m, n, seed=1), make(n, seed=2), make(n, seed=3)
     x[1::3] *= HUGE
-    calls = [lambda a, c: _core.softmax(a)]
+    calls = []
     for mode in (0, 1, 2):
+        calls.append(lambda a, c, mode=mode: _core.softmax(a, mode))
         calls += [lambda a, c, mode=mode: _core.layer_norm(a, None, w, b, 1e-5, mode),
                   lambda a, c, mode=mode: _core.layer_norm(a, c, w, b, 1e-5, mode),
                   lambda a, c, mode=mode: _core.rms_norm(a, None, w, 1e-5, mode),
@@ -586,7 +605,7 @@ def test_kernels_do_not_read_behind_the_end(isa, guarded):
             _core.rms_norm(x, r, w, 1e-5, mode)
             _core.gated(x, r, 4, mode)
             _core.activation(x, 2, mode)
-        _core.softmax(x)
+            _core.softmax(x, mode)
     for tokens, heads, d in [(1, 1, 1), (3, 2, 5), (33, 1, 16), (47, 2, 9), (64, 1, 32), (270, 1, 7)]:
         qkv = guarded(make_qkv(tokens, heads, d))
         _core.attention_fused(qkv, guarded(np.int64([0, tokens])), heads, 0.5, guarded(np.ones(tokens, np.uint8)), 2)
@@ -602,6 +621,7 @@ def test_awkward_arrays_give_the_same_bits(isa, nasty_arrays):
         "gelu": ops.gelu,
         "gated": lambda a: ops.gated(a, a),
         "softmax": ops.softmax,
+        "softmax in codes": lambda a: ops.softmax(a, quantize="asymmetric"),
         "attention": lambda a: ops.attention(a[None], a[None], a[None], 3),
     }
     for name, call in calls.items():

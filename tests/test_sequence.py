@@ -53,6 +53,15 @@ def test_what_is_refused(inputs, calls, error):
         _core.sequence(inputs, calls)
 
 
+def test_what_is_no_tuple_is_named():
+    with pytest.raises(TypeError, match=r"calls: expected tuples .*, got \[1, 2\]"):
+        _core.sequence(1, [[1, 2]])
+    with pytest.raises(TypeError, match="expected a tuple of which to take item 0, got 3"):
+        _core.run_sequence(_core.sequence(1, [(max, (None, 3), (0, -1), 1, 0, None)]), 2)
+    with pytest.raises(IndexError):
+        _core.run_sequence(_core.sequence(1, [(divmod, (None, 3), (0, -1), 1, 5, None)]), 2)
+
+
 def test_inputs_come_first():
     calls = Calls()
     calls.add(max, calls.input(), 2)

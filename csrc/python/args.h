@@ -16,6 +16,9 @@
 #include "../zq.h"
 #include "../zq_common.h"
 
+/* A METH_FASTCALL wrapper as an entry of a method table */
+#define FAST(f) ((PyCFunction)(void (*)(void))(f))
+
 /* A NumPy array argument. `arr` is a new reference, C-contiguous, aligned, native byte order; its data may be a
  * copy of what the caller passed. */
 typedef struct {
@@ -64,7 +67,7 @@ int zq_count(const char *function, Py_ssize_t got, Py_ssize_t want);
 void *zq_enter(PyObject *o, const char *kind, const char *name, const char *maker);
 void zq_leave(void *claimed);
 
-/* Status to exception: NULL with the exception set, or `result` when ZQ_OK. `what` names the array. */
+/* Status to exception: -1 with the exception set, or 0 when ZQ_OK. `what` names the array. */
 int zq_check(zq_status status, const char *what, int64_t bad_row);
 
 /* Where a row operator's results go: y when wanted, codes when quant says so. a: y, q, scale, zero. */

@@ -218,7 +218,7 @@ py_gptq(PyObject *self, PyObject *const *args, Py_ssize_t n)
 }
 
 PyMethodDef zq_methods_algo[] = {
-    {"gptq", (PyCFunction)(void (*)(void))py_gptq, METH_FASTCALL,
+    {"gptq", FAST(py_gptq), METH_FASTCALL,
      "gptq(w, hessian, deviation, order, bits, symmetric, values, borders, group, dynamic, mse, compare, block, damping,"
      " alpha, scales) -> ((codes, scales, zeros, loss, rtn_loss, is_rtn), damping, rank, dead), or None without a factor"},
     {NULL, NULL, 0, NULL},

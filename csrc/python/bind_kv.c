@@ -395,7 +395,6 @@ cleanup:
     return result;
 }
 
-#define FAST(f) (PyCFunction)(void (*)(void)) f
 
 PyMethodDef zq_methods_kv[] = {
     {"kv_new", FAST(py_kv_new), METH_FASTCALL, "kv_new(layers, sequences, kv_heads, head_dim, int8) -> cache"},

@@ -1,5 +1,5 @@
-/* Packed weights and products. A packed weight is a capsule "zquant.linear" that owns a zq_linear: built once,
- * read-only, safe to use from many threads. */
+/* Packed weights and products. A packed weight is a capsule "zquant.linear" that owns a zq_linear: read-only from its first
+ * product on, and then safe to use from many threads; linear_input, _correct and _outliers come before that. */
 #include "args.h"
 
 #include "../zq_kernels.h"
@@ -72,6 +72,18 @@ cleanup:
     return result;
 }
 
+/* Whether products over k input features are exact. */
+static int
+check_exact(int64_t k)
+{
+    if (k > ZQ_MAX_K) {
+        PyErr_Format(PyExc_ValueError, "codes: %lld input features, int32 accumulation is exact up to %d", (long long)k,
+                     ZQ_MAX_K);
+        return -1;
+    }
+    return 0;
+}
+
 static PyObject *
 py_pack_s8(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -84,9 +96,7 @@ py_pack_s8(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         zq_finite(&a[SCALE], "scale") < 0 || parse_bias(args[BIAS], a[CODES].dim[0], &a[BIAS]) < 0) {
         goto cleanup;
     }
-    if (a[CODES].dim[1] > ZQ_MAX_K) {
-        PyErr_Format(PyExc_ValueError, "codes: %lld input features, int32 accumulation is exact up to %d",
-                     (long long)a[CODES].dim[1], ZQ_MAX_K);
+    if (check_exact(a[CODES].dim[1]) < 0) {
         goto cleanup;
     }
     zq_linear w;
@@ -121,9 +131,7 @@ parse_group(PyObject *group_arg, PyObject *bits_arg, const zq_arg *codes, const 
                      (long long)*group);
         return -1;
     }
-    if (k > ZQ_MAX_K) {
-        PyErr_Format(PyExc_ValueError, "codes: %lld input features, int32 accumulation is exact up to %d", (long long)k,
-                     ZQ_MAX_K);
+    if (check_exact(k) < 0) {
         return -1;
     }
     const int64_t want[2] = {codes->dim[0], zq_ceil_div(k, zq_min(*group, zq_max(k, 1)))};
@@ -190,8 +198,7 @@ py_input(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         goto cleanup;
     }
     if (zq_check(zq_linear_input(w, scale, (int32_t)zero, a[0].data, a[1].data), "factor", 0) == 0) {
-        result = Py_None;
-        Py_INCREF(result);
+        result = Py_NewRef(Py_None);
     }
 cleanup:
     zq_release(2, a);
@@ -227,9 +234,12 @@ py_correct(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         zq_finite(&a[V], "v") < 0) {
         goto cleanup;
     }
-    if (zq_check(zq_linear_correct(w, a[U].data, a[V].data, rank), "u", 0) == 0) {
-        result = Py_None;
-        Py_INCREF(result);
+    zq_status s;
+    Py_BEGIN_ALLOW_THREADS
+    s = zq_linear_correct(w, a[U].data, a[V].data, rank);
+    Py_END_ALLOW_THREADS
+    if (zq_check(s, "u", 0) == 0) {
+        result = Py_NewRef(Py_None);
     }
 cleanup:
     zq_release(N, a);
@@ -270,9 +280,12 @@ py_outliers(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
             goto cleanup;
         }
     }
-    if (zq_check(zq_linear_set_outliers(w, (float)threshold, columns, a[WEIGHTS].data, count), "weights", 0) == 0) {
-        result = Py_None;
-        Py_INCREF(result);
+    zq_status s;
+    Py_BEGIN_ALLOW_THREADS
+    s = zq_linear_set_outliers(w, (float)threshold, columns, a[WEIGHTS].data, count);
+    Py_END_ALLOW_THREADS
+    if (zq_check(s, "weights", 0) == 0) {
+        result = Py_NewRef(Py_None);
     }
 cleanup:
     zq_release(N, a);
@@ -281,16 +294,17 @@ cleanup:
 
 /* ---- activations in and out, shared by the forward wrappers ------------------------------------------ */
 
-/* Codes whose rows may be read to a multiple of ZQ_KSTEP without a copy: only arrays that zq_new_strided made. */
+/* Codes whose rows may be read to a multiple of ZQ_KSTEP without a copy: arrays that zq_new_strided made, and those of zq_new
+ * whose rows are of whole steps. */
 static int
-is_padded(PyObject *o, int64_t k)
+is_padded(PyObject *o)
 {
     if (!PyArray_Check(o)) {
         return 0;
     }
     PyArrayObject *q = (PyArrayObject *)o;
     return PyArray_NDIM(q) == 2 && PyArray_TYPE(q) == NPY_UINT8 && PyArray_STRIDE(q, 1) == 1 &&
-           PyArray_STRIDE(q, 0) >= zq_round_up(k, ZQ_KSTEP) && zq_owns_core_memory(q);
+           PyArray_STRIDE(q, 0) >= zq_round_up(PyArray_DIM(q, 1), ZQ_KSTEP) && zq_owns_core_memory(q);
 }
 
 /* A padded copy of any (m, k) uint8 array. */
@@ -321,7 +335,7 @@ parse_codes(PyObject *tuple, zq_arg a[3], zq_rows *x)
         return -1;
     }
     PyObject *q = PyTuple_GetItem(tuple, 0);
-    if (PyArray_Check(q) && PyArray_NDIM((PyArrayObject *)q) == 2 && is_padded(q, PyArray_DIM((PyArrayObject *)q, 1))) {
+    if (is_padded(q)) {
         Py_INCREF(q);
         PyArrayObject *arr = (PyArrayObject *)q;
         a[0] = (zq_arg){.arr = arr, .data = PyArray_DATA(arr), .ndim = 2,
@@ -531,7 +545,7 @@ py_forward_c(PyObject *self, PyObject *unused)
     return PyCapsule_New((void *)zq_linear_forward, "zquant.linear_forward", NULL);
 }
 
-/* a (m, k) int8 or uint8 as padded uint8 rows; int8 codes move up by 128 and so does the zero point. */
+/* a (m, k) int8 or uint8 as padded uint8 rows; int8 codes move up by 128 and so does the zero point, which then is a code. */
 static int
 shifted_rows(const zq_arg *a, const zq_arg *zero, zq_arg *rows, zq_arg *zeros)
 {
@@ -547,7 +561,13 @@ shifted_rows(const zq_arg *a, const zq_arg *zero, zq_arg *rows, zq_arg *zeros)
             out[i] = (uint8_t)(in[i] + shift);
         }
         memset(out + k, 0, (size_t)(ld - k));
-        ((int32_t *)zeros->data)[r] = shift + (zero->arr ? ((const int32_t *)zero->data)[r] : 0);
+        const int64_t z = shift + (zero->arr ? (int64_t)((const int32_t *)zero->data)[r] : 0);
+        if (z < 0 || z > 255) {
+            PyErr_Format(PyExc_ValueError, "zero: expected %d to %d, got %lld in row %lld", -shift, 255 - shift,
+                         (long long)z - shift, (long long)r);
+            return -1;
+        }
+        ((int32_t *)zeros->data)[r] = (int32_t)z;
     }
     return 0;
 }
@@ -577,13 +597,10 @@ py_gemm_s32(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         zq_new(ZQ_I32, 2, shape, &a[C]) < 0) {
         goto cleanup;
     }
-    zq_status s;
     Py_BEGIN_ALLOW_THREADS
-    s = zq_gemm_u8s8_s32(w, a[ROWS].data, PyArray_STRIDE(a[ROWS].arr, 0), a[ZEROS].data, m, a[C].data);
+    zq_gemm_u8s8_s32(w, a[ROWS].data, PyArray_STRIDE(a[ROWS].arr, 0), a[ZEROS].data, m, a[C].data);
     Py_END_ALLOW_THREADS
-    if (zq_check(s, "a", 0) == 0) {
-        result = zq_give(&a[C]);
-    }
+    result = zq_give(&a[C]);
 cleanup:
     zq_release(N, a);
     return result;
@@ -606,7 +623,6 @@ py_check_finite(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     return bad ? NULL : Py_NewRef(args[0]);
 }
 
-#define FAST(f) ((PyCFunction)(void (*)(void))(f))
 
 PyMethodDef zq_methods_linear[] = {
     {"linear_pack_f32", FAST(py_pack_f32), METH_FASTCALL, "linear_pack_f32(w, bias) -> handle"},

@@ -469,7 +469,6 @@ py_step(PyObject *self, PyObject *const *args, Py_ssize_t n)
     return ok ? PyFloat_FromDouble(t.loss) : NULL;
 }
 
-#define FAST(f) (PyCFunction)(void (*)(void))f
 PyMethodDef zq_methods_lkd[] = {
     {"lkd_new", FAST(py_new), METH_FASTCALL, "lkd_new(sizes, scale, eps, cos, sin, linears) -> block, whose tensors are 0"},
     {"lkd_bytes", py_bytes, METH_O, "lkd_bytes(block) -> memory that it holds"},

@@ -162,27 +162,31 @@ cleanup:
 }
 
 static PyObject *
-py_softmax(PyObject *self, PyObject *arg)
+py_softmax(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     (void)self;
-    zq_arg a[2] = {{0}}; /* x, y */
+    enum { X, QUANT, NARGS, OUT = 1, N = 5 };
+    zq_arg a[N] = {{0}};
     PyObject *result = NULL;
-    int64_t bad = 0;
-    if (zq_in(arg, "x", ZQ_F32, 2, 2, &a[0]) < 0 || zq_new(ZQ_F32, 2, a[0].dim, &a[1]) < 0) {
+    int64_t quant, bad = 0;
+    zq_rows_out out;
+    if (zq_count("softmax", nargs, NARGS) < 0 || zq_read_quant(args[QUANT], &quant) < 0 ||
+        zq_in(args[X], "x", ZQ_F32, 2, 2, &a[X]) < 0 ||
+        zq_new_rows(a[X].dim[0], a[X].dim[1], quant == ZQ_QUANT_NONE, quant, &a[OUT], &out) < 0) {
         goto cleanup;
     }
     zq_status s;
     Py_BEGIN_ALLOW_THREADS
-    s = zq_softmax(a[0].data, a[0].dim[0], a[0].dim[1], a[1].data, &bad);
+    s = zq_softmax(a[X].data, a[X].dim[0], a[X].dim[1], &out, &bad);
     Py_END_ALLOW_THREADS
     if (s == ZQ_ENONFINITE) {
         PyErr_Format(PyExc_ValueError, "x: NaN or +Inf in row %lld", (long long)bad);
     }
     else if (zq_check(s, "x", bad) == 0) {
-        result = zq_give(&a[1]);
+        result = zq_give_rows(quant, &a[OUT]);
     }
 cleanup:
-    zq_release(2, a);
+    zq_release(N, a);
     return result;
 }
 
@@ -297,7 +301,6 @@ cleanup:
     return result;
 }
 
-#define FAST(f) (PyCFunction)(void (*)(void)) f
 
 PyMethodDef zq_methods_nn[] = {
     {"layer_norm", FAST(py_layer_norm), METH_FASTCALL,
@@ -307,7 +310,7 @@ PyMethodDef zq_methods_nn[] = {
      "rms_norm(x, residual | None, weight, eps, quant, codes_only = 0) -> (y, codes | None), as layer_norm"},
     {"activation", FAST(py_activation), METH_FASTCALL, "activation(x, act, quant) -> y or codes"},
     {"gated", FAST(py_gated), METH_FASTCALL, "gated(gate, up, act, quant) -> y or codes: act(gate) * up"},
-    {"softmax", py_softmax, METH_O, "softmax(x) -> y, over rows"},
+    {"softmax", FAST(py_softmax), METH_FASTCALL, "softmax(x, quant) -> y or codes, over rows"},
     {"attention", FAST(py_attention), METH_FASTCALL,
      "attention(q, k, v, offsets, heads, scale, key_mask | None[, int8_rows]) -> out"},
     {"attention_fused", FAST(py_attention_fused), METH_FASTCALL,

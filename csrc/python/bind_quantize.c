@@ -303,18 +303,18 @@ py_unpack_bits(PyObject *self, PyObject *const *args, Py_ssize_t n)
     return zq_give(&a[1]);
 }
 
-#define FAST(name, doc) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, doc}
+#define METHOD(name, doc) {#name, FAST(py_##name), METH_FASTCALL, doc}
 
 PyMethodDef zq_methods_quantize[] = {
-    FAST(quantize_tokens, "quantize_tokens(x, mode, padded) -> (q uint8, scale, zero_point); mode 1 symmetric, 2 asymmetric"),
+    METHOD(quantize_tokens, "quantize_tokens(x, mode, padded) -> (q uint8, scale, zero_point); mode 1 symmetric, 2 asymmetric"),
     {"minmax_rows", py_minmax_rows, METH_O, "minmax_rows(x) -> (min(0, min), max(0, max)) of each row"},
-    FAST(quantize_static, "quantize_static(x, scale, zero_point, qmin, qmax, signed) -> q"),
-    FAST(dequantize_rows, "dequantize_rows(q, scale, zero_point | None) -> x"),
-    FAST(dequantize_static, "dequantize_static(q, scale, zero_point) -> x"),
-    FAST(quantize_groups, "quantize_groups(w, group, bits, symmetric) -> (codes, scales, zeros | None)"),
-    FAST(dequantize_groups, "dequantize_groups(codes, scales, zeros | None, group) -> w"),
-    FAST(quantize_row_blocks, "quantize_row_blocks(w, blocks, bits) -> (codes, scales)"),
-    FAST(pack_bits, "pack_bits(codes, bits) -> packed: a dense stream per row, least significant bit first"),
-    FAST(unpack_bits, "unpack_bits(packed, n, bits, signed) -> codes"),
+    METHOD(quantize_static, "quantize_static(x, scale, zero_point, qmin, qmax, signed) -> q"),
+    METHOD(dequantize_rows, "dequantize_rows(q, scale, zero_point | None) -> x"),
+    METHOD(dequantize_static, "dequantize_static(q, scale, zero_point) -> x"),
+    METHOD(quantize_groups, "quantize_groups(w, group, bits, symmetric) -> (codes, scales, zeros | None)"),
+    METHOD(dequantize_groups, "dequantize_groups(codes, scales, zeros | None, group) -> w"),
+    METHOD(quantize_row_blocks, "quantize_row_blocks(w, blocks, bits) -> (codes, scales)"),
+    METHOD(pack_bits, "pack_bits(codes, bits) -> packed: a dense stream per row, least significant bit first"),
+    METHOD(unpack_bits, "unpack_bits(packed, n, bits, signed) -> codes"),
     {NULL, NULL, 0, NULL},
 };

@@ -4,7 +4,6 @@
 
 #include "bind.h"
 
-#define FAST(f) ((PyCFunction)(void (*)(void))(f))
 #define SEQUENCE "zquant.sequence"
 
 enum { MAX_REGISTERS = 32, MAX_ARGS = 24 };
@@ -45,6 +44,10 @@ static int
 parse_call(PyObject *entry, int known, call *c)
 {
     PyObject *function, *args, *from, *part;
+    if (!PyTuple_Check(entry)) {
+        PyErr_Format(PyExc_TypeError, "calls: expected tuples (function, args, from, out, item, part), got %R", entry);
+        return -1;
+    }
     if (!PyArg_ParseTuple(entry, "OO!O!iiO;a call is (function, args, from, out, item, part)", &function, &PyTuple_Type, &args,
                           &PyTuple_Type, &from, &c->out, &c->item, &part)) {
         return -1;
@@ -157,8 +160,13 @@ run_call(const call *c, PyObject *const *registers)
     if (!result || c->item < 0) {
         return result;
     }
-    PyObject *item = PyTuple_GetItem(result, c->item);
-    Py_XINCREF(item);
+    PyObject *item = PyTuple_Check(result) ? PyTuple_GetItem(result, c->item) : NULL;
+    if (item) {
+        Py_INCREF(item);
+    }
+    else if (!PyErr_Occurred()) {
+        PyErr_Format(PyExc_TypeError, "calls: expected a tuple of which to take item %d, got %R", c->item, result);
+    }
     Py_DECREF(result);
     return item;
 }

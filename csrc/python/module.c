@@ -68,15 +68,16 @@ py_use_level(PyObject *self, PyObject *arg)
 }
 
 static PyObject *
-py_use_tall_groups(PyObject *self, PyObject *arg)
+py_use_cpu_choices(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     (void)self;
-    int64_t choice;
-    if (zq_int(arg, "choice", -1, 1, &choice) < 0) {
+    int64_t tall, to_l2;
+    if (zq_count("use_cpu_choices", nargs, 2) < 0 || zq_int(args[0], "tall_groups", -1, 1, &tall) < 0 ||
+        zq_int(args[1], "fetch_to_l2", -1, 1, &to_l2) < 0) {
         return NULL;
     }
-    zq_tall_groups_use((int)choice);
-    return PyLong_FromLong(zq_active()->mr_group);
+    zq_cpu_choices_use((zq_cpu_choices){(int)tall, (int)to_l2});
+    return Py_BuildValue("(ii)", zq_active()->mr_group, zq_active()->fetch_to_l2);
 }
 
 static PyObject *
@@ -117,8 +118,9 @@ static PyMethodDef methods[] = {
     {"levels", py_levels, METH_NOARGS, "levels() -> the dispatch levels of this CPU, slowest first"},
     {"level", py_level, METH_NOARGS, "level() -> the active dispatch level"},
     {"use_level", py_use_level, METH_O, "use_level(name): switch the dispatch level"},
-    {"use_tall_groups", py_use_tall_groups, METH_O,
-     "use_tall_groups(choice) -> rows of a tile of groups now: at avx512vnni 12 (1), 4 (0) or what suits this CPU (-1)"},
+    {"use_cpu_choices", FAST(py_use_cpu_choices), METH_FASTCALL,
+     "use_cpu_choices(tall_groups, fetch_to_l2) -> (rows of a tile of groups, fetch_to_l2) of this level now; each 0, 1 or -1: "
+     "what suits this CPU"},
     {"kernels", py_kernels, METH_NOARGS, "kernels() -> {kernel: level that serves it}"},
     {"threads", py_threads, METH_NOARGS, "threads() -> threads that a kernel may use"},
     {"set_threads", py_set_threads, METH_O, "set_threads(n)"},

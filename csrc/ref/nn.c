@@ -127,7 +127,7 @@ zq_max_f32__ref(const float *x, int64_t n)
 }
 
 unsigned
-zq_softmax_rows_f32__ref(const float *x, int64_t rows, int64_t n, float *y)
+zq_softmax_rows_f32__ref(const float *x, int64_t rows, int64_t n, float *y, zq_range *range)
 {
     unsigned bad = 0;
     for (int64_t r = 0; r < rows; r++, x += n, y += n) {
@@ -135,9 +135,12 @@ zq_softmax_rows_f32__ref(const float *x, int64_t rows, int64_t n, float *y)
         for (int64_t i = 0; i < n; i++) {
             y[i] = zq_exp(x[i] - shift);
         }
-        const float sum = row_sum(y, n);
-        zq_scale_f32__ref(y, n, zq_softmax_factor(sum), y);
+        const float sum = row_sum(y, n), factor = zq_softmax_factor(sum);
+        zq_scale_f32__ref(y, n, factor, y);
         bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
+        if (range) {
+            range[r] = (zq_range){0.0f, factor};
+        }
     }
     return bad;
 }

@@ -41,22 +41,15 @@ nibbles(const uint8_t *b, const int high)
     return _mm256_and_si256(high ? _mm256_srli_epi16(w, 4) : w, constant16(low_nibbles));
 }
 
-/* From here on what p points to lies in memory, and nothing read before is still in a register. */
-ZQ_INLINE void
-leave_registers(const void *p)
-{
-    __asm__ volatile("" ::"r"(p) : "memory");
-}
-
 /* For a panel's 128 bytes at b: prefetch what t->ahead asks for (see zq_tile), one line or two. */
 ZQ_INLINE void
 prefetch_ahead(const int far, const zq_tile *t, const void *b)
 {
     if (far) {
         const char *p = t->ahead + ((const char *)b - (const char *)t->b) / 128 * t->ahead_step;
-        _mm_prefetch(p, _MM_HINT_T0);
-        if (far == 2) {
-            _mm_prefetch(p + 64, _MM_HINT_T0);
+        fetch(far, p);
+        if ((far & ~TO_L2) == 2) {
+            fetch(far, p + 64);
         }
     }
 }
@@ -77,8 +70,8 @@ prefetch_group(const int far, const zq_tile *t, const void *b, int64_t bytes)
 ZQ_INLINE void
 prefetch_half(const int far, const zq_tile *t, const uint8_t *b)
 {
-    if (far == 2) {
-        _mm_prefetch(t->ahead + (b - (const uint8_t *)t->b), _MM_HINT_T0);
+    if ((far & ~TO_L2) == 2) {
+        fetch(far, t->ahead + (b - (const uint8_t *)t->b));
     }
 }
 

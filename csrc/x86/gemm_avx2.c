@@ -105,7 +105,7 @@ accumulate_s8(const int mr, const int far, const zq_tile *t, const planes *p, co
 static __attribute__((noinline)) void
 zq_gemm_u8s8_sums_3x32__avx2(const zq_tile *t, const planes *p, const int8_t *b, int64_t count, int32_t *c)
 {
-    NEAR_OR_FAR(ROWS3, SUMS)
+    NEAR_OR_FAR_OR_MEMORY(ROWS3, ROWS3, 3, SUMS)
 }
 
 /* c (mr, ZQ_NR) = sum over k of (a - zero) * w */
@@ -604,7 +604,7 @@ zq_gemm_s8u8_group_6x16__avx2(zq_tile *t)
 static void
 zq_gemm_s8u4_group_6x16_tile__avx2(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS6, G4)
+    NEAR_OR_FAR_OR_MEMORY(ROWS6, ROWS3, 3, G4)
 }
 
 ZQ_INLINE void

@@ -24,22 +24,6 @@ enum { MR = 12, MR_GROUP = 4, NV = 2 };
 /* What uses a row's sums comes after this: gcc 12 starts with all rows at once otherwise, and spills every sum to do so. */
 #define IN_PLACE(row) __asm__ volatile("" : "+v"((row)[0]), "+v"((row)[1]))
 
-/* Loops of products have `far` as a constant: 0, or as NEAR_OR_FAR has it, with TO_L2 where t->ahead_to_l2 says so. A choice
- * within the loop costs some percent. Float32 weights, taller tiles and several of them fetch to L1 always: they gain
- * little, or gcc 12 spills. */
-enum { TO_L2 = 4 };
-
-ZQ_INLINE void
-fetch(const int far, const char *p)
-{
-    if (far & TO_L2) {
-        _mm_prefetch(p, _MM_HINT_T1);
-    }
-    else {
-        _mm_prefetch(p, _MM_HINT_T0);
-    }
-}
-
 /* Once per 128 bytes of a panel: prefetch what t->ahead asks for (see zq_tile), one line or two; *ahead moves along. */
 ZQ_INLINE void
 prefetch_ahead(const int far, const zq_tile *t, const char **ahead)
@@ -415,13 +399,6 @@ one_group(const int mr, const int four_bits, const int far, const zq_tile *t)
 }
 
 /* ---- tall tiles of groups -------------------------------------------------------------------------- */
-/* From here on what p points to lies in memory, and nothing read before is still in a register. */
-ZQ_INLINE void
-leave_registers(const void *p)
-{
-    __asm__ volatile("" ::"r"(p) : "memory");
-}
-
 /* Four codes of each row, `offset` behind its cursor, times unsigned codes. */
 ZQ_INLINE void
 step_tall(const int mr, const zq_tile *t, const row_cursor *row, const int offset, __m512i w0, __m512i w1, __m512i acc[MR][NV])
@@ -602,15 +579,6 @@ one_f32(const int mr, const int far, const zq_tile *t)
 #define T4(n, far) \
     case n: EVERY_TILE(one_tall, n, 1, far)
 
-/* NEAR_OR_FAR, with functions of their own for what one tile of up to four rows fetches to L2 */
-#define NEAR_OR_FAR_OR_MEMORY(ROWS, X)                                                    \
-    if (t->ahead && t->ahead_to_l2 && t->ahead_step == 128 && t->mr <= MR_GROUP) {        \
-        switch (t->mr) { ROWS4(X, 2 | TO_L2) }                                            \
-    }                                                                                     \
-    else {                                                                                \
-        NEAR_OR_FAR(ROWS, X)                                                              \
-    }
-
 /* Of S8 and F32: the tile function adds the residual, which nothing else goes with. */
 ZQ_INLINE int
 residual_alone(const zq_tile *t)
@@ -643,7 +611,7 @@ zq_gemm_u8s8_12x32_tile__avx512vnni(const zq_tile *t)
         zq_gemm_u8s8_12x16_tile__avx512vnni(t);
         return;
     }
-    NEAR_OR_FAR_OR_MEMORY(ROWS12, S8)
+    NEAR_OR_FAR_OR_MEMORY(ROWS12, ROWS4, 4, S8)
 }
 
 static void
@@ -683,7 +651,7 @@ zq_gemm_f32_12x32__avx512vnni(zq_tile *t)
 static void
 zq_gemm_s8u8_group_4x32_tile__avx512vnni(const zq_tile *t)
 {
-    NEAR_OR_FAR_OR_MEMORY(ROWS4, G8)
+    NEAR_OR_FAR_OR_MEMORY(ROWS4, ROWS4, 4, G8)
 }
 
 static void
@@ -695,7 +663,7 @@ zq_gemm_s8u8_group_4x32__avx512vnni(zq_tile *t)
 static void
 zq_gemm_s8u4_group_4x32_tile__avx512vnni(const zq_tile *t)
 {
-    NEAR_OR_FAR_OR_MEMORY(ROWS4, G4)
+    NEAR_OR_FAR_OR_MEMORY(ROWS4, ROWS4, 4, G4)
 }
 
 static void

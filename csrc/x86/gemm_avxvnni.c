@@ -211,7 +211,7 @@ tile_group(const int mr, const int four_bits, const int far, const zq_tile *t)
 static void
 zq_gemm_s8u8_group_6x16_tile__avxvnni(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS6, G8)
+    NEAR_OR_FAR_OR_MEMORY(ROWS6, ROWS3, 3, G8)
 }
 
 static void
@@ -223,7 +223,7 @@ zq_gemm_s8u8_group_6x16__avxvnni(zq_tile *t)
 static void
 zq_gemm_s8u4_group_6x16_tile__avxvnni(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS6, G4)
+    NEAR_OR_FAR_OR_MEMORY(ROWS6, ROWS3, 3, G4)
 }
 
 static void
@@ -235,7 +235,7 @@ zq_gemm_s8u4_group_6x16__avxvnni(zq_tile *t)
 static void
 zq_gemm_u8s8_3x32_tile__avxvnni(const zq_tile *t)
 {
-    NEAR_OR_FAR(ROWS3, S8)
+    NEAR_OR_FAR_OR_MEMORY(ROWS3, ROWS3, 3, S8)
 }
 
 static void

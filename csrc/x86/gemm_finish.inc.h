@@ -15,6 +15,37 @@
         switch (t->mr) { ROWS(X, 2) }     \
     }
 
+/* The same, with functions of their own for what a single tile of up to `most` rows, those of LOW, fetches to L2: where
+ * t->ahead_to_l2 says so, `far` is 2 | TO_L2. A choice within the loops of products costs some percent. Float32 weights,
+ * taller tiles and several of them fetch to L1 always: they gain little, or gcc 12 spills. */
+#define NEAR_OR_FAR_OR_MEMORY(ROWS, LOW, most, X)                                       \
+    if (t->ahead && t->ahead_to_l2 && t->ahead_step == 128 && t->mr <= (most)) {        \
+        switch (t->mr) { LOW(X, 2 | TO_L2) }                                            \
+    }                                                                                   \
+    else {                                                                              \
+        NEAR_OR_FAR(ROWS, X)                                                            \
+    }
+
+enum { TO_L2 = 4 };
+
+ZQ_INLINE void
+fetch(const int far, const char *p)
+{
+    if (far & TO_L2) {
+        _mm_prefetch(p, _MM_HINT_T1);
+    }
+    else {
+        _mm_prefetch(p, _MM_HINT_T0);
+    }
+}
+
+/* From here on what p points to lies in memory, and nothing read before is still in a register. */
+ZQ_INLINE void
+leave_registers(const void *p)
+{
+    __asm__ volatile("" ::"r"(p) : "memory");
+}
+
 enum { FINISH_ROWS = 16, FINISH_TOGETHER = 2 };
 
 typedef void (*tile_fn)(const zq_tile *t);

@@ -641,7 +641,7 @@ exp_row(const float *x, int64_t n, float max, float *y, float *done, float facto
  * wanted (the last row's stands in behind the end); a row is scaled beside the exponentials of the next one. Between two rows
  * there are few instructions: they would drain the pipes. */
 static unsigned
-softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y)
+softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y, zq_range *range)
 {
     const float *const last = x + (rows - 1) * n;
     float max = max_f32(x, n), next = rows > 1 ? max_f32(x + n, n) : max, second;
@@ -649,15 +649,20 @@ softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y)
     assert(rows >= 1 && rows <= ZQ_ROWS);
 #define EXP_ROW(done, factor) \
     exp_row(x, n, zq_softmax_shift(max), y, done, factor, rows > 2 && x < last - n ? x + 2 * n : last, &second)
-    float sum = EXP_ROW(NULL, 0.0f);
+    float sum = EXP_ROW(NULL, 0.0f), factor = zq_softmax_factor(sum);
+    zq_range unused, *to = range ? range : &unused;
     bad |= (unsigned)!zq_softmax_finite(max, sum);
+    *to = (zq_range){0.0f, factor};
     for (int64_t r = 1; r < rows; r++) {
         x += n, y += n, max = next, next = second;
-        sum = EXP_ROW(y - n, zq_softmax_factor(sum));
+        sum = EXP_ROW(y - n, factor);
+        factor = zq_softmax_factor(sum);
         bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
+        to += range ? 1 : 0;
+        *to = (zq_range){0.0f, factor};
     }
 #undef EXP_ROW
-    scale_f32(y, n, zq_softmax_factor(sum), y);
+    scale_f32(y, n, factor, y);
     return bad;
 }
 

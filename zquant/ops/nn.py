@@ -190,7 +190,7 @@ def gated(gate: Array, up: Array, activation: str = "silu", quantize: str | None
     return _codes(y, gate.shape, quant) if quant else y.reshape(gate.shape)
 
 
-def softmax(x: Array) -> Array:
+def softmax(x: Array, quantize: str | None = None) -> Array | Codes:
     """``exp(x - max(x)) / sum(exp(x - max(x)))`` over the last axis.
 
     -Inf is allowed, as a mask: it gives 0, and a row of nothing but -Inf gives zeros. exp has a relative error below 2e-7
@@ -199,24 +199,30 @@ def softmax(x: Array) -> Array:
     Parameters
     ----------
     x : float32, shape (..., n)
+    quantize : None, "symmetric" or "asymmetric"
+        "asymmetric" has all of 0 to 255 for probabilities, as ZeroQuant-HERO (arXiv 2310.17723, section 2.2) has it.
 
     Returns
     -------
-    float32, shape of x
+    float32, shape of x; or ``(q, scale, zero_point)`` as :func:`quantize_per_token` returns them
 
     Raises
     ------
     TypeError
         x is not a float32 array.
     ValueError
-        NaN or +Inf in x.
+        An unknown ``quantize``, or NaN or +Inf in x.
 
     >>> import numpy as np
     >>> from zquant import ops
     >>> ops.softmax(np.float32([[0, 0, -np.inf]]))
     array([[0.5, 0.5, 0. ]], dtype=float32)
+    >>> ops.softmax(np.float32([[0, 0, -np.inf]]), quantize="asymmetric")[0]
+    array([[255, 255,   0]], dtype=uint8)
     """
-    return _core.softmax(_rows(x, "x", "float32")).reshape(x.shape)
+    quant, rows = _quant(quantize), _rows(x, "x", "float32")
+    y = _core.softmax(rows, quant)
+    return _codes(y, x.shape, quant) if quant else y.reshape(x.shape)
 
 
 def _valid_rows(lengths: Any, batch: int, tokens: int) -> tuple[Array | None, Array]:

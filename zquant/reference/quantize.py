@@ -16,9 +16,12 @@ FLT_MIN = np.finfo(np.float32).tiny
 
 
 def absmax_scale(amax: np.ndarray, levels: int) -> np.ndarray:
-    """amax / levels; 0 where that is denormal, which stands for: scale 1, all codes 0."""
-    amax = np.asarray(amax, np.float32)
-    return np.where(amax < FLT_MIN * np.float32(levels), np.float32(0), amax / np.float32(levels))
+    """amax / levels; 0 where that is denormal, which stands for: scale 1, all codes 0; less where levels of it overflow."""
+    amax, n = np.asarray(amax, np.float32), np.float32(levels)
+    scale = amax / n
+    with np.errstate(over="ignore"):
+        scale = np.where(np.isinf(scale * n), np.nextafter(scale, np.float32(0)), scale)
+    return np.where(amax < FLT_MIN * n, np.float32(0), scale)
 
 
 def range_scale(lo: np.ndarray, hi: np.ndarray, levels: int) -> np.ndarray:
