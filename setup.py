@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from setuptools import Extension, setup
@@ -28,7 +29,7 @@ def pkg_config(*args):
 
 
 class BuildExt(build_ext):
-    """Flags that depend on the compiler that distutils chose."""
+    """Flags that depend on the compiler that distutils chose; as many files at a time as there are CPUs."""
 
     def build_extensions(self):
         import numpy
@@ -44,7 +45,20 @@ class BuildExt(build_ext):
                     # start than memset() takes for all of it: a call of linear_forward has four, and takes 0.04 us less.
                     ext.extra_compile_args += [f"-m{what}-strategy=unrolled_loop:64:noalign,libcall:-1:noalign"
                                                for what in ("memset", "memcpy")]
+        self.compiler.compile = side_by_side(self.compiler.compile)
         super().build_extensions()
+
+
+def side_by_side(compile_files):
+    """distutils' compiler.compile(sources, ...), the longest files first as they take longest."""
+
+    def compile_all(sources, *args, **kwargs):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = {source: pool.submit(compile_files, [source], *args, **kwargs)
+                    for source in sorted(sources, key=os.path.getsize, reverse=True)}
+        return [item for source in sources for item in jobs[source].result()]
+
+    return compile_all
 
 
 def core():

@@ -393,8 +393,6 @@ def test_work_that_lowers_the_clock_is_compared_with_the_peaks_beside_it(harness
 
 @needs_cc
 def test_sleeping_is_lost_time(harness: Any) -> None:
-    import time
-
     gate = harness.Gate(1)
     lost_time = gate.lost_time()
     time.sleep(0.05)
