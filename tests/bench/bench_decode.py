@@ -7,7 +7,9 @@ need; the percentages count it in full for both); "decode @N" is one token after
 every step has the same context. Percentages: of prefill, the time that the linear layers' products would take at the peak of
 the exact int8 instructions (float32: of vfmadd231ps); of decode, the time to read the weights and the keys and values at the
 bandwidth from memory. Both are measured in the same run with as many threads. What fits into the caches can exceed 100 %.
-Each engine runs in its own process and they take turns, case by case and round by round; see harness.py for the gating.
+Each engine runs in its own process and they take turns, case by case and round by round; see harness.py for the gating. A
+figure is "n/a" where the host ran both threads on one core in all rounds; ~ marks those with too few clean slices, and their
+ratios.
 
     python tests/bench/bench_decode.py                    # zquant alone
     python tests/bench/bench_decode.py --peers --models llama-1.1b --json out.json
@@ -52,7 +54,8 @@ def measure_prefill(turn: peers.Turn, tokens: int, config: dict[str, Any], args:
     peak = reply["peak"]["float" if turn.name.endswith("fp32") else "int8"]
     limit = peak * 1e9 / (2 * (blocks + head / tokens))
     peers.keep(best, (turn.name, f"prefill {tokens}"), {
-        "value": tokens / reply["seconds"], "gated": reply["gated"], "ceiling": limit, "of": "instruction peak"}, larger=True)
+        "value": tokens / reply["seconds"] if reply["reachable"] else None, "gated": reply["gated"], "ceiling": limit,
+        "of": "instruction peak"}, larger=True)
 
 
 def measure_decode(turn: peers.Turn, context: int, config: dict[str, Any], bandwidth: float, args: Any,
@@ -62,14 +65,19 @@ def measure_decode(turn: peers.Turn, context: int, config: dict[str, Any], bandw
         return
     size = reply["weight_bytes"] + reply["cache_item"] * cache_numbers(config, context)
     peers.keep(best, (turn.name, f"decode @{context}"), {
-        "value": 1 / reply["seconds"], "gated": reply["gated"], "ceiling": bandwidth * 1e9 / size, "bytes": size,
-        "of": "read bandwidth"}, larger=True)
+        "value": 1 / reply["seconds"] if reply["reachable"] else None, "gated": reply["gated"],
+        "ceiling": bandwidth * 1e9 / size, "bytes": size, "of": "read bandwidth"}, larger=True)
 
 
 def answered(turn: peers.Turn, case: str, reply: dict[str, Any]) -> bool:
     if "error" in reply:
         print(f"# {turn.name} {case}: {reply['error'][:200]}")
     return "error" not in reply
+
+
+def wanted(best: Best, turn: peers.Turn, tokens: int, number: int, args: Any) -> bool:
+    """Long prompts are timed once: again in later rounds only where there is no value yet."""
+    return number == 0 or tokens <= args.repeat or best.get((turn.name, f"prefill {tokens}"), {"value": 0})["value"] is None
 
 
 def measure(turns: list[peers.Turn], label: str, config: dict[str, Any], threads: int, args: Any) -> list[dict[str, Any]]:
@@ -79,7 +87,7 @@ def measure(turns: list[peers.Turn], label: str, config: dict[str, Any], threads
     for number in range(args.rounds):
         for case in [c for c in PREFILL if c <= args.limit]:
             for turn in turns:
-                if number == 0 or case <= args.repeat:
+                if wanted(best, turn, case, number, args):
                     measure_prefill(turn, case, config, args, best)
         for case in [c for c in CONTEXTS if c <= args.limit]:
             bandwidth = turns[0].ask("bandwidth").get("GB/s", 0.0)  # the best so far
@@ -102,8 +110,8 @@ def report(rows: list[dict[str, Any]], title: str) -> None:
 
     def text(engine: str, case: str) -> str:
         r = at.get((engine, case))
-        if r is None:
-            return "-"
+        if r is None or r["value"] is None:
+            return "-" if r is None else "n/a"
         return f"{r['value']:.{0 if r['value'] >= 100 else 1}f} ({r['percent'] or 0:.0f})" + ("" if r["gated"] else "~")
 
     harness.print_table(f"{title}: tokens/s (percent of the ceiling); ~ too few clean slices", ["engine", *cases],
@@ -111,7 +119,7 @@ def report(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def goals(rows: list[dict[str, Any]], model: str, threads: int) -> list[dict[str, Any]]:
-    """Ratios to the best of the peers in the goal, one row each; nothing where a side is missing."""
+    """Ratios to the best of the peers in the goal, one row each: none where a side is missing, no value where one has none."""
     at = {(r["engine"], r["case"]): (r["value"], r["gated"]) for r in rows}
     found = []
     for name, kind, ours, theirs, must, models in GOALS:
@@ -119,8 +127,9 @@ def goals(rows: list[dict[str, Any]], model: str, threads: int) -> list[dict[str
             reached = [at[e, case] for e in theirs if (e, case) in at]
             for engine in ours if reached else ():
                 if (engine, case) in at:
-                    ratio = at[engine, case][0] / max(reached)[0]
-                    gated = at[engine, case][1] and all(g for _, g in reached)
+                    ours, best = at[engine, case][0], max((value for value, _ in reached if value is not None), default=None)
+                    ratio = None if ours is None or best is None else ours / best
+                    gated = ratio is not None and at[engine, case][1] and all(g for _, g in reached)
                     found.append(harness.row(f"{name} {model} {engine} {case}", threads, ratio, "x best llama.cpp",
                                              goal=must.get(threads) if model in models else None, gated=gated))
     return found
@@ -136,8 +145,11 @@ def print_goals(rows: list[dict[str, Any]]) -> None:
     if rows:
         harness.print_table("ratio to llama.cpp's best type of the goal; ~ a side had too few clean slices",
                             ["goal, model, engine, case", "ratio", "must", ""],
-                            [[r["name"], f"{r['value']:.2f}" + "~" * (not r["gated"]), str(r["goal"] or ""), verdict(r)]
-                             for r in rows])
+                            [[r["name"], ratio_cell(r), str(r["goal"] or ""), verdict(r)] for r in rows])
+
+
+def ratio_cell(row: dict[str, Any]) -> str:
+    return "n/a" if row["value"] is None else f"{row['value']:.2f}" + "~" * (not row["gated"])
 
 
 def check(turns: list[peers.Turn]) -> None:
@@ -161,8 +173,10 @@ def shares(turns: list[peers.Turn], label: str, threads: int) -> list[dict[str, 
         if turn.name.startswith("zquant"):
             reply = turn.ask("share_of_step", context=CONTEXTS[0])
             if answered(turn, "Python's share", reply):
-                print(f"# {turn.name}: Python's share of a decode step: {100 * reply['share']:.1f} % (goal: < {SHARE_GOAL} %)")
-                rows.append(harness.row(f"{label} {turn.name} Python's share", threads, 100 * reply["share"], "%"))
+                share = 100 * reply["share"] if reply["reachable"] else None
+                said = "n/a" if share is None else f"{share:.1f} %"
+                print(f"# {turn.name}: Python's share of a decode step: {said} (goal: < {SHARE_GOAL} %)")
+                rows.append(harness.row(f"{label} {turn.name} Python's share", threads, share, "%"))
         turn.close()
     return rows
 

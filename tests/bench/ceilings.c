@@ -216,7 +216,7 @@ static struct {
     atomic_int ready, done;
     int cpu[MAX_THREADS];
     double rate[MAX_THREADS];
-    char *buffer[MAX_THREADS];
+    char *buffer[MAX_THREADS], *mapped[MAX_THREADS];
     size_t bytes[MAX_THREADS];
 } team = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
@@ -226,10 +226,15 @@ buffer_of(int id, size_t bytes)
 {
     const size_t huge = 2u << 20;
     if (team.bytes[id] < bytes) {
+        if (team.bytes[id]) {
+            munmap(team.mapped[id], team.bytes[id] + huge + 8192);
+        }
+        team.bytes[id] = 0;
         char *p = mmap(NULL, bytes + huge + 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (p == MAP_FAILED) {
             return NULL;
         }
+        team.mapped[id] = p;
         madvise(p, bytes + huge, MADV_HUGEPAGE);
         p = (char *)(((uintptr_t)p + huge - 1) & ~(uintptr_t)(huge - 1));
         memset(p, 1, bytes);

@@ -85,12 +85,16 @@ class Ceilings:
         self._lib.zqb_read(bytes_per_thread, 1, threads)  # first touch
         return max(float(self._lib.zqb_read(bytes_per_thread, passes, threads)) for _ in range(repeats))
 
+    def read_again(self, bytes_per_thread: int, passes: int, threads: int = 1) -> float:
+        """GB/s of reading as many bytes per thread (a multiple of 256) so often, summed over the threads."""
+        return float(self._lib.zqb_read(bytes_per_thread, passes, threads))
+
     def read_part(self, bytes_per_thread: int, start: int, part: int, threads: int = 1) -> float:
         """GB/s of reading ``part`` bytes per thread once, from ``start`` on; multiples of 256."""
         return float(self._lib.zqb_read_part(bytes_per_thread, start, part, threads))
 
 
-SIZES = (("L1 16 KiB", 16 << 10), ("L2 512 KiB", 512 << 10), ("L3 4 MiB", 4 << 20), ("DRAM 256 MiB", 256 << 20))
+SIZES = (("L1 16 KiB", 16 << 10), ("L2 512 KiB", 512 << 10), ("L3 4 MiB", 4 << 20))  # per thread
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,12 +111,14 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     if not ceilings.kinds():
         print("neither AVX2 nor AVX-512 VNNI: no ceilings are defined for this CPU")
+    size = harness.out_of_cache_bytes()
+    print(f"out of cache: {size >> 20} MiB, third-level cache: {harness.third_level_bytes() >> 20} MiB")
     for threads in dict.fromkeys((1, len(ceilings.cpus))):
         for kind in ceilings.kinds():
             value = ceilings.best(kind, threads, 20 if args.quick else 400)
             rows.append(harness.row(KIND_NAMES[kind], threads, value, "GOP/s"))
-        for name, size in SIZES[:2] if args.quick else SIZES:
-            rows.append(harness.row("read " + name, threads, ceilings.read(size, threads), "GB/s"))
+        for name, part in SIZES[:2] if args.quick else harness.read_sizes(size, threads):
+            rows.append(harness.row("read " + name, threads, ceilings.read(part, threads), "GB/s"))
     for r in rows:
         print(f"{r['name']:<78} {r['threads']}T {r['value']:9.1f} {r['unit']}")
     harness.write_json(args.json, rows)

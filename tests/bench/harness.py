@@ -10,12 +10,14 @@ are kept, the figure is marked: it is then of all slices, less the time that the
 
 Some CPUs clock down under the work itself, and up again in the peak slices beside it (Intel's, by a tenth and more): hardly a
 slice passes there. Kernels are then compared with the peak slices right before and right after, where these two agree: the
-figure is marked (~), and the median over such slices; it is no timing to quote, but its percentage is.
+figure is marked (~), and the median over such slices; it is no timing to quote, but its percentage is. What compares two of
+them divides their percentages (quotient()).
 """
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import heapq
 import itertools
 import json
@@ -30,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ceilings
 from ceilings import Ceilings
 
 GATE = 0.96
@@ -38,7 +41,11 @@ DRIFT = 0.9  # of the run's best peak: what is slower is not the clock but someb
 ALIKE = 0.04  # the peak right before and right after a slice differ by no more, and both are at least
 STEADY = 0.8  # of the run's best: less is not the clock
 REFRESH = 30  # peak slices before each sample
-DRAM_BYTES = 256 << 20  # per thread: no cache holds it
+LEAST_OUT_OF_CACHE, MOST_OUT_OF_CACHE = 256 << 20, 1 << 30  # see out_of_cache_bytes()
+WHOLE_PARTS = 16 << 20  # what is read in turn is a multiple of it
+CHECKS = 100  # slices with one thread and with all that decide whether the host gives all cores
+NOT_ALL_CORES = "the host does not give every thread a core"
+FEW_SLICES = "too few undisturbed slices"
 MIN_BESIDE = 5
 MAX_LOST = 0.03  # of a slice's wall time, that our threads were without a CPU
 WORK_SLICE = 4e-3
@@ -118,20 +125,20 @@ class Gate:
         self.fastest_read = 0.0
         self.latest = 0.0  # int8 peak of a thread in the last slice
         self.measure_peaks()
-        reached = self.ceilings.best(self.kind, threads)
-        # False while the host runs the virtual CPUs on fewer physical cores: then N threads cannot be measured.
-        self.reachable = self.kind < 0 or reached >= GATE * self.peak["int8"]
         self.tids = [threading.get_native_id()]
+        # False while the host runs the virtual CPUs on fewer physical cores: then N threads cannot be measured.
+        self.reachable = True
+        self.check()
 
     @property
     def peak(self) -> dict[str, float]:
         """Of all threads together; the third fastest slice seen, as one lucky clock reading is not a peak."""
         return {name: self.threads * best[0] for name, best in self.fastest.items()}
 
-    def measure_peaks(self) -> None:
+    def measure_peaks(self, slices: int = 300) -> None:
         """Single-threaded slices; run_cases() repeats them in every round, so that a bad moment is no ceiling."""
         rates: dict[str, list[float]] = {name: [0.0] * 3 for name in self.kinds}
-        for _ in range(300):  # in turn: the clock is the same for all
+        for _ in range(slices):  # in turn: the clock is the same for all
             for name, kind in self.kinds.items():
                 if kind >= 0:
                     rates[name].append(self.ceilings.peak(kind))
@@ -140,6 +147,23 @@ class Gate:
         for name, seen in self.ratios.items():
             if best["int8"] > 0:
                 seen.append(best[name] / best["int8"])
+
+    def check(self) -> bool:
+        """Whether the host gives every thread a core now (for minutes it may not): all together beside one alone, in turn."""
+        if self.threads > 1 and self.kind >= 0:
+            self.rest()
+            pairs = [(self.ceilings.peak(self.kind), self.ceilings.peak(self.kind, self.threads)) for _ in range(CHECKS)]
+            alone, together = (heapq.nlargest(3, rates)[-1] for rates in zip(*pairs))
+            alone = max(alone, DRIFT * self.fastest["int8"][0])  # one alone may be half a core as well
+            self.reachable = together >= GATE * self.threads * alone
+        return self.reachable
+
+    def with_all_cores(self, measure: Callable[[], Any]) -> Any:
+        """What measure() gives, if every thread had a core right before and right after it; else None."""
+        if not self.check():
+            return None
+        found = measure()
+        return found if self.check() else None
 
     def _saw(self, name: str, rate: float, threads: int) -> None:
         """A slice's rate per thread. One thread alone may run at a higher clock than all of them: that is not their peak."""
@@ -162,19 +186,23 @@ class Gate:
 
     def bandwidth(self) -> float:
         """Read bandwidth of the threads together from memory, GB/s: the best seen in this run."""
-        self.fastest_read = max(self.fastest_read, self.ceilings.read(DRAM_BYTES, self.threads, repeats=15))
+        read = self.ceilings.read(out_of_cache_bytes() // self.threads, self.threads, repeats=15)
+        self.fastest_read = max(self.fastest_read, read)
         return self.fastest_read
 
     def pin(self, work: Callable[[], Any], seconds: float = 0.3) -> None:
         """Pin the threads that ``work()`` uses to our CPUs, and watch them from now on."""
         self.tids = pin_busy_threads(self.cpus, work, seconds)
 
+    def rest(self) -> None:
+        """Let a pool's workers stop spinning."""
+        end = now() + self.settle
+        while self.settle and now() < end:
+            pass
+
     def good(self) -> bool:
         """Run one peak slice: is the machine ours now?"""
-        if self.settle:
-            end = now() + self.settle
-            while now() < end:
-                pass
+        self.rest()
         if self.kind < 0:
             return True
         rate = self.ceilings.peak(self.kind, self.threads)
@@ -246,6 +274,47 @@ class Gate:
             middle = min(every) if few == 1 else statistics.median(every)
         return Sample(middle, len(kept), len(every), faults / (calls * len(every)), self.speed(), spread_of(kept),
                       tuple(beside))
+
+
+@functools.cache
+def out_of_cache_bytes(holders: int = 1, most: int = MOST_OUT_OF_CACHE) -> int:
+    """How much all threads together read in turn where data are to come from memory.
+
+    Twice the third-level cache, as one that is read in turn keeps a part of what is somewhat larger (32 MiB keep a third of
+    96). A virtual machine reports the host's cache, of which neighbours have most: hence a limit. ``holders`` processes with
+    that much each must leave half of the free memory to others, one alone three quarters.
+    """
+    wanted = min(most, max(LEAST_OUT_OF_CACHE, 2 * third_level_bytes()), free_bytes() // max(4, 2 * holders))
+    return max(1, wanted // WHOLE_PARTS) * WHOLE_PARTS
+
+
+def third_level_bytes() -> int:
+    """The size of the third-level cache as the system tells it; 0 where it does not."""
+    try:
+        size = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+    except (OSError, ValueError):
+        size = 0
+    if size > 0:
+        return size
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+    except OSError:
+        return 0
+    return int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1:], 0)
+
+
+def free_bytes() -> int:
+    """Memory that a process may take without driving others out; all there is where the kernel does not say."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def read_sizes(out_of_cache: int, threads: int) -> list[tuple[str, int]]:
+    """Name and bytes per thread of the readings that are printed as ceilings."""
+    return [*ceilings.SIZES, ("DRAM", out_of_cache // threads)]
 
 
 def spread_of(values: list[float]) -> float:
@@ -331,7 +400,7 @@ def write_json(path: str | None, rows: list[dict[str, Any]]) -> None:
 def run_cases(gate: Gate, cases: list[Case], rounds: int, seconds: float, progress: bool = True) -> None:
     """Measure every case once per round, rounds interleaved."""
     for r in range(rounds):
-        gate.measure_peaks()
+        gate.measure_peaks(300 if seconds >= 0.1 else 20)  # less: it only has to work
         for i, case in enumerate(cases):
             if progress and sys.stderr.isatty():
                 print(f"\r{gate.threads}T round {r + 1}/{rounds} {i + 1}/{len(cases)} {case.name:<30}",
@@ -346,7 +415,7 @@ def rows_of(gate: Gate, cases: Iterable[Case], unit: str = "GOP/s") -> list[dict
     rows = []
     for c in cases:
         best, beside = c.best(), c.beside_peaks()
-        value, limit, noise = None, 0.0, c.noise()
+        value, limit, noise, unit_limit = None, 0.0, c.noise(), gate.limit(c.ceiling, 1.0)
         if best:
             value, limit = c.ops / best.seconds / 1e9, gate.limit(c.ceiling, best.speed)
         elif beside:
@@ -355,8 +424,22 @@ def rows_of(gate: Gate, cases: Iterable[Case], unit: str = "GOP/s") -> list[dict
             limit, noise = value / statistics.median(shares), spread_of(shares)
         rows.append(row(c.name, gate.threads, value, unit, m=c.m, n=c.n, k=c.k, ceiling=limit or None,
                         noise=round(noise, 4), kept=sum(s.kept for s in c.samples), slices=sum(s.slices for s in c.samples),
-                        faults=round(best.faults, 2) if best else None, beside=len(beside)))
+                        faults=round(best.faults, 2) if best else None, beside=len(beside),
+                        speed=limit / unit_limit if unit_limit else None, **{} if value else {"why": FEW_SLICES}))
     return rows
+
+
+def quotient(name: str, a: dict[str, Any], b: dict[str, Any], ceiling: float | None = None) -> dict[str, Any]:
+    """A row of how many times as fast ``a`` is as ``b``; marked (~) where one of them is."""
+    # Both are first divided by the int8 peak of a thread at their own time, which is all that they share: a figure beside its
+    # peaks is at whatever clock the core had then, often not the other's. So this is the quotient of the percentages times
+    # the ratio of the two peaks, which slices in turn gave (Gate.ratios). It keeps what the work itself costs in clock.
+    of, to = a.get("speed"), b.get("speed")
+    clocks = to / of if of and to else 1.0
+    value = a["value"] / b["value"] * clocks if a["value"] and b["value"] else None
+    more = {} if value else {"why": next((r["why"] for r in (a, b) if "why" in r), FEW_SLICES)}
+    return row(name, a["threads"], value, "x", m=a["m"], n=a["n"], k=a["k"], ceiling=ceiling,
+               noise=a["noise"] + b["noise"], beside=a.get("beside", 0) + b.get("beside", 0), **more)
 
 
 def cell(r: dict[str, Any]) -> str:

@@ -1,14 +1,16 @@
 """Single linear layers in other engines, for bench_peers.py: each engine in a process of its own, as in peers.py.
 
 A job says what goes in and comes out: "int8" takes 8-bit codes and gives float32 (onnxruntime's MatMulInteger: int32, without
-scales); all others take float32 and give float32. "int8 dynamic" quantizes its input while it is timed (openvino: with a range
-known beforehand), "w4 gN" has 4-bit weights with a scale per group of N, "w4 q4_k" is ggml's type of that name, "f32" is plain.
+scales), "int8 gelu" does that with GELU (erf) in the same call; all others take float32 and give float32. "int8 dynamic"
+quantizes its input while it is timed (openvino: with a range known beforehand), "w4 gN" has 4-bit weights with a scale per
+group of N, "w4 q4_k" is ggml's type of that name, "f32" is plain.
 """
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import itertools
+import math
 import os
 import sys
 import weakref
@@ -22,8 +24,8 @@ import linears
 import numpy as np
 import peers
 
-JOBS = ("int8", "int8 dynamic", "f32", "w4 g128", "w4 g64", "w4 g32", "w4 q4_k")
-CODES_BYTES = {"f32": 4.0, "int8": 1.0, "int8 dynamic": 1.0}  # of a weight; else half a byte
+JOBS = ("int8", "int8 gelu", "int8 dynamic", "f32", "w4 g128", "w4 g64", "w4 g32", "w4 q4_k")
+CODES_BYTES = {"f32": 4.0, "int8": 1.0, "int8 gelu": 1.0, "int8 dynamic": 1.0}  # of a weight; else half a byte
 
 
 def quantize_weights(w: np.ndarray, largest: int, group: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -51,11 +53,17 @@ class Kernels(peers.Engine):
     kind = "kernel"
     jobs: ClassVar[tuple[str, ...]]
     pool_per_model: ClassVar[bool] = False  # else one pool that lasts, pinned at the start
+    blocks: ClassVar[dict[str, int]] = {}  # what k must be a multiple of, of a job, where that is more than its group
     distribution: ClassVar[str] = ""  # where it is not the first module's name
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.made: dict[Any, Any] = {}  # of this case's weights; copies share it
+
+    @classmethod
+    def takes(cls, job: str, k: int) -> bool:
+        """Whether the job is one of this engine's, and for so many input features."""
+        return job in cls.jobs and k % cls.blocks.get(job, group_of(job) if " g" in job and job[0] == "w" else 1) == 0
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self.made:
@@ -93,7 +101,8 @@ class ZQuantKernels(Kernels):
         return f"{zquant.__version__} {self.core.level()}"
 
     def prepare(self, job: str, x: np.ndarray, w: np.ndarray) -> Callable[[], Any]:
-        core, quant = self.core, 0 if job in ("f32", "int8") else linears.TOKEN_ASYM
+        codes_in = job in ("int8", "int8 gelu")
+        core, quant = self.core, 0 if job == "f32" or codes_in else linears.TOKEN_ASYM
         if job == "f32":
             handle = core.linear_pack_f32(w, None)
         elif job.startswith("int8"):
@@ -101,8 +110,9 @@ class ZQuantKernels(Kernels):
         else:
             codes, scales = self.codes(w, 7, group_of(job))
             handle = core.linear_pack_group(codes, scales, group_of(job), 4, None)
-        rows: Any = core.quantize_tokens(x, linears.TOKEN_ASYM, True) if job == "int8" else x
-        return lambda: core.linear_forward(handle, rows, quant, 0, None, 0)
+        rows: Any = core.quantize_tokens(x, linears.TOKEN_ASYM, True) if codes_in else x
+        activation = linears.GELU if job == "int8 gelu" else 0
+        return lambda: core.linear_forward(handle, rows, quant, activation, None, 0)
 
 
 # ---- PyTorch: FBGEMM, oneDNN, and what it chooses by itself -------------------------------------------------
@@ -127,18 +137,19 @@ class TorchKernels(Kernels):
             return lambda: torch.nn.functional.linear(rows, weight)
         codes, scale = self.codes(w, 127)
         scales, zeros = torch.from_numpy(scale), torch.zeros(len(scale), dtype=torch.int64)
-        if job == "int8":
+        if job in ("int8", "int8 gelu"):
             q, x_scale = quantize_input(x)
+            after = ("none", [], "") if job == "int8" else ("gelu", [], "none")  # "none": not the approximation by tanh
             rows, packed = torch.from_numpy(q), torch.ops.onednn.qlinear_prepack(torch.from_numpy(codes), list(q.shape))
             return lambda: torch.ops.onednn.qlinear_pointwise(rows, x_scale, 128, packed, scales, zeros, None, 1.0, 0,
-                                                              torch.float32, "none", [], "")
+                                                              torch.float32, *after)
         weight = torch.quantize_per_channel(torch.from_numpy(w), scales.double(), zeros, 0, torch.qint8)
         packed, rows = torch.ops.quantized.linear_prepack(weight, None), torch.from_numpy(x)
         return lambda: torch.ops.quantized.linear_dynamic(rows, packed)
 
 
 for _name, _engine, _jobs in (("torch fbgemm", "fbgemm", ("int8 dynamic", "f32")),
-                              ("torch onednn", "onednn", ("int8", "int8 dynamic"))):
+                              ("torch onednn", "onednn", ("int8", "int8 gelu", "int8 dynamic"))):
     peers.register(type(_name.replace(" ", "_"), (TorchKernels,), {"name": _name, "engine": _engine, "jobs": _jobs}))
 
 
@@ -244,6 +255,7 @@ class GgmlKernels(Kernels):
     distribution = "llama_cpp_python"
     jobs = ("int8 dynamic", "f32", "w4 g32", "w4 q4_k")
     idle = 0.02
+    blocks: ClassVar[dict[str, int]] = {"int8 dynamic": 32, "w4 g32": 32, "w4 q4_k": 256}
     types: ClassVar[dict[str, int]] = {"f32": 0, "w4 g32": 2, "int8 dynamic": 8, "w4 q4_k": 12}  # enum ggml_type
 
     def __init__(self, threads: int) -> None:
@@ -359,15 +371,20 @@ class KernelServer:
         self.last: tuple[Any, ...] = ()
 
     def do_hello(self) -> dict[str, Any]:
-        return {"reachable": self.gate.reachable, "peak": self.gate.peak, "version": self.engine.version()}
+        return {"reachable": self.gate.check(), "peak": self.gate.peak, "version": self.engine.version()}
 
     def do_case(self, job: str, m: int, n: int, k: int, rotate: int, seconds: float) -> dict[str, Any]:
+        """Seconds, peak and cosine; without a time while the host does not give every thread a core (what passed the gate had
+        them)."""
         if self.last[:1] != ((job, m, n, k, rotate),):
             self.last = ()
             self.engine.made.clear()
             self.last = ((job, m, n, k, rotate), *self.prepare(job, m, n, k, rotate))
         _, work, cosine = self.last
+        before = self.gate.check()
         sample = self.gate.measure(work, seconds=seconds)
+        if not sample.gated and not (before and self.gate.check()):
+            return {"unreached": True, "cosine": cosine}
         return {"seconds": sample.seconds, "gated": sample.gated, "cosine": cosine,
                 "peak": self.gate.limit("float" if job == "f32" else "int8", sample.speed)}
 
@@ -381,6 +398,8 @@ class KernelServer:
         calls = [self.engine.prepare(job, x, w) for _ in range(copies)]
         y = np.asarray(getattr(calls[0], "result", calls[0])(), np.float64)[:8].ravel()
         exact = (x[:8].astype(np.float64) @ w.T.astype(np.float64)).ravel()
+        if job == "int8 gelu":
+            exact = exact * 0.5 * (1 + np.vectorize(math.erf)(exact / math.sqrt(2)))
         turn = itertools.cycle(calls)
         work = calls[0] if copies == 1 else lambda: next(turn)()
         if new_pool:

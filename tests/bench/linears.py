@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 BERT = ((768, 768), (3072, 768), (768, 3072))  # (n, k)
 LLAMA = ((4096, 4096), (11008, 4096), (4096, 11008))
 MINILM = ((384, 384), (1152, 384), (1536, 384), (384, 1536))
-OUT_OF_CACHE = 256 << 20  # bytes to rotate over: a third-level cache of 32 MiB keeps a third of 96 MiB read in turn
+RAGGED = ((384, 1536), (500, 1000), (172, 64))
 GELU, TOKEN_ASYM, TOKEN_16 = 2, 2, 3
 BLOCK = 1048573  # random numbers are repeated from here on; a prime, so that no row is another one
 
@@ -30,6 +30,12 @@ def weight_of(kind: str) -> str:
     """The part of a kind that its packed weights depend on."""
     words = kind.split("+")[0].split()
     return " ".join(words[:2] if words[1:] and words[1][0] == "g" else words[:1])
+
+
+def ragged_rows(n: int, k: int, ops: float) -> tuple[int, int]:
+    """The fewest rows of a product of at least so many operations: any number, and an odd one."""
+    rows = int(-(-ops // (2 * n * k)))
+    return rows, rows | 1
 
 
 def group_of(kind: str) -> int:

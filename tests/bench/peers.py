@@ -6,6 +6,7 @@ touch another; only one works at a time. Models are converted once into a cache 
 """
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import importlib.util
@@ -23,6 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 REPO = Path(__file__).resolve().parents[2]
+FLOAT32, REDUCED, BITS8 = "float32", "reduced-precision float", "8 bits"  # what the linear layers compute in
 
 
 def cache_root() -> Path:
@@ -44,8 +46,10 @@ class Engine:
 
     name: ClassVar[str]
     kind: ClassVar[str] = "encoder"
+    precision: ClassVar[str] = BITS8
     modules: ClassVar[tuple[str, ...]] = ()
     idle: ClassVar[float] = 0.0  # how long its workers keep spinning after a call, seconds
+    caller_sleeps: ClassVar[bool] = False  # all of its work is done by threads of its own
 
     def __init__(self, model: Path, threads: int) -> None:
         raise TypeError("abstract")
@@ -82,6 +86,8 @@ class CoreClock:
 
     def __init__(self) -> None:
         self.spent: dict[str, list[float]] = {}  # seconds and calls by function
+        self.wall = 0.0  # seconds of the last call of share_outside()
+        self.watch: Callable[[str, Any, tuple[Any, ...]], Any] | None = None  # makes the calls instead, untimed
 
     def __enter__(self) -> CoreClock:  # noqa: PYI034  (typing.Self came with 3.11)
         from zquant import _core
@@ -90,17 +96,20 @@ class CoreClock:
         self.functions = {n: f for n in dir(_core) if callable(f := getattr(_core, n)) and not n.startswith("_")
                           and "sequence" not in n}  # a sequence stands for the interpreter: only what it calls counts
         for name, function in self.functions.items():
-            setattr(_core, name, self._timed(function, name))
+            setattr(_core, name, self.timed(function, name))
         return self
 
     def __exit__(self, *_: object) -> None:
         for name, function in self.functions.items():
             setattr(self.core, name, function)
 
-    def _timed(self, function: Any, name: str = "") -> Any:
+    def timed(self, function: Any, name: str) -> Any:
+        """The function, whose calls count as spent inside under this name."""
         mine, clock = self.spent.setdefault(name, [0.0, 0]), time.perf_counter
 
         def timed(*args: Any) -> Any:
+            if self.watch is not None:
+                return self.watch(name, function, args)
             start = clock()
             try:
                 return function(*args)
@@ -125,8 +134,8 @@ class CoreClock:
         """The part of the wall time of one call of work() that is spent outside, without the wrappers' own time."""
         start = time.perf_counter()
         self.seconds_inside(work)
-        wall = time.perf_counter() - start - sum(calls for _, calls in self.spent.values()) * cost
-        return (wall - self.inside) / wall
+        self.wall = time.perf_counter() - start - sum(calls for _, calls in self.spent.values()) * cost
+        return (self.wall - self.inside) / self.wall
 
     def shares(self, work: Callable[[], Any], cost: float) -> dict[str, float]:
         """The parts of the wall time of one call of work(): by function of the extension, and "Python" for the rest."""
@@ -137,7 +146,7 @@ class CoreClock:
 
     def cost(self, calls: int = 20000) -> float:
         """Seconds that a wrapper adds to a call outside of what it counts: the least of five tries."""
-        nothing = self._timed(lambda: None, "nothing")
+        nothing = self.timed(lambda: None, "nothing")
         mine, tries = self.spent.pop("nothing"), []
         for _ in range(5):
             mine[0] = 0.0
@@ -146,6 +155,60 @@ class CoreClock:
                 nothing()
             tries.append((time.perf_counter() - start - mine[0]) / calls)
         return min(tries)
+
+    def quantizations(self, work: Callable[[], Any]) -> Callable[[], float]:
+        """A stopwatch for what the linear layers of one call of work() quantize within their calls: it gives the seconds that
+        as many rows of the same sizes take in calls of quantize_tokens. (A product that quantizes its output as it computes it
+        may well take less.)"""
+        noted: collections.Counter[tuple[int, int, int]] = collections.Counter()
+
+        def watch(name: str, function: Any, args: tuple[Any, ...]) -> Any:
+            result = function(*args)
+            if name == "linear_forward":
+                noted.update(quantized(args, result))
+            return result
+
+        self.watch = watch
+        try:
+            work()
+        finally:
+            self.watch = None
+        return self._repeated(noted)
+
+    def _repeated(self, noted: dict[tuple[int, int, int], int]) -> Callable[[], float]:
+        quantize, rng = self.functions["quantize_tokens"], np.random.default_rng(3)
+        rows = [(rng.standard_normal((m, n), np.float32), mode, count) for (m, n, mode), count in noted.items()]
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            for x, mode, count in rows:
+                for _ in range(count):
+                    quantize(x, mode, True)
+            return time.perf_counter() - start
+
+        return seconds if rows else lambda: 0.0
+
+
+def quantized(args: tuple[Any, ...], result: Any) -> list[tuple[int, int, int]]:
+    """Rows, features and mode of what a call of linear_forward quantizes: float32 rows before integer weights, and its output.
+    Modes that quantize_tokens does not have (int16, one scale for all) stand for asymmetric codes per token."""
+    _, x, quant_in, _, _, quant_out = args
+    found = []
+    if quant_in and not isinstance(x, tuple):
+        found.append((*x.shape, quant_in if quant_in in (1, 2) else 2))
+    if isinstance(quant_out, tuple) or quant_out:
+        q = result[0] if isinstance(result, tuple) else result
+        found.append((*q.shape, 2 if isinstance(quant_out, tuple) else quant_out))
+    return found
+
+
+def mean_pooled(hidden: np.ndarray) -> np.ndarray:
+    """(B, d) means over (B, T, d) without padding, as SentenceEncoder makes them."""
+    out = np.empty((hidden.shape[0], hidden.shape[2]), np.float32)
+    for row, tokens in zip(out, hidden):
+        np.add.reduce(tokens, axis=0, out=row)
+        row /= np.float32(len(tokens))
+    return out
 
 
 def scheme_of(model: Path, name: str) -> Any:
@@ -174,17 +237,45 @@ class ZQuant(Engine):
     def run(self, ids: np.ndarray, mask: np.ndarray) -> Any:
         return self.model(ids, mask)
 
-    def shares(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], calls: int = 20) -> Iterable[dict[str, float]]:
-        """The parts of the wall time of run() on each batch, by function of the extension: those of the call with the median
-        share of the linear layers."""
+    def shares(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], gate: Any) -> Iterable[tuple[dict[str, float], bool]]:
+        """The parts of the wall time of run() and pooling on each batch, see parts_of_call(), and whether they are gated."""
         with CoreClock() as clock:
-            twin, cost = type(self)(*self.source), clock.cost()
+            twin, cost, pool = type(self)(*self.source), clock.cost(), clock.timed(mean_pooled, "pooling")
             for ids, mask in batches:
-                twin.run(ids, mask)
-                found, end = [clock.shares(lambda: twin.run(ids, mask), cost)], time.perf_counter() + 1.0  # noqa: B023
-                while len(found) < calls and time.perf_counter() < end:
-                    found.append(clock.shares(lambda: twin.run(ids, mask), cost))  # noqa: B023
-                yield sorted(found, key=lambda parts: parts.get("linear_forward", 0.0))[len(found) // 2]
+                work = lambda: pool(twin.run(ids, mask))
+                again = clock.quantizations(work)
+                yield typical_parts(lambda: parts_of_call(clock, work, cost, again), gate)
+
+
+def typical_parts(measure: Callable[[], dict[str, float]], gate: Any, want: int = 15,
+                  seconds: float = 1.0) -> tuple[dict[str, float], bool]:
+    """What the call with the median part of products gives, of the undisturbed ones (as Gate.measure() has it); of all, and
+    False, where these are too few."""
+    import harness
+
+    every: list[dict[str, float]] = []
+    clean: list[dict[str, float]] = []
+    now, before = time.perf_counter, gate.wait()
+    end, took = now() + seconds, 0.0
+    while len(clean) < want and now() < end or not clean and len(every) < 3:
+        start, lost_time = now(), gate.lost_time()
+        every.append(measure())
+        took, lost = now() - start, lost_time()
+        after = gate.good()
+        if before and after and lost <= harness.MAX_LOST * took:
+            clean.append(every[-1])
+        before = after or gate.wait()
+    gated = len(clean) >= (3 if took < harness.LONG else 1)
+    chosen = sorted(clean if gated else every, key=lambda parts: parts["products"])
+    return chosen[len(chosen) // 2], gated
+
+
+def parts_of_call(clock: CoreClock, work: Callable[[], Any], cost: float, again: Callable[[], float]) -> dict[str, float]:
+    """The parts of one call of work() by function, "products" in place of linear_forward: without the quantization in them."""
+    parts = clock.shares(work, cost)
+    linear = parts.pop("linear_forward", 0.0)
+    quantization = min(again() / clock.wall, linear)
+    return {**parts, "quantization": quantization, "products": linear - quantization}
 
 
 def python_share(make: Callable[[], Any], work: Callable[[Any], Any], calls: int = 400) -> float:
@@ -210,15 +301,16 @@ def python_share(make: Callable[[], Any], work: Callable[[Any], Any], calls: int
     return float(np.median(found))
 
 
-for _name, _scheme in (("zquant fp32", None), ("zquant w8a8", "w8a8"), ("zquant w8a8+attn8", "w8a8+attn8"),
-                       ("zquant w4/8a8", "w4/8a8")):
-    register(type(_name.replace(" ", "_"), (ZQuant,), {"name": _name, "scheme": _scheme}))
+for _name, _scheme, _precision in (("zquant fp32", None, FLOAT32), ("zquant w8a8", "w8a8", BITS8),
+                                   ("zquant w8a8+attn8", "w8a8+attn8", BITS8), ("zquant w4/8a8", "w4/8a8", "4 and 8 bits")):
+    register(type(_name.replace(" ", "_"), (ZQuant,), {"name": _name, "scheme": _scheme, "precision": _precision}))
 
 
 # ---- PyTorch ----------------------------------------------------------------------------------------------
 @register
 class TorchF32(Engine):
     name = "torch fp32"
+    precision = FLOAT32
     modules = ("torch", "transformers")
     idle = 0.01
 
@@ -236,8 +328,24 @@ class TorchF32(Engine):
 
 
 @register
+class TorchBf16(TorchF32):
+    """All of the model in bfloat16: autocast would convert the weights in every call."""
+
+    name = "torch bf16"
+    precision = REDUCED
+
+    def __init__(self, model: Path, threads: int) -> None:
+        super().__init__(model, threads)
+        self.model = self.model.to(self.torch.bfloat16)
+
+    def hidden(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return self.run(ids, mask).float().numpy()
+
+
+@register
 class TorchInt8(TorchF32):
     name = "torch int8 dynamic"
+    precision = BITS8
 
     def __init__(self, model: Path, threads: int) -> None:
         super().__init__(model, threads)
@@ -266,7 +374,7 @@ def export_onnx(model: Path) -> Path:
             return self.inner(input_ids=ids, attention_mask=mask, token_type_ids=types)[0]
 
     inner = transformers.AutoModel.from_pretrained(model, attn_implementation="eager")
-    ids = torch.randint(1, 1000, (2, 16))
+    ids = torch.from_numpy(random_batch(inner.config.vocab_size, 2, 16)[0])
     tmp = path.with_suffix(".tmp")
     torch.onnx.export(
         Hidden(inner).eval(), (ids, torch.ones_like(ids), torch.zeros_like(ids)), str(tmp), dynamo=False,
@@ -295,6 +403,7 @@ def fused_onnx(model: Path) -> Path:
 @register
 class OrtF32(Engine):
     name = "onnxruntime fp32"
+    precision = FLOAT32
     modules = ("onnxruntime", "onnx", "torch", "transformers")
     idle = 0.01
 
@@ -316,6 +425,7 @@ class OrtF32(Engine):
 @register
 class OrtInt8(OrtF32):
     name = "onnxruntime int8 dynamic"
+    precision = BITS8
 
     def path(self, model: Path) -> Path:
         path = cache_dir(model, "onnx") / "int8.onnx"
@@ -333,14 +443,19 @@ class OrtInt8(OrtF32):
 @register
 class OpenVinoF32(Engine):
     name = "openvino f32"
+    precision = FLOAT32
+    hint: ClassVar[str] = "f32"
     modules = ("openvino", "torch", "transformers")
     idle = 0.01
 
     def __init__(self, model: Path, threads: int) -> None:
         import openvino as ov
 
-        config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": self.hint}
         compiled = ov.Core().compile_model(self.graph(model), "CPU", config)
+        got = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if got != self.hint:  # a CPU without the instructions: it would be the float32 engine under another name
+            raise RuntimeError(f"openvino computes in {got} here, not in {self.hint}")
         self.request = compiled.create_infer_request()
 
     def graph(self, model: Path) -> Any:
@@ -353,10 +468,18 @@ class OpenVinoF32(Engine):
 
 
 @register
+class OpenVinoBf16(OpenVinoF32):
+    name = "openvino bf16"
+    precision = REDUCED
+    hint = "bf16"
+
+
+@register
 class OpenVinoInt8(OpenVinoF32):
     """Static activations calibrated by NNCF on 300 inputs, as its documentation does for Transformers."""
 
     name = "openvino int8 nncf"
+    precision = BITS8
     modules = (*OpenVinoF32.modules, "nncf")
 
     def graph(self, model: Path) -> Any:
@@ -385,7 +508,7 @@ def calibration_batches(model: Path, count: int = 300) -> list[tuple[np.ndarray,
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     rng = np.random.default_rng(11)
     lengths = rng.integers(8, 64, count)
-    return [(rng.integers(1000, vocabulary, (1, n)), np.ones((1, n), np.int64)) for n in lengths]
+    return [(rng.integers(min(1000, vocabulary // 2), vocabulary, (1, n)), np.ones((1, n), np.int64)) for n in lengths]
 
 
 # ---- CTranslate2 ------------------------------------------------------------------------------------------
@@ -394,6 +517,7 @@ class CTranslate2Int8(Engine):
     name = "ctranslate2 int8"
     modules = ("ctranslate2", "torch", "transformers")
     idle = 0.25  # its OpenMP runtime spins for 200 ms
+    caller_sleeps = True
 
     def __init__(self, model: Path, threads: int) -> None:
         import ctranslate2
@@ -446,13 +570,13 @@ class ZQuantDecoder(ZQuant, Decoder):
             self.weight_bytes += float_or_packed(self.model.word_embeddings)
 
     def prefill(self, ids: np.ndarray) -> Any:
-        self.cache.truncate(0, 0)
+        self.cache.truncate(0)
         return self.model(ids[None], cache=self.cache, logits="last")
 
     def step(self, token: int) -> Any:
         before = int(self.cache.lengths[0])
         y = self.model([[token]], cache=self.cache, logits="last")
-        self.cache.truncate(0, before)
+        self.cache.truncate(before)
         return y
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
@@ -557,6 +681,22 @@ def random_batch(vocabulary: int, batch: int, length: int) -> tuple[np.ndarray, 
     return rng.integers(min(1000, vocabulary // 2), vocabulary, (batch, length)), np.ones((batch, length), np.int64)
 
 
+def pin_workers(cpus: list[int], work: Callable[[], Any], seconds: float = 0.3) -> list[int]:
+    """Pin those threads, one per CPU, that work for a caller who sleeps meanwhile, the busiest one first; their ids. Watched
+    in their place, the caller would seem to be without a CPU all the time."""
+    import harness
+
+    before, me = harness.thread_times(), threading.get_native_id()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        work()
+    spent = {tid: ticks - before.get(tid, 0) for tid, ticks in harness.thread_times().items() if tid != me}
+    busiest = sorted((tid for tid in spent if spent[tid] > 0), key=lambda tid: -spent[tid])[: len(cpus)]
+    for tid, cpu in zip(busiest, cpus):
+        os.sched_setaffinity(tid, {cpu})
+    return busiest or [me]
+
+
 class Server:
     """Answers JSON lines on stdin; see the methods named do_*."""
 
@@ -571,19 +711,34 @@ class Server:
         self.engine = ENGINES[name](model, threads)
         self.load_seconds = time.perf_counter() - start
         self.gate.pin(self.engine.example(self.vocabulary))
+        if self.engine.caller_sleeps:
+            self.gate.tids = pin_workers(self.gate.cpus, self.engine.example(self.vocabulary))
         self.gate.settle = max(self.gate.settle, self.engine.idle if threads > 1 and self.engine.idle < 0.05 else 0)
 
     def do_hello(self) -> dict[str, Any]:
-        return {"load_seconds": self.load_seconds, "reachable": self.gate.reachable, "peak": self.gate.peak}
+        return {"load_seconds": self.load_seconds, "reachable": self.gate.check(), "peak": self.gate.peak}
+
+    def full_cores(self) -> bool:
+        """After a call: the engine's own workers may still spin, and would look like somebody else's."""
+        time.sleep(self.engine.idle)
+        return self.gate.check()
+
+    def sampled(self, work: Callable[[], Any], seconds: float) -> dict[str, Any]:
+        """One sample of work(). It has no value where the host ran the threads on fewer cores: "reachable" is False then. What
+        passed the gate had them."""
+        before = self.gate.check()
+        sample = self.gate.measure(work, seconds=seconds)
+        return {"seconds": sample.seconds, "kept": sample.kept, "faults": sample.faults, "gated": sample.gated,
+                "reachable": sample.gated or (before and self.full_cores())}
 
     def do_case(self, batch: int, length: int, seconds: float) -> dict[str, Any]:
         ids, mask = random_batch(self.vocabulary, batch, length)
-        sample = self.gate.measure(lambda: self.engine.run(ids, mask), seconds=seconds)
-        return {"seconds": sample.seconds, "kept": sample.kept, "faults": sample.faults}
+        return self.sampled(lambda: self.engine.run(ids, mask), seconds)
 
     def do_corpus(self, path: str, limit: int | None) -> dict[str, Any]:
         """Seconds for all batches, each timed until a slice is kept (three tries; the fastest where none is)."""
         total, kept, sentences = 0.0, 0, 0
+        reachable = self.gate.check()
         batches = load_batches(Path(path))
         step = max(1, len(batches) // limit) if limit else 1
         batches = batches[::step]
@@ -602,7 +757,9 @@ class Server:
                     break
             total += min(tries)
             sentences += len(ids)
-        return {"seconds": total, "sentences": sentences, "kept": kept, "batches": len(batches)}
+        gated = kept >= 0.8 * len(batches)
+        return {"seconds": total, "sentences": sentences, "kept": kept, "batches": len(batches), "gated": gated,
+                "reachable": gated or (reachable and self.full_cores())}
 
     def do_embed(self, path: str, count: int) -> dict[str, Any]:
         """Mean-pooled hidden states of the first `count` batches, normalized: to see that the engine computes."""
@@ -618,24 +775,31 @@ class Server:
     def do_prefill(self, tokens: int, seconds: float) -> dict[str, Any]:
         """A prompt of so many tokens into an empty cache."""
         ids = random_batch(self.vocabulary, 1, tokens)[0][0]
-        sample = self.gate.measure(lambda: self.engine.prefill(ids), seconds=seconds)
-        return {"seconds": sample.seconds, "kept": sample.kept, "gated": sample.gated, "peak": self.gate.peak}
+        return {**self.sampled(lambda: self.engine.prefill(ids), seconds), "peak": self.gate.peak}
 
     def do_decode(self, context: int, seconds: float) -> dict[str, Any]:
         """One token after so many."""
         self.engine.prefill(random_batch(self.vocabulary, 1, context)[0][0])
-        sample = self.gate.measure(lambda: self.engine.step(1), seconds=seconds)
-        return {"seconds": sample.seconds, "kept": sample.kept, "gated": sample.gated,
-                "weight_bytes": self.engine.weight_bytes, "cache_item": self.engine.cache_item}
+        return {**self.sampled(lambda: self.engine.step(1), seconds), "weight_bytes": self.engine.weight_bytes,
+                "cache_item": self.engine.cache_item}
 
     def do_logits(self, tokens: int) -> dict[str, Any]:
         return {"logits": self.engine.logits(random_batch(self.vocabulary, 1, tokens)[0][0]).tolist()}
 
     def do_share_of_step(self, context: int) -> dict[str, Any]:
-        return {"share": self.engine.share_of_step(random_batch(self.vocabulary, 1, context)[0][0])}
+        before = self.gate.check()
+        share = self.engine.share_of_step(random_batch(self.vocabulary, 1, context)[0][0])
+        return {"share": share, "reachable": before and self.full_cores()}
 
     def do_shares(self, cases: list[list[int]]) -> dict[str, Any]:
-        return {"shares": list(self.engine.shares(random_batch(self.vocabulary, b, t) for b, t in cases))}
+        """The parts of each case's time, and whether they are gated; None where the host did not give all cores."""
+        found: list[tuple[dict[str, float], bool] | None] = []
+        before = self.gate.check()
+        for parts, gated in self.engine.shares((random_batch(self.vocabulary, b, t) for b, t in cases), self.gate):
+            after = self.full_cores()
+            found.append((parts, gated) if before and after else None)
+            before = after
+        return {"shares": found}
 
 
 def serve(make: Callable[[], Any]) -> None:
@@ -713,7 +877,7 @@ def started(turns: Iterable[Turn], threads: int) -> list[Turn]:
         time.sleep(turn.idle)
         up.append(turn)
     if any(not t.hello["reachable"] for t in up):
-        print(f"# {threads}T: the host does not give {threads} full cores now; read these as n/a")
+        print(f"# {threads}T: the host does not give {threads} full cores now; figures without them are n/a")
     return up
 
 
@@ -730,10 +894,12 @@ def engines_for(kind: str, with_peers: bool, wanted: str | None) -> list[str]:
 
 
 def keep(best: dict[tuple[str, str], dict[str, Any]], key: tuple[str, str], new: dict[str, Any], larger: bool) -> None:
-    """Let ``new`` replace what was best so far: a gated value beats others, then the larger or smaller one wins."""
-    old = best.get(key)
-    sign = 1 if larger else -1
-    if old is None or (new["gated"], sign * new["value"]) > (old["gated"], sign * old["value"]):
+    """Let ``new`` replace what was best so far: a value beats none, a gated one others, then the larger or smaller one wins."""
+    def rank(entry: dict[str, Any]) -> tuple[bool, bool, float]:
+        value = entry["value"]
+        return value is not None, entry["gated"], 0.0 if value is None else value if larger else -value
+
+    if key not in best or rank(new) > rank(best[key]):
         best[key] = new
 
 
