@@ -64,7 +64,7 @@ sanitize: $(CORE)
 	@cd build/sanitize && ZQUANT_SANITIZE=1 CC=gcc LDSHARED="gcc -shared" $(CURDIR)/$(PY) -W ignore setup.py -q build_ext --inplace
 	@cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 		PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
-		$(CURDIR)/$(PY) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)
+		$(CURDIR)/$(PY) -m pytest -q -n auto -p no:cacheprovider $(KERNEL_TESTS)
 
 bench: $(CORE)
 	$(PY) tests/bench/bench_kernels.py
