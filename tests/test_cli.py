@@ -71,6 +71,11 @@ USAGE = {
     "top-p": ["generate", "x", "y", "--top-p", "1.5"],
     "tokens": ["generate", "x", "y", "--max-new-tokens", "many"],
     "cache": ["generate", "x", "y", "--kv-cache", "int4"],
+    "empty output": ["quantize", "x", "-o", "", "--force"],
+    "empty model": ["info", ""],
+    "threads of a superscript": ["info", "--threads", "\u00b2"],
+    "seed of a superscript": ["generate", "x", "y", "--seed", "\u00b2"],
+    "two weight groupings": ["quantize", "x", "-o", "y", "--scheme", "w4a16-g32-row"],
     "batch size 0": ["eval", "sts", "x", "y", "--batch-size", "0"],
 }
 
@@ -148,6 +153,14 @@ def test_interrupt(tmp_path):
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=20)
     assert (child.returncode, out, err) == (130, "", "zquant: interrupted\n")
+
+
+def test_interrupt_while_arguments_are_parsed(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupted)
+    assert call(capsys, "info") == (130, "", "zquant: interrupted\n")
 
 
 def test_closed_pipe():
@@ -244,7 +257,7 @@ def test_generate(capsys, lm, monkeypatch):
     assert code == 0 and out == f"a{generate(LM(), 'a', max_new_tokens=6, temperature=1, seed=3)}\n"
     assert re.fullmatch(r"zquant: 6 tokens after 1, length, \d+ tokens/s\n", err)
     assert call(capsys, *argv, "--stream")[:2] == (0, out)
-    monkeypatch.setattr("sys.stdin", io.StringIO("a"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a")))
     assert call(capsys, "generate", "float", "-", *argv[3:])[:2] == (0, out)
     assert call(capsys, *argv[:3], "--max-new-tokens", "0")[1] == "a\n"
     code, _, err = call(capsys, *argv, "--stop", "ab")
@@ -290,6 +303,145 @@ def test_language_model_commands(capsys, tmp_path):
 def test_an_encoder_is_no_language_model(capsys, minilm, tmp_path):
     code, _, err = call(capsys, "generate", minilm, "a")
     assert code == 1 and "BERT is not a language model" in err
+
+
+# --- what is wrong is said before the work ------------------------------------------------------------------------
+
+
+TINY = Path(__file__).parent / "data" / "tiny-llama-5m"
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """No model may be opened."""
+
+    def fail(*_, **__):
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr(cli, "_open", fail)
+    monkeypatch.setattr(cli, "_open_lm", fail)
+
+
+def refused(capsys, message, *argv):
+    code, out, err = call(capsys, *argv)
+    assert (code, out) == (1, "") and re.search(message, err), err
+
+
+@pytest.mark.parametrize("option, name, message", [
+    ("--json", "none/r.json", "--json .*none/r.json: .*none is not a directory"),
+    ("--html", ".", "--html .*: is a directory"),
+    ("--plot", "r.xyz", "unknown kind of picture '.xyz'; known: .*png.*svg"),
+    ("--plot", "r", "unknown kind of picture ''"),
+])
+@pytest.mark.parametrize("command", ["compare", "sweep", "sensitivity"])
+def test_files_of_results_are_checked_first(capsys, text, tmp_path, no_work, command, option, name, message):
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    more = {"compare": ["int8"], "sweep": ["--methods", "rtn"], "sensitivity": []}[command]
+    refused(capsys, message, command, "float", *more, "--text", text, option, tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_may_not_be_written(capsys, text, tmp_path, no_work):
+    tmp_path.chmod(0o500)
+    try:
+        refused(capsys, "--json .*: may not be written", "compare", "a", "b", "--text", text, "--json", tmp_path / "r.json")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_read_only_directory(capsys, text, tmp_path, no_work, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    refused(capsys, "--json .*: may not be written", "compare", "a", "b", "--text", text, "--json", tmp_path / "r.json")
+
+
+def test_one_file_that_fails_leaves_the_others(capsys, lm, text, tmp_path, monkeypatch):
+    from zquant.tables import Written
+
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Written, "save_json", full)
+    code, out, err = call(capsys, "compare", "float", "int8", "--text", text, "--json", tmp_path / "r.json", "--html",
+                          tmp_path / "r.html")
+    assert code == 1 and "KL to float32" in out and (tmp_path / "r.html").is_file()
+    assert err == f"zquant: --json {tmp_path / 'r.json'}: No space left on device\n"
+
+
+def test_missing_calibration_is_said_first(capsys, text, no_work):
+    refused(capsys, r"--calib FILE is missing, which gptq \(w4a16\) needs", "sweep", "m", "--methods", "rtn,gptq", "--schemes",
+            "w4a16", "--text", text)
+    refused(capsys, r"which gptq \(w4a16\), awq \(w4a16-g128\) need\n", "sweep", "m", "--methods", "gptq,awq", "--text", text)
+    refused(capsys, r"rtn \(w8a8-static\) needs", "sensitivity", "m", "--scheme", "w8a8-static", "--text", text)
+
+
+def test_sweep_says_which_methods_failed(capsys, text, tmp_path):
+    """Row blocks that do not divide the rows."""
+    code, out, err = call(capsys, "sweep", TINY, "--methods", "rtn", "--schemes", "w8a16,w8a16-b7", "--text", text)
+    assert code == 1 and "rtn (w8a16-b7) failed: " in out
+    assert err == "zquant: 1 of 2 methods failed: rtn (w8a16-b7); the table says why\n"
+
+
+def test_output_is_checked_first(capsys, no_work, tmp_path, monkeypatch):
+    from zquant import saving
+
+    def fail(path):
+        raise PermissionError(f"{path}: may not be written")
+
+    monkeypatch.setattr(saving, "check_writable", fail)
+    refused(capsys, "out: may not be written", "quantize", TINY, "-o", tmp_path / "out")
+
+
+# --- kinds of models ---------------------------------------------------------------------------------------------
+
+
+def test_sts_of_a_language_model(capsys, tmp_path):
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("a cat,a cat sat,4\na cat,zzz,0\n")
+    for argv in (["eval", "sts", TINY, pairs], ["compare", TINY, TINY, "--sts", pairs],
+                 ["sweep", TINY, "--methods", "rtn", "--sts", pairs]):
+        refused(capsys, "tiny-llama-5m: .* is a language model; expected a sentence encoder", *argv)
+
+
+def test_models_of_two_kinds(capsys, lm, fake, monkeypatch, text):
+    models = {"lm": LM(), "encoder": Encoder(Model.make()), "bare": Model.make()}
+    monkeypatch.setattr(cli, "_open", lambda path, encoder=False: models[path.name])
+    refused(capsys, "^zquant: lm is a language model and encoder is a sentence encoder; expected two of one kind\n$",
+            "compare", "lm", "encoder", "--text", text)
+    refused(capsys, "^zquant: bare is a model without pooling and encoder is a sentence encoder; expected two of one kind\n$",
+            "compare", "bare", "encoder")
+
+
+def test_sts_opens_plain_directories_as_encoders(capsys, minilm, tmp_path):
+    """As ``zquant eval sts`` does: a Hugging Face encoder without modules.json, mean pooling."""
+    plain, small, pairs = tmp_path / "plain", tmp_path / "small", tmp_path / "pairs.csv"
+    plain.mkdir()
+    for file in Path(minilm).iterdir():
+        if file.is_file() and file.name != "modules.json":
+            (plain / file.name).symlink_to(file.resolve())
+    pairs.write_text("a cat,a cat sat,4\na cat,zzz,0\nrain,a brain,2\n")
+    assert call(capsys, "quantize", plain, "-o", small)[0] == 0
+    code, out, err = call(capsys, "compare", plain, small, "--sts", pairs)
+    assert code == 0 and "(6 sentences)" in out and len(re.findall("STS: Spearman", out)) == 2, err
+    code, out, err = call(capsys, "sweep", plain, "--methods", "rtn", "--sts", pairs)
+    assert code == 0 and "Spearman x 100" in out, err
+    code, out, err = call(capsys, "sensitivity", plain, "--parts", "all", "--sts", pairs)
+    assert code == 0 and "Spearman x 100" in out, err
+
+
+# --- text that is not UTF-8 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, given, message", [
+    (["-"], b"a\ncaf\xe9", "stdin, line 2: not UTF-8 (byte 0xe9)"),
+    ([b"caf\xe9"], b"", "PROMPT, line 1: not UTF-8 (byte 0xe9)"),
+    (["a", "--stop", b"\xff"], b"", "--stop, line 1: not UTF-8 (byte 0xff)"),
+])
+def test_text_that_is_not_utf8(argv, given, message):
+    pytest.importorskip("tokenizers")
+    command = [sys.executable, "-m", "zquant", "generate", str(TINY), *argv, "--max-new-tokens", "1"]
+    done = subprocess.run(command, input=given, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (1, b"", f"zquant: {message}\n")
 
 
 # --- the demo ----------------------------------------------------------------------------------------------------

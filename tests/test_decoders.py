@@ -25,7 +25,7 @@ from tiny_decoders import (
 )
 from tiny_models import write
 
-from zquant import _core
+from zquant import KVCache, _core
 from zquant.errors import FormatError
 from zquant.models import CausalLM, decoder_blocks, load
 from zquant.quantize import quantize
@@ -290,12 +290,12 @@ def test_the_cache(dtype, tiny):
     got = np.concatenate([model([ids[0][:12]], cache=cache), model([ids[0][12:]], cache=cache)], axis=1)
     assert np.abs(got - full).max() <= (0 if dtype == "float32" else 0.2)
     assert (dtype == "float32") == np.array_equal(got, full)
-    assert f"1 sequences, {dtype}, 20 tokens" in repr(cache) and cache.nbytes > 0
-    cache.truncate(0, 12)
+    assert f"sequences=1, dtype='{dtype}'): 20 tokens" in repr(cache) and cache.nbytes > 0
+    cache.truncate(12, sequence=0)
     assert np.array_equal(model([ids[0][12:]], cache=cache), got[:, 12:])
     twice = cache.select([0, 0])
     assert twice.batch == 2 and twice.lengths.tolist() == [20, 20] and twice.dtype == dtype
-    cache.truncate(0, 0)
+    cache.truncate(0)
     assert np.array_equal(model([ids[0][:12]], cache=cache), got[:, :12])
     assert twice.lengths.tolist() == [20, 20]
 
@@ -306,10 +306,36 @@ def test_bad_caches(tiny):
         model([[5]], cache=model.new_cache(2))
     with pytest.raises(ValueError, match="cache: of a model with 3 layers, 4 key-value heads of 12; this one has 3, 2 of 12"):
         model([[5]], cache=tiny("gpt2").new_cache(1))
-    with pytest.raises(ValueError, match="dtype must be 'float32' or 'int8', got 'int4'"):
+    with pytest.raises(ValueError, match="dtype: expected 'float32' or 'int8', got 'int4'"):
         model.new_cache(1, "int4")
-    with pytest.raises(ValueError, match="cache: batch: expected an integer of 0 or more, got 1.5"):
+    with pytest.raises(ValueError, match="batch: expected an integer of 0 or more, got 1.5"):
         model.new_cache(1.5)
+    for options in ({}, {"logits": "last"}):
+        with pytest.raises(TypeError, match=r"cache: expected a zquant.KVCache, as new_cache\(\) makes it, got tuple"):
+            model([[5]], cache=((), ()), **options)
+
+
+def test_the_cache_of_a_model_is_the_public_one(tiny):
+    model, ids = tiny("llama"), prompts((9,))
+    a = model.dims
+    own, made = KVCache(a.layers, a.kv_heads, a.head_dim, dtype="int8"), model.new_cache(1, "int8")
+    assert isinstance(made, KVCache)
+    assert np.array_equal(model(ids, cache=own), model(ids, cache=made))
+    with pytest.raises(TypeError, match="rows: expected integers or bools, got float64"):
+        made.select([0.7])
+    assert made.select([True]).lengths.tolist() == [9]
+
+
+@pytest.mark.parametrize("ids", [np.array([[2**64 - 1]], np.uint64), [[2**64 - 1]], [[2**64 - 1, -1]],
+                                 [np.uint64([2**64 - 1])]])
+def test_ids_that_64_bits_cannot_hold_are_named(ids, tiny):
+    model = tiny("llama")
+    for options in ({}, {"logits": "last", "cache": model.new_cache(1)}):
+        with pytest.raises(ValueError, match=r"input_ids.*: 18446744073709551615 is out of range"):
+            model(ids, **options)
+    with pytest.raises(ValueError, match=r"input_ids\[0\]: expected integers, got float64"):
+        model([[0.5]])
+    assert np.array_equal(model(np.array([[3]], np.uint64)), model([[3]]))
 
 
 def test_after_a_failure_the_cache_is_as_it_was(tiny):

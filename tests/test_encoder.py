@@ -1,6 +1,7 @@
 """SentenceEncoder: golden embeddings, order, pooling, truncation, directories, errors."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -186,6 +187,44 @@ def test_truncation(make):
     assert np.array_equal(enc.encode(SENTENCES[3]), enc.encode(" ".join(SENTENCES[3].split()[:6])))
     enc.max_seq_length = 5
     assert max(map(len, enc.tokenize(SENTENCES))) == 5
+    for length in (0, 1, 2, -1, POSITIONS + 1, 1.5, True, None, "8"):
+        with pytest.raises(ValueError, match=f"max_seq_length: expected an integer of 3 to {POSITIONS}, got {length!r}"):
+            enc.max_seq_length = length
+    assert enc.max_seq_length == 5
+    enc.max_seq_length = np.int64(POSITIONS)
+    assert max(map(len, enc.tokenize(["boat " * 400]))) == POSITIONS
+    small = load(make(max_length=8))
+    small.tensors.pop("embeddings.position_embeddings.weight")  # its table is then as long as config.json says
+    small.dims = dataclasses.replace(small.dims, max_positions=6)
+    assert enc.replace(small).max_seq_length == 6 and enc.max_seq_length == POSITIONS
+
+
+@pytest.mark.parametrize("length", [0, 1, -3, 1.5, "8"])
+def test_a_tokenizer_needs_room_for_its_special_tokens(length, make):
+    with pytest.raises(ValueError, match=f"max_length: expected an integer of 2 or more, got {length!r}"):
+        TextTokenizer(make(), length)
+
+
+@pytest.mark.parametrize("given, error, message", [
+    (["boat", "a\ud800"], ValueError, r"sentences\[1\]: is not valid text: character 1 is '\\ud800', a lone surrogate"),
+    (["boat", 5], (TypeError, ValueError), r"sentences\[1\]: expected a string, got int"),
+])
+def test_what_is_not_text(given, error, message, make):
+    enc = SentenceEncoder(make())
+    for function in (enc.encode, enc.tokenize, lambda s: enc.encode(s, prompt="the ")):
+        with pytest.raises(error, match=message):
+            function(given)
+
+
+@pytest.mark.parametrize("options, error, message", [
+    (dict(sentences=5), TypeError, "sentences: expected a string or a sequence of strings, got int"),
+    (dict(sentences="a", prompt=5), TypeError, "prompt: expected a string, got int"),
+    (dict(sentences="a", prompt="\udfff"), ValueError, r"prompt: is not valid text: character 0 is '\\udfff'"),
+    (dict(sentences="a", prompt_name=["query"]), TypeError, "prompt_name: expected a string, got list"),
+])
+def test_arguments_of_encode_that_are_refused(options, error, message, make):
+    with pytest.raises(error, match=message):
+        SentenceEncoder(make()).encode(**options)
 
 
 @pytest.mark.parametrize("kind, limit", [("bert", POSITIONS), ("roberta", POSITIONS - 2)])
@@ -277,6 +316,42 @@ def test_new_style_pooling(make):
     root = make()
     (root / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 48, "pooling_mode": "cls"}')
     assert SentenceEncoder(root).pooling == ("cls",)
+
+
+def test_a_relative_path_and_another_working_directory(make, tmp_path, monkeypatch):
+    root = make(place="0_Transformer", modes=("cls_token",))
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    enc = SentenceEncoder(root.name)
+    small = quantize(enc, "w8a8")
+    monkeypatch.chdir(tmp_path / "sub")
+    assert (enc.path, enc.transformer) == (root, root / "0_Transformer")
+    again = SentenceEncoder(small.save("out"))
+    assert again.pooling == ("cls",) and again.max_seq_length == 8
+    assert np.array_equal(again.encode(SENTENCES), small.encode(SENTENCES))
+
+
+def test_an_encoder_around_a_model_from_elsewhere(make, tmp_path):
+    """The model's own path does not decide where its weights go: modules.json does."""
+    enc = SentenceEncoder(make(place="0_Transformer"))
+    other = load(write(tmp_path / "other", config_of("bert"), tensors_of("bert", seed=9)))
+    enc = enc.replace(other)
+    saved = enc.save(tmp_path / "saved")
+    assert (saved / "0_Transformer" / "model.safetensors").is_file() and not (saved / "model.safetensors").exists()
+    assert np.array_equal(SentenceEncoder(saved).encode(SENTENCES), enc.encode(SENTENCES))
+
+
+def test_decoders_are_refused(make):
+    enc, folder = SentenceEncoder(make()), Path(__file__).parent / "data" / "tiny-llama-5m"
+    with pytest.raises(FormatError, match="tiny-llama-5m/config.json: model_type 'llama' is a decoder; .* needs an encoder"):
+        SentenceEncoder(folder)
+    for given, kind in ((load(folder), "CausalLM"), (enc, "SentenceEncoder"), (5, "int"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"expected the path of a directory or a zquant.Model, an encoder; got {kind}"):
+            SentenceEncoder(given)
+    with pytest.raises(TypeError, match="replace: expected a zquant.Model, an encoder; got CausalLM"):
+        enc.replace(load(folder))
+    with pytest.raises(FormatError, match="config.json: is a file; expected a directory"):
+        SentenceEncoder(folder / "config.json")
 
 
 def _module(kind, path=""):

@@ -172,3 +172,8 @@ def test_sts_refuses():
         sts(Letters(), [("a", "b", 1.0), ("a", "b")])
     with pytest.raises(ValueError, match="at least two"):
         sts(Letters(), [("a", "b", 1.0)])
+
+
+def test_a_model_with_no_encode_is_refused():
+    with pytest.raises(TypeError, match="encoder: expected a SentenceEncoder .*, got int"):
+        sts(3, [("a", "b", 1.0), ("a", "c", 2.0)])

@@ -1,8 +1,10 @@
 """Rotary embedding, key-value cache and causal attention over it: one answer, however a prompt is cut up."""
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import threading
 import zlib
 
@@ -327,6 +329,19 @@ def test_selected_sequences_are_copies(dtype):
     assert s.attend(none.handle, s.qkv(0), np.int64([0])).shape == (0, 64)
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_have_pages_of_their_own(copied):
+    s = Setting(4, 2, 16, rope=8)
+    cache, x = KVCache(1, 2, 16, 2), s.qkv(9)
+    s.attend(cache.handle, x, np.int64([0, 4, 9]))
+    other = copied(cache)
+    assert type(other) is KVCache and other.lengths.tolist() == [4, 5] and other.batch == other.sequences == 2
+    cache.truncate(0)
+    assert cache.lengths.tolist() == [0, 0] and other.lengths.tolist() == [4, 5]
+    more = s.qkv(2, seed=1)
+    assert same_bits(s.attend(other.handle, more, np.int64([0, 1, 2]))[:1], s.run(np.concatenate([x[:4], more[:1]]))[4:])
+
+
 # ---- the public function ---------------------------------------------------------------------------------------
 
 
@@ -525,7 +540,15 @@ def test_the_good_arguments_are_good():
     (ValueError, "sequence: expected 0 to 1, got 2", lambda: _core.kv_truncate(started(2), 2, 0)),
     (ValueError, "length: expected 0 to 2, got 3", lambda: _core.kv_truncate(started(2), 1, 3)),
     (ValueError, "length: expected 0 to 1, got -1", lambda: _core.kv_truncate(started(2), 0, -1)),
-    (ValueError, "length: expected 0 to 0, got -1", lambda: KVCache(1, 1, 8).truncate(-1)),
+    (ValueError, "length: expected an integer of 0 or more, got -1", lambda: KVCache(1, 1, 8).truncate(-1)),
+    (ValueError, "length: expected an integer of 0 or more, got 0.5", lambda: KVCache(1, 1, 8).truncate(0.5)),
+    (ValueError, "length: expected an integer of 0 or more, got -1", lambda: KVCache(1, 1, 8, 0).truncate(-1)),
+    (ValueError, "sequence: expected an integer of 0 to 1, got 2", lambda: KVCache(1, 1, 8, 2).truncate(0, 2)),
+    (ValueError, "length: expected 0 to 0, got 1", lambda: KVCache(1, 1, 8).truncate(1, 0)),
+    (ValueError, "rows: expected sequences 0 to 0, got 18446744073709551615",
+     lambda: KVCache(1, 1, 8).select(np.array([2**64 - 1], np.uint64))),
+    (ValueError, "rows: expected one dimension, got shape \\(1, 1\\)", lambda: KVCache(1, 1, 8).select([[0]])),
+    (TypeError, "KVCache: its pages .* cannot be pickled", lambda: pickle.dumps(KVCache(1, 1, 8))),
     (ValueError, "rows: expected sequences 0 to 1, got 2", lambda: _core.kv_select(started(), np.int64([0, 2]))),
     (ValueError, "rows: expected sequences 0 to 1, got -1", lambda: _core.kv_select(started(), np.int64([-1]))),
     (TypeError, "rows: expected integers or bools, got float64", lambda: KVCache(1, 1, 8).select([0.0])),

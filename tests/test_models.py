@@ -379,6 +379,9 @@ def test_configurations_that_are_refused(change, message, tiny):
 def test_directories_that_are_refused(tmp_path):
     with pytest.raises(FormatError, match="no such directory"):
         load(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FormatError, match="file: is a file; expected a directory"):
+        load(tmp_path / "file")
     with pytest.raises(FormatError, match="config.json: no such file"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("[1]")

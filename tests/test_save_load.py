@@ -1,9 +1,12 @@
 """quantize(), save and load: bit-identical outputs, what the directory holds, what is refused."""
+import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 
 pytest.importorskip("safetensors")
 
+import tiny_decoders  # noqa: E402
 from tiny_models import FAMILIES, batch, config_of, tensors_of, write  # noqa: E402
 
 import zquant as zq  # noqa: E402
@@ -18,8 +22,10 @@ from zquant.demo_model import find_minilm  # noqa: E402
 from zquant.errors import FormatError, VersionError  # noqa: E402
 from zquant.formats.safetensors import Stored, open_checkpoint, write_safetensors  # noqa: E402
 from zquant.qtensor import QTensor  # noqa: E402
+from zquant.saving import check_writable  # noqa: E402
 from zquant.spec import QuantSpec, Scheme  # noqa: E402
 
+LLAMA = Path(__file__).parent / "data" / "tiny-llama-5m"
 SCHEMES = ["w8a8", "w8a8-sym", "w8a8+e32", "w8a8-b16", "w8a8-g16", "w4/8a8", "w4/8a8-g16", "w4/8a8-b8", "w4a8-g32-sym",
            "w3a8-g8", "w8a16", "w4a16", "w3a16-g16"]
 
@@ -131,6 +137,157 @@ def test_sharded_sources(tiny, tmp_path):
     np.testing.assert_array_equal(zq.load(q.save(tmp_path / "saved"))(ids, mask), q(ids, mask))
 
 
+# ---- where the model came from -----------------------------------------------------------------------------------------
+def dtypes(directory):
+    checkpoint = open_checkpoint(directory)
+    return {name: checkpoint.dtype(name) for name in checkpoint}
+
+
+def test_a_relative_path_and_another_working_directory(tmp_path, monkeypatch):
+    shutil.copytree(LLAMA, tmp_path / "m")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = zq.load("m")
+    q = zq.quantize(model, "w4a8")
+    monkeypatch.chdir(tmp_path / "sub")
+    assert model.path == tmp_path / "m" and q.replace(path=Path("x")).path == tmp_path / "sub" / "x"
+    assert q.generate("hi", max_new_tokens=1).ids
+    for name, what in (("float", model), ("q", q)):
+        assert what.save(name) == Path(name)
+        assert (tmp_path / "sub" / name / "tokenizer.json").read_bytes() == (LLAMA / "tokenizer.json").read_bytes()
+    assert dtypes("float") == dtypes(LLAMA)
+
+
+def in_halves(tensors, dtype):
+    if dtype == "F16":
+        return {name: value.astype(np.float16) for name, value in tensors.items()}
+    return {name: Stored((value.view(np.uint32) >> 16).astype(np.uint16), "BF16") for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_float_models_keep_16_bits_after_their_files_are_overwritten(kind, dtype, tmp_path):
+    config = config_of(kind) if kind == "bert" else tiny_decoders.config_of(kind)
+    tensors = tensors_of(kind) if kind == "bert" else tiny_decoders.tensors_of(config)
+    source = write(tmp_path / "m", config, {})
+    write_safetensors(source / "model.safetensors", in_halves(tensors, dtype))
+    shutil.copytree(source, tmp_path / "before")
+    model = zq.load(source)
+    name = next(name for name in model.tensors if "norm" in name.lower() or "ln_" in name)
+    changed = model.replace(norms={name: np.float32(model.tensors[name]) + np.float32(1e-6)})
+    zq.quantize(model, "w8a8").save(source)
+    zq.load(model.save(tmp_path / "after"))
+    before, after = open_checkpoint(tmp_path / "before"), open_checkpoint(tmp_path / "after")
+    assert set(before) == set(after) and set(dtypes(tmp_path / "after").values()) == {dtype}
+    assert all(np.array_equal(before.stored(name).array, after.stored(name).array) for name in before)
+    saved = dtypes(changed.save(tmp_path / "changed"))
+    assert saved.pop(name) == "F32" and set(saved.values()) == {dtype}  # what 16 bits cannot hold is not rounded
+
+
+def test_a_source_that_is_gone_or_cannot_be_read(tmp_path):
+    source, want = tmp_path / "m", tmp_path / "saved"
+    shutil.copytree(LLAMA, source)
+    model = zq.load(source)
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match="m/tokenizer.json"):
+        model.save(want)
+    (source / "tokenizer.json").unlink()
+    (source / "modules.json").write_text("{")
+    with pytest.raises(FormatError, match="m/modules.json: not a list of modules"):
+        model.save(want)
+    shutil.rmtree(source)
+    with pytest.raises(FileNotFoundError, match="the directory that the model was loaded from.* is gone.*m'$"):
+        model.save(want)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- where it goes -----------------------------------------------------------------------------------------------------
+def left_behind(*directories):
+    return [path for directory in directories for path in directory.rglob(".*")]
+
+
+def test_a_link_to_another_file_system(tiny, tmp_path):
+    if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("needs a second file system")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        link = tmp_path / "link"
+        link.symlink_to(other)
+        model = tiny()
+        check_writable(link)
+        assert model.save(link) == link and link.is_symlink()
+        same_model(zq.load(other), model)
+        assert not left_behind(tmp_path, Path(other))
+
+
+def test_a_module_that_is_a_link_to_another_file_system(minilm, tmp_path):
+    if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("needs a second file system")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "1_Pooling").symlink_to(other)
+        minilm.save(tmp_path / "out")
+        assert zq.SentenceEncoder(tmp_path / "out").pooling == ("mean",)
+        assert [file.name for file in Path(other).iterdir()] == ["config.json"]
+
+
+def test_a_target_whose_parent_is_not_writable(tiny, tmp_path, monkeypatch):
+    model, real = tiny(), tempfile.mkdtemp
+    (tmp_path / "volume" / "out").mkdir(parents=True)
+
+    def refused(*args, dir, **options):
+        if Path(dir) == tmp_path / "volume":
+            raise PermissionError(errno.EACCES, "Permission denied", f"{dir}/.temporary")
+        return real(*args, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    check_writable(tmp_path / "volume" / "out")
+    same_model(zq.load(model.save(tmp_path / "volume" / "out")), model)
+    for function in (check_writable, model.save):
+        with pytest.raises(PermissionError, match="cannot be written: Permission denied in .*volume: '.*volume/new/one'"):
+            function(tmp_path / "volume" / "new" / "one")
+    assert [path.name for path in (tmp_path / "volume").iterdir()] == ["out"] and not left_behind(tmp_path)
+
+
+def test_links_that_lead_nowhere(tiny, tmp_path):
+    model = tiny()
+    (tmp_path / "dangling").symlink_to(tmp_path / "a" / "b")
+    check_writable(tmp_path / "dangling")
+    assert not (tmp_path / "a").exists()
+    model.save(tmp_path / "dangling")
+    same_model(zq.load(tmp_path / "a" / "b"), model)
+    (tmp_path / "loop").symlink_to("loop")
+    for function in (check_writable, model.save):
+        with pytest.raises(ValueError, match="loop: is a symbolic link that leads back to itself"):
+            function(tmp_path / "loop")
+    assert not left_behind(tmp_path)
+
+
+def test_files_in_the_way(tiny, tmp_path):
+    model = tiny()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file: is a file; save needs a directory"):
+        check_writable(tmp_path / "file")
+    for function in (check_writable, model.save):
+        with pytest.raises(NotADirectoryError, match="Not a directory in .*file: '.*file/out'"):
+            function(tmp_path / "file" / "out")
+    (tmp_path / "out" / "config.json").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match="is a directory, where a file of the model goes: '.*out/config.json'"):
+        model.save(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_a_full_disk_names_the_target(tiny, tmp_path, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    model = tiny()
+    monkeypatch.setattr("zquant.saving.write_safetensors", full)
+    with pytest.raises(OSError, match="cannot be written: No space left on device in .*: '.*/new'$") as raised:
+        model.save(tmp_path / "new")
+    assert ".zquant" not in str(raised.value) and not (tmp_path / "new").exists() and not left_behind(tmp_path)
+
+
 # ---- sentence encoders -----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def minilm():
@@ -170,6 +327,17 @@ def test_a_transformer_in_its_own_folder(minilm, tmp_path):
     assert (not (saved / "config.json").exists()
             and "quantization_config" in (saved / "0_Transformer" / "config.json").read_text())
     np.testing.assert_array_equal(zq.SentenceEncoder(saved).encode(["a b"]), q.encode(["a b"]))
+
+
+def test_an_encoder_whose_files_have_changed(minilm, tmp_path):
+    source = zq.SentenceEncoder(minilm.save(tmp_path / "m"))
+    (source.path / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    with pytest.raises(ValueError, match="m: its modules.json, or a file that belongs to it, has changed"):
+        source.save(tmp_path / "saved")
+    shutil.rmtree(source.path / "1_Pooling")
+    with pytest.raises(FormatError, match="m/1_Pooling"):
+        source.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_peak_memory_of_quantizing(tmp_path):

@@ -70,6 +70,20 @@ def test_unknown_scheme_lists_the_known(name):
         Scheme.parse(name)
 
 
+@pytest.mark.parametrize("name, words", [
+    ("w4a16-g32-row", "names two weight groupings: -g32, -row; expected one"),
+    ("w8a8-row-g32", "names two weight groupings: -row, -g32"),
+    ("w8a8-g32-b48", "names two weight groupings: -g32, -b48"),
+    ("w4a8-wt-sym-g32", "names two weight groupings: -wt, -g32"),
+    ("w4a8-g32-g64", "names two weight groupings: -g32, -g64"),
+    ("w8a8-static-tensor", "names two ways to share the activations' scales: -static, -tensor"),
+    ("w8a8-sym-sym", "says -sym twice"),
+])
+def test_contradictory_suffixes(name, words):
+    with pytest.raises(ValueError, match=f"scheme '{name}' {words}"):
+        Scheme.parse(name)
+
+
 @pytest.mark.parametrize("name, words", [("w9a8", "bits: expected an integer of 2 to 8, got 9"), ("w4a8-g0", "group_size"),
                                          ("w8a8-b0", "blocks"), ("w4/16a8", "got 16"),
                                          ("w8a16-static", "16 bits have no scale.*-static"), ("w4a16-tensor", "-tensor"),

@@ -352,7 +352,7 @@ def test_a_sweep_that_is_interrupted_or_fails(texts, capsys, monkeypatch):
     monkeypatch.setitem(STEPS, "failing", Failing)
     argv = ["sweep", TINY, "--text", texts[0], "--schemes", "w8a8", "--methods"]
     code, out, err = call(capsys, *argv, "failing,rtn")
-    assert code == 0 and "no such luck" in out
+    assert code == 1 and "no such luck" in out and "1 of 2 methods failed" in err
     interrupt_after(monkeypatch, 3)
     code, out, err = call(capsys, *argv, "rtn,lorc")
     assert code == 130 and "rtn" in out and "interrupted" in out and "interrupted" in err

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
+from .checks import as_count
 
 __all__ = ["KVCache"]
 
@@ -15,6 +16,8 @@ _DTYPES = ("float32", "int8")
 
 class KVCache:
     """Keys and values of past tokens, for every layer of a decoder and a batch of sequences.
+
+    :meth:`zquant.CausalLM.new_cache` makes one of a model's sizes, and any of the same sizes will do.
 
     Memory comes in pages of 64 tokens per layer and sequence, allocated as they fill: a growing cache copies nothing.
     Sequences may have different lengths. Filling a cache in one pass, in chunks of any sizes or token by token gives the
@@ -34,6 +37,10 @@ class KVCache:
     ----------
     layers, kv_heads, head_dim, sequences, dtype
         As given.
+    batch
+        The same as ``sequences``.
+    one_each
+        (sequences + 1,) int64, the offsets of a step in which every sequence gets one token.
     handle
         What the functions of the extension take.
 
@@ -41,6 +48,11 @@ class KVCache:
     ------
     TypeError, ValueError
         A size is not an integer or not positive, or the dtype is unknown.
+
+    Notes
+    -----
+    ``copy.copy`` and ``copy.deepcopy`` give a cache with pages of its own. It does not pickle: what it holds can be computed
+    again from the token ids.
 
     >>> import numpy as np
     >>> from zquant.cache import KVCache
@@ -54,15 +66,18 @@ class KVCache:
     def __init__(self, layers: int, kv_heads: int, head_dim: int, sequences: int = 1, dtype: str = "float32") -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: expected 'float32' or 'int8', got {dtype!r}")
-        self._wrap(_core.kv_new(layers, sequences, kv_heads, head_dim, dtype == "int8"), layers, kv_heads, head_dim, dtype)
-
-    def _wrap(self, handle: Any, layers: int, kv_heads: int, head_dim: int, dtype: str) -> None:
-        self.handle = handle
         self.layers, self.kv_heads, self.head_dim, self.dtype = layers, kv_heads, head_dim, dtype
+        self._hold(_core.kv_new(layers, sequences, kv_heads, head_dim, dtype == "int8"))
+
+    def _hold(self, handle: Any) -> None:
+        self.handle = handle
+        self.sequences = len(_core.kv_lengths(handle))
+        self.one_each = np.arange(self.sequences + 1)
 
     @property
-    def sequences(self) -> int:
-        return len(self.lengths)
+    def batch(self) -> int:
+        """The same as ``sequences``, under the name that :meth:`zquant.CausalLM.new_cache` has for it."""
+        return self.sequences
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -77,6 +92,13 @@ class KVCache:
     def truncate(self, length: int, sequence: int | None = None) -> None:
         """Forget the tokens from ``length`` on, of one sequence, or of all that are longer.
 
+        Parameters
+        ----------
+        length
+            Tokens that stay.
+        sequence
+            Index of a sequence; None is all of them.
+
         Raises
         ------
         ValueError
@@ -85,11 +107,17 @@ class KVCache:
         >>> from zquant.cache import KVCache
         >>> KVCache(1, 1, 8).truncate(0)
         """
+        length = as_count("length", length, 0)
         if sequence is not None:
-            _core.kv_truncate(self.handle, sequence, length)
+            _core.kv_truncate(self.handle, as_count("sequence", sequence, 0, self.sequences - 1), length)
             return
         for s, n in enumerate(self.lengths.tolist()):
             _core.kv_truncate(self.handle, s, min(length, n))
+
+    def restore(self, lengths: npt.NDArray[np.int64]) -> None:
+        """Back to ``lengths`` that the sequences have had, after a pass that failed; what it had begun is forgotten."""
+        for sequence, length in enumerate(lengths.tolist()):
+            _core.kv_truncate(self.handle, sequence, length)
 
     def select(self, rows: Any) -> KVCache:
         """A new cache whose sequence i is a copy of sequence ``rows[i]`` of this one, which stays as it is.
@@ -104,7 +132,7 @@ class KVCache:
         Raises
         ------
         TypeError, ValueError
-            rows are not such integers.
+            rows are not integers or bools; a sequence that does not exist.
 
         >>> from zquant.cache import KVCache
         >>> KVCache(1, 1, 8, sequences=3).select([2, 0]).sequences
@@ -117,9 +145,25 @@ class KVCache:
             index = np.flatnonzero(index)
         if index.size and index.dtype.kind not in "iu":
             raise TypeError(f"rows: expected integers or bools, got {index.dtype}")
-        new = KVCache.__new__(KVCache)
-        new._wrap(_core.kv_select(self.handle, index.astype(np.int64)), self.layers, self.kv_heads, self.head_dim, self.dtype)
+        if index.ndim != 1:
+            raise ValueError(f"rows: expected one dimension, got shape {index.shape}")
+        bad = index[(index < 0) | (index >= self.sequences)]
+        if len(bad):  # before the cast, which makes -1 of what uint64 holds
+            raise ValueError(f"rows: expected sequences 0 to {self.sequences - 1}, got {bad[0]}")
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new._hold(_core.kv_select(self.handle, index.astype(np.int64)))
         return new
+
+    def __copy__(self) -> KVCache:
+        return self.select(range(self.sequences))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        return self.select(range(self.sequences))
+
+    def __reduce__(self) -> Any:
+        raise TypeError("KVCache: its pages are memory of this process and cannot be pickled; pickle the token ids, and run "
+                        "them through the model with a new cache")
 
     def __repr__(self) -> str:
         lengths = self.lengths

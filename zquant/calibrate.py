@@ -28,7 +28,7 @@ from .spec import Scheme
 from .statistics import Accumulator, GroupShape, InputStatistics, RunInfo, Statistics, _writing, check_needs, fingerprint
 from .tokenization import TextTokenizer
 
-__all__ = ["MODES", "Sequences", "Shared", "Visitor", "calibrate", "read_sequences", "walk"]
+__all__ = ["MODES", "Sequences", "Shared", "Visitor", "calibrate", "check_model", "read_sequences", "walk"]
 
 MODES = ("parallel", "sequential")
 #: Tokens of a sequence by default, at most.
@@ -100,6 +100,8 @@ def calibrate(
 
     Raises
     ------
+    TypeError
+        Something else than a loaded model.
     ValueError
         No tokens; ids out of the vocabulary; unknown needs or mode; seq_len beyond the model's positions; NaN.
 
@@ -113,6 +115,7 @@ def calibrate(
     >>> stats["encoder.layer.0.attention.self.query"] is stats["encoder.layer.0.attention.self.value"]
     True
     """
+    check_model("model", model)
     wanted = check_needs(needs)
     _one_of("mode", mode, MODES)
     quantizer = _quantizer(model, mode, scheme, method)
@@ -172,6 +175,19 @@ def _keeping(keep: Callable[[InputStatistics], None], quantizer: Any) -> Visitor
         return None if quantizer is None else quantizer.visit(group)
 
     return visit
+
+
+def check_model(name: str, model: Any) -> None:
+    """TypeError, which says what the argument ``name`` is, where ``model`` is no loaded model.
+
+    >>> check_model("model", "all-MiniLM-L6-v2")
+    Traceback (most recent call last):
+    ...
+    TypeError: model: expected a loaded model (zquant.load(directory), zquant.SentenceEncoder(directory)), got str
+    """
+    if isinstance(model, type) or not hasattr(getattr(model, "model", model), "named_linears"):
+        raise TypeError(f"{name}: expected a loaded model (zquant.load(directory), zquant.SentenceEncoder(directory)), "
+                        f"got {type(model).__name__}")
 
 
 def _one_of(what: str, value: Any, known: Sequence[str]) -> None:
@@ -274,7 +290,7 @@ def _rows(data: Any) -> tuple[list[Any], str]:
 
 def _documents(network: Any, rows: list[Any], source: str) -> list[np.ndarray]:
     vocabulary = _Vocabulary(network.dims.vocabulary)
-    ids = [text_ids(network, row) for row in rows] if source == "text" else rows
+    ids = [text_ids(network, row, "calibration data") for row in rows] if source == "text" else rows
     return [_checked(vocabulary, row, "calibration data" if len(rows) == 1 else f"calibration data[{i}]")
             for i, row in enumerate(ids)]
 

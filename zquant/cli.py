@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     zquant ...
     0
     """
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         _set_threads(arguments.threads)
         arguments.run(arguments)
         sys.stdout.flush()
@@ -76,7 +76,7 @@ def _one_line(error: Exception) -> str:
 
 def _whole(least: int) -> Any:
     def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
+        if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected an integer of {least} or more, got {text!r}")
         return int(text)
 
@@ -96,8 +96,15 @@ def _fraction(high: float) -> Any:
     return parse
 
 
+def _path(text: str) -> Path:
+    """An empty name is what a variable that was not set gives, and Path would take it for the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
+
+
 def _threads(text: str) -> int:
-    value = int(text) if text.isdigit() else 0
+    value = int(text) if text.isdecimal() else 0
     if not 1 <= value <= 256:
         raise argparse.ArgumentTypeError(f"expected 1 to 256, got {text!r}")
     return value
@@ -206,8 +213,8 @@ def _add_quantize(commands: Any) -> None:
         "zquant quantize bert-base -o mixed --scheme w4a8 --override '*.value=8' --override 'encoder.layer.0.*=float'",
     )
     parser.epilog = f"{_SCHEMES}\n{_METHODS}\n{parser.epilog}"
-    parser.add_argument("model", metavar="DIR", type=Path, help="the model to quantize")
-    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to write")
+    parser.add_argument("model", metavar="DIR", type=_path, help="the model to quantize")
+    parser.add_argument("-o", "--output", metavar="OUT", type=_path, required=True, help="directory to write")
     parser.add_argument("--scheme", type=_scheme, help="how to quantize (default: the preset's, else w8a8)")
     parser.add_argument(
         "--override",
@@ -223,7 +230,7 @@ def _add_quantize(commands: Any) -> None:
     parser.add_argument(
         "--calib",
         metavar="FILE",
-        type=Path,
+        type=_path,
         help="for methods that look at data, and static activations: text (encoders read its lines), or statistics that "
         "zquant.calibrate saved (.safetensors), not what the model is evaluated on; or random, for tokens drawn from the "
         "vocabulary",
@@ -231,7 +238,7 @@ def _add_quantize(commands: Any) -> None:
     parser.add_argument(
         "--work-dir",
         metavar="DIR",
-        type=Path,
+        type=_path,
         help="for methods that train blocks (lkd, zq-global): finished blocks are files there, and a run that was interrupted "
         "or killed continues",
     )
@@ -247,11 +254,11 @@ def _add_quantize(commands: Any) -> None:
 def _add_loss(parser: argparse.ArgumentParser) -> None:
     """What the loss is measured on, and where the results go; see :func:`_loss_data`."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text for the perplexity of a language model")
-    source.add_argument("--sentences", metavar="FILE", type=Path, help="one a line, for the fidelity of an encoder")
-    source.add_argument("--sts", metavar="FILE", type=Path, help="csv or tsv of scored pairs, for its rank correlation")
+    source.add_argument("--text", metavar="FILE", type=_path, help="UTF-8 text for the perplexity of a language model")
+    source.add_argument("--sentences", metavar="FILE", type=_path, help="one a line, for the fidelity of an encoder")
+    source.add_argument("--sts", metavar="FILE", type=_path, help="csv or tsv of scored pairs, for its rank correlation")
     parser.add_argument(
-        "--calib", metavar="FILE", type=Path, help="for methods that look at data: text; not what the loss is measured on"
+        "--calib", metavar="FILE", type=_path, help="for methods that look at data: text; not what the loss is measured on"
     )
     parser.add_argument(
         "--max-tokens",
@@ -265,9 +272,9 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
     """Where results go besides the terminal; see :func:`_write_files`."""
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results as JSON")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="write their picture (.png, .svg, .pdf)")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write their tables as HTML")
+    parser.add_argument("--json", metavar="FILE", type=_path, help="write the results as JSON")
+    parser.add_argument("--plot", metavar="FILE", type=_path, help="write their picture (.png, .svg, .pdf)")
+    parser.add_argument("--html", metavar="FILE", type=_path, help="write their tables as HTML")
 
 
 def _add_sweep(commands: Any) -> None:
@@ -281,7 +288,7 @@ def _add_sweep(commands: Any) -> None:
         "--plot sweep.png",
     )
     parser.epilog = f"{_SCHEMES}\n{_METHODS}\n{parser.epilog}"
-    parser.add_argument("model", metavar="DIR", type=Path, help="a float model")
+    parser.add_argument("model", metavar="DIR", type=_path, help="a float model")
     parser.add_argument("--methods", metavar="LIST", type=_recipes, required=True, help="recipes, between commas")
     parser.add_argument(
         "--schemes", metavar="LIST", type=_schemes, default=[None], help="each with every method (default: as quantize's)"
@@ -299,7 +306,7 @@ def _add_sensitivity(commands: Any) -> None:
         "zquant sensitivity all-MiniLM-L6-v2 --sentences mine.txt --scheme w4a8-g32 --parts all,kind --json found.json",
     )
     parser.epilog = f"{_SCHEMES}\n{parser.epilog}"
-    parser.add_argument("model", metavar="DIR", type=Path, help="a float model")
+    parser.add_argument("model", metavar="DIR", type=_path, help="a float model")
     parser.add_argument("--scheme", type=_scheme, default="w4a8", help="what is studied (default: %(default)s)")
     parser.add_argument("--method", metavar="NAME", type=_recipe, default="rtn", help="solver (default: %(default)s)")
     parser.add_argument(
@@ -323,19 +330,19 @@ def _add_compare(commands: Any) -> None:
         "zquant compare all-MiniLM-L6-v2 minilm-w8a8 --sts stsb-test.csv\n"
         "zquant compare tiny-llama-5m tiny-llama-w4 --text wiki.test.raw",
     )
-    parser.add_argument("model", metavar="DIR", type=Path, help="the reference")
-    parser.add_argument("quantized", metavar="QDIR", type=Path, help="its quantized version")
+    parser.add_argument("model", metavar="DIR", type=_path, help="the reference")
+    parser.add_argument("quantized", metavar="QDIR", type=_path, help="its quantized version")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--sentences", metavar="FILE", type=Path, help="text, one sentence a line (default: the demo's 200 sentences)"
+        "--sentences", metavar="FILE", type=_path, help="text, one sentence a line (default: the demo's 200 sentences)"
     )
     source.add_argument(
         "--sts",
         metavar="FILE",
-        type=Path,
+        type=_path,
         help="csv or tsv of sentence pairs with scores; also prints the correlations",
     )
-    source.add_argument("--text", metavar="FILE", type=Path, help="text that language models are compared on")
+    source.add_argument("--text", metavar="FILE", type=_path, help="text that language models are compared on")
     parser.add_argument("--all", action="store_true", help="print every layer, not the ten worst")
     _add_files(parser)
 
@@ -350,9 +357,9 @@ def _add_eval(commands: Any) -> None:
         "semantic textual similarity: rank correlation of cosines with people's scores",
         "zquant eval sts minilm-w8a8 stsb-en-test.csv",
     )
-    task.add_argument("model", metavar="DIR", type=Path, help="a sentence encoder, float or quantized")
+    task.add_argument("model", metavar="DIR", type=_path, help="a sentence encoder, float or quantized")
     task.add_argument(
-        "file", metavar="FILE", type=Path, help="csv or tsv: sentence1, sentence2, score; a header is optional"
+        "file", metavar="FILE", type=_path, help="csv or tsv: sentence1, sentence2, score; a header is optional"
     )
     task.add_argument(
         "--batch-size",
@@ -373,8 +380,8 @@ def _add_ppl(commands: Any) -> None:
         "zquant ppl tiny-llama-w8a8 --text wiki.test.raw --seq-len 512 --stride 256\n"
         "zquant ppl tiny-llama-w8a8 --text wiki.test.raw --kv-cache int8",
     )
-    parser.add_argument("model", metavar="DIR", type=Path, help="a language model, float or quantized")
-    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="UTF-8 text")
+    parser.add_argument("model", metavar="DIR", type=_path, help="a language model, float or quantized")
+    parser.add_argument("--text", metavar="FILE", type=_path, required=True, help="UTF-8 text")
     parser.add_argument(
         "--seq-len", metavar="N", type=_whole(2), default=512, help="tokens of a window (default: %(default)s)"
     )
@@ -410,7 +417,7 @@ def _add_generate(commands: Any) -> None:
         'zquant generate tiny-llama-w4 "Once upon a time" --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 1\n'
         "cat prompt.txt | zquant generate tiny-llama-w4 - --stream",
     )
-    parser.add_argument("model", metavar="DIR", type=Path, help="a language model, float or quantized")
+    parser.add_argument("model", metavar="DIR", type=_path, help="a language model, float or quantized")
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin")
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=_whole(0), default=128, help="at most so many (default: %(default)s)"
@@ -438,7 +445,7 @@ def _add_info(commands: Any) -> None:
         "print what this CPU offers, or what a model directory holds",
         "zquant info\nzquant info minilm-w8a8",
     )
-    parser.add_argument("model", metavar="DIR", type=Path, nargs="?", help="a model directory, float or quantized")
+    parser.add_argument("model", metavar="DIR", type=_path, nargs="?", help="a model directory, float or quantized")
 
 
 def _add_demo(commands: Any) -> None:
@@ -449,8 +456,8 @@ def _add_demo(commands: Any) -> None:
         "quantize all-MiniLM-L6-v2 and print fidelity, size and speed",
         "zquant demo\nzquant demo --model bge-small-en --sts stsb-en-test.csv --threads 1",
     )
-    parser.add_argument("--model", metavar="DIR", type=Path, help="another sentence encoder")
-    parser.add_argument("--sts", metavar="FILE", type=Path, help="csv or tsv of sentence pairs with scores")
+    parser.add_argument("--model", metavar="DIR", type=_path, help="another sentence encoder")
+    parser.add_argument("--sts", metavar="FILE", type=_path, help="csv or tsv of sentence pairs with scores")
 
 
 # --- commands ----------------------------------------------------------------------------------------------------
@@ -464,13 +471,21 @@ def _set_threads(count: int | None) -> None:
 
 
 def _open(path: Path, encoder: bool = False) -> Any:
-    """A sentence encoder where the directory says that it is one (or always), else the bare model."""
+    """A sentence encoder where the directory says that it is one, else the bare model; always one (of mean pooling) on
+    ``encoder``."""
     from .encoder import SentenceEncoder
     from .models import load
 
     if not path.is_dir():
         raise NotADirectoryError(f"{path}: not a directory")
-    return SentenceEncoder(path) if encoder or (path / "modules.json").is_file() else load(path)
+    if (path / "modules.json").is_file():
+        return SentenceEncoder(path)
+    model = load(path)
+    if not encoder:
+        return model
+    if hasattr(model, "new_cache"):
+        raise ValueError(f"{path}: {model.family.name} is a language model; expected a sentence encoder")
+    return SentenceEncoder(model)
 
 
 def _open_lm(path: Path) -> Any:
@@ -485,12 +500,15 @@ def _open_lm(path: Path) -> Any:
 
 
 def _check_output(source: Path, output: Path, force: bool) -> None:
+    from .saving import check_writable
+
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output}: exists and is not a directory")
     if output.is_dir() and source.is_dir() and output.samefile(source):
         raise ValueError(f"{output}: is the model itself; write the quantized model elsewhere")
     if not force and output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"{output}: not empty; --force writes into it")
+    check_writable(output)
 
 
 def _network(model: Any) -> Any:
@@ -565,11 +583,12 @@ def _sentences(path: Path) -> list[str]:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .report import compare
+    from .report import check_pair, compare
 
-    _check_plot(arguments)
+    _check_files(arguments)
     given, pairs = _compared(arguments)
-    model, quantized = _open(arguments.model), _open(arguments.quantized)
+    model, quantized = (_open(path, encoder=bool(arguments.sts)) for path in (arguments.model, arguments.quantized))
+    check_pair(model, quantized, (str(arguments.model), str(arguments.quantized)))
     if hasattr(_network(model), "new_cache") != isinstance(given, Path):
         raise ValueError(f"{arguments.model}: language models are compared on --text FILE, encoders on sentences")
     report = compare(model, quantized, given)
@@ -583,33 +602,67 @@ def _compare(arguments: argparse.Namespace) -> None:
     _write_files(report, arguments)
 
 
-def _check_plot(arguments: argparse.Namespace) -> None:
+def _check_files(arguments: argparse.Namespace) -> None:
+    """What can be known of --json, --plot and --html before the work whose results they are for."""
+    for name in ("json", "plot", "html"):
+        path = getattr(arguments, name)
+        if path is None:
+            continue
+        if path.is_dir():
+            raise IsADirectoryError(f"--{name} {path}: is a directory; expected the name of a file")
+        if not path.parent.is_dir():
+            raise NotADirectoryError(f"--{name} {path}: {path.parent} is not a directory")
+        if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+            raise PermissionError(f"--{name} {path}: may not be written")
     if arguments.plot:
-        from . import plot  # noqa: F401  says at once that matplotlib is missing
+        from .plot import Figure  # says at once that matplotlib is missing
+
+        suffix, known = arguments.plot.suffix, Figure().canvas.get_supported_filetypes()
+        if suffix[1:].lower() not in known:
+            kinds = ", ".join(f".{kind}" for kind in sorted(known))
+            raise ValueError(f"--plot {arguments.plot}: unknown kind of picture {suffix!r}; known: {kinds}")
 
 
 def _write_files(found: Any, arguments: argparse.Namespace) -> None:
-    if arguments.json:
-        found.save_json(arguments.json)
-    if arguments.plot:
-        found.plot().savefig(arguments.plot, dpi=130)
-    if arguments.html:
-        found.save_html(arguments.html)
+    """All that were asked for: one that fails, as of a full disk, leaves the others to be written."""
+    writers = {"json": found.save_json, "plot": lambda path: found.plot().savefig(path, dpi=130), "html": found.save_html}
+    failures = []
+    for name, write in writers.items():
+        path = getattr(arguments, name)
+        try:
+            if path is not None:
+                write(path)
+        except Exception as error:
+            failures.append(f"--{name} {path}: {_one_line(error)}")
+    if failures:
+        raise RuntimeError("; ".join(failures))
 
 
 def _loss_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model, and what its loss is measured on."""
     from .evaluate import read_pairs
 
-    _check_plot(arguments)
+    _check_files(arguments)
     for path in (arguments.text, arguments.calib):
         if path is not None:
             path.stat()
     data = arguments.text or (read_pairs(arguments.sts) if arguments.sts else _sentences(arguments.sentences))
-    model = _open(arguments.model)
+    model = _open(arguments.model, encoder=bool(arguments.sts))
     if hasattr(_network(model), "new_cache") != isinstance(data, Path):
         raise ValueError(f"{arguments.model}: language models are measured on --text, encoders on --sentences or --sts")
     return model, data
+
+
+def _check_calibration(arguments: argparse.Namespace, methods: Sequence[Any], schemes: Sequence[Any]) -> None:
+    """Before the model is read; a scheme of None is the method's own."""
+    from .quantize import choose_scheme, needs_data
+
+    if arguments.calib is not None:
+        return
+    pairs = [(method, choose_scheme(scheme, method)) for scheme in schemes for method in methods]
+    wanting = [f"{method.name} ({scheme.name})" for method, scheme in pairs if needs_data(method, scheme)]
+    if wanting:
+        raise ValueError(f"--calib FILE is missing, which {', '.join(wanting)} {'needs' if len(wanting) == 1 else 'need'}")
 
 
 def _write_results(found: Any, arguments: argparse.Namespace) -> None:
@@ -623,17 +676,22 @@ def _write_results(found: Any, arguments: argparse.Namespace) -> None:
 def _sweep(arguments: argparse.Namespace) -> None:
     from .compare_methods import compare_methods
 
+    _check_calibration(arguments, arguments.methods, arguments.schemes)
     model, data = _loss_data(arguments)
     pairs = [method if scheme is None else (scheme, method) for scheme in arguments.schemes for method in arguments.methods]
     found = compare_methods(model, pairs, arguments.calib, data, max_tokens=arguments.max_tokens)
     _write_results(found, arguments)
-    if all(result.error for result in found.results):
-        raise ValueError("every method failed")
+    failed = [f"{result.name} ({result.scheme})" for result in found.results if result.error]
+    if failed and len(failed) == len(found.results):
+        raise ValueError("every method failed; the table says why")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(found.results)} methods failed: {', '.join(failed)}; the table says why")
 
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
     from .sensitivity import sensitivity
 
+    _check_calibration(arguments, [arguments.method], [arguments.scheme])
     model, data = _loss_data(arguments)
     found = sensitivity(model, data, arguments.scheme, method=arguments.method, calib=arguments.calib, parts=arguments.parts,
                         max_tokens=arguments.max_tokens)
@@ -680,8 +738,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     """The prompt and its continuation on stdout, what it took on stderr."""
     from .generate import generate
 
+    for name, text in (("PROMPT", arguments.prompt), *(("--stop", token) for token in arguments.stop or ())):
+        _decoded(text.encode("utf-8", "surrogateescape"), name)  # Python has bytes that it could not decode as surrogates
     lm = _open_lm(arguments.model)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = _decoded(sys.stdin.buffer.read(), "stdin") if arguments.prompt == "-" else arguments.prompt
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "kv_cache")
     options = {name: getattr(arguments, name) for name in names}
     if arguments.stream:
@@ -691,6 +751,15 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(f"{prompt}{result.text}")
     rate = f", {result.tokens_per_second:.0f} tokens/s" if result.tokens_per_second else ""
     print(f"zquant: {len(result.ids)} tokens after {result.prompt_length}, {result.finish_reason}{rate}", file=sys.stderr)
+
+
+def _decoded(data: bytes, source: str) -> str:
+    """Bytes of a user's text; as :func:`zquant.evaluate.read_text` has it for files."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{source}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
 
 
 def _write_stream(prompt: str, stream: Any) -> Any:

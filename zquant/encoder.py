@@ -12,13 +12,15 @@ import numpy as np
 
 from .checks import as_count
 from .errors import FormatError
-from .models import Model, load, read_config
-from .tokenization import TextTokenizer
+from .models import DECODERS, FAMILIES, Model, load, read_config
+from .tokenization import TextTokenizer, check_text
 
 __all__ = ["SentenceEncoder"]
 
 # A progress bar by default from this many sentences on.
 _BAR = 2000
+# Tokens of the shortest max_seq_length: two special ones, and one of the text.
+_SHORTEST = 3
 # In the order in which sentence-transformers concatenates them.
 _POOLING = {"cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens", "mean": "pooling_mode_mean_tokens"}
 
@@ -47,14 +49,16 @@ class SentenceEncoder:
     ----------
     model : Model
     dimension : int, features of an embedding
-    max_seq_length : int, tokens per sentence, special tokens included; sentence_bert_config.json's, at most what the
-        position table allows
+    path : Path of the directory, absolute
+    max_seq_length : int, tokens per sentence, special tokens included
 
     Raises
     ------
     FormatError
-        A directory that does not hold a model that can be read; modules or pooling modes that are not supported (the known
-        are listed).
+        A directory that does not hold an encoder that can be read; modules or pooling modes that are not supported (the
+        known are listed).
+    TypeError
+        Something else than a directory or a Model, a CausalLM say.
 
     >>> from zquant.demo_model import find_minilm
     >>> enc = SentenceEncoder(find_minilm())
@@ -68,12 +72,38 @@ class SentenceEncoder:
 
     def __init__(self, path_or_model: str | os.PathLike[str] | Model) -> None:
         given = path_or_model if isinstance(path_or_model, Model) else None
-        self.path = Path(given.path if given is not None else path_or_model)  # type: ignore[arg-type]
-        self._pipeline = _read_pipeline(self.path)
-        self.model = load(self._pipeline.transformer) if given is None else given
-        self._prompts, self._default_prompt = _read_prompts(self.path)
-        self.max_seq_length = min(self._pipeline.max_length or self.model.max_length, self.model.max_length)
+        if given is None and not isinstance(path_or_model, (str, os.PathLike)):
+            raise TypeError("SentenceEncoder: expected the path of a directory or a zquant.Model, an encoder; "
+                            f"got {type(path_or_model).__name__}")
+        path = Path(given.path if given is not None else path_or_model)  # type: ignore[arg-type]
+        pipeline = _read_pipeline(path)
+        self.model = _load_encoder(pipeline.transformer) if given is None else given
+        self._prompts, self._default_prompt = _read_prompts(path)
+        # Absolute: the tokenizer is read when first used, and save copies from there, wherever that happens.
+        self.path, self._pipeline = path.absolute(), replace(pipeline, transformer=pipeline.transformer.absolute())
+        self._max_seq_length = min(pipeline.max_length or self.model.max_length, self.model.max_length)
         self._tokenizer: TextTokenizer | None = None
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens per sentence, special tokens included; what exceeds them is cut. sentence_bert_config.json's, at most what the
+        position table allows; it may be set.
+
+        Raises
+        ------
+        ValueError
+            Set to less than 3 (the special tokens and one of the text) or to more than the position table has.
+        """
+        return self._max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self._max_seq_length = as_count("max_seq_length", value, _SHORTEST, self.model.max_length)
+
+    @property
+    def transformer(self) -> Path:
+        """The directory with the model's and the tokenizer's files: ``path``, or the folder in it that modules.json names."""
+        return self._pipeline.transformer
 
     @property
     def dimension(self) -> int:
@@ -96,11 +126,21 @@ class SentenceEncoder:
         return self.model.nbytes
 
     def replace(self, model: Model) -> SentenceEncoder:
-        """The same encoder around another model of the same size."""
+        """The same encoder around another model of the same size.
+
+        Raises
+        ------
+        TypeError
+            Something else than a Model.
+        ValueError
+            Another hidden size.
+        """
+        if not isinstance(model, Model):
+            raise TypeError(f"replace: expected a zquant.Model, an encoder; got {type(model).__name__}")
         if model.dims.hidden != self.model.dims.hidden:
             raise ValueError(f"replace: expected hidden size {self.model.dims.hidden}, got {model.dims.hidden}")
         new = object.__new__(SentenceEncoder)
-        new.__dict__.update(self.__dict__, model=model)
+        new.__dict__.update(self.__dict__, model=model, _max_seq_length=min(self.max_seq_length, model.max_length))
         return new
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
@@ -109,10 +149,31 @@ class SentenceEncoder:
 
         return save(self, directory)
 
+    def check_files(self) -> None:
+        """Whether ``path`` still describes this encoder: :func:`zquant.saving.save` copies from there.
+
+        Raises
+        ------
+        FormatError
+            A file is missing or cannot be read.
+        ValueError
+            Pooling, normalisation, the length or the prompts are no longer those that were loaded.
+        """
+        now = replace(_read_pipeline(self.path), transformer=self.transformer), _read_prompts(self.path)
+        if now != (self._pipeline, (self._prompts, self._default_prompt)):
+            raise ValueError(f"{self.path}: its modules.json, or a file that belongs to it, has changed since the encoder was "
+                             "loaded; load it again")
+
     def tokenize(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each sentence, special tokens included, cut at ``max_seq_length``; int32 arrays."""
+        """Token ids of each sentence, special tokens included, cut at ``max_seq_length``; int32 arrays.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Something that is not a string, or not valid text; the message has its index.
+        """
         if self._tokenizer is None or self._tokenizer.max_length != self.max_seq_length:
-            self._tokenizer = TextTokenizer(self._pipeline.transformer, self.max_seq_length, self._pipeline.lower)
+            self._tokenizer = TextTokenizer(self.transformer, self.max_seq_length, self._pipeline.lower)
         return self._tokenizer(sentences)
 
     def encode(self, sentences: str | Sequence[str], batch_size: int = 32, normalize_embeddings: bool | None = None,
@@ -144,7 +205,10 @@ class SentenceEncoder:
         Raises
         ------
         ValueError
-            Something that is not a string, naming its index; batch_size below 1; unknown prompt names.
+            Something that is not a string or not valid text (a lone surrogate), naming its index; batch_size below 1; unknown
+            prompt names.
+        TypeError
+            ``sentences`` is neither a string nor a sequence, or a prompt or its name is not a string.
         """
         one = isinstance(sentences, str)
         texts = _texts([sentences] if one else sentences)
@@ -195,10 +259,12 @@ class SentenceEncoder:
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
         if prompt is not None:
+            check_text("prompt", prompt)
             return prompt
         name = self._default_prompt if name is None else name
         if name is None:
             return ""
+        check_text("prompt_name", name)
         if name not in self._prompts:
             raise ValueError(f"prompt_name: {name!r} is not one of {sorted(self._prompts)}")
         return self._prompts[name]
@@ -224,10 +290,14 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def _texts(sentences: Any) -> list[str]:
-    texts = list(sentences)
+    try:
+        texts = list(sentences)
+    except TypeError:
+        raise TypeError(f"sentences: expected a string or a sequence of strings, got {type(sentences).__name__}") from None
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"sentences[{i}]: expected a string, got {type(text).__name__}")
+        check_text(f"sentences[{i}]", text)  # here also, where a prompt has not yet been put before it
     return texts
 
 
@@ -256,6 +326,14 @@ def _pool(hidden: np.ndarray, offsets: np.ndarray, modes: Sequence[str], out: np
 
 
 # -- reading the directory
+
+def _load_encoder(place: Path) -> Model:
+    kind = read_config(place).get("model_type")
+    if isinstance(kind, str) and kind in DECODERS:
+        raise FormatError(f"{place / 'config.json'}: model_type {kind!r} is a decoder; a SentenceEncoder needs an encoder, "
+                          f"one of {', '.join(sorted(FAMILIES))} (zquant.load opens decoders)")
+    return load(place)
+
 
 def _read_pipeline(path: Path) -> _Pipeline:
     modules = _read_modules(path)
@@ -298,8 +376,8 @@ def _transformer(place: Path) -> _Pipeline:
     if length is None and (place / "tokenizer_config.json").is_file():
         length = read_config(place, "tokenizer_config.json").get("model_max_length")
         length = int(length) if isinstance(length, (int, float)) and 0 < length < 1e9 else None
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 3):
-        raise FormatError(f"{file}: max_seq_length is {length!r}; expected an integer of 3 or more")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < _SHORTEST):
+        raise FormatError(f"{file}: max_seq_length is {length!r}; expected an integer of {_SHORTEST} or more")
     return _Pipeline(place, max_length=length, lower=bool(options.get("do_lower_case", False)))
 
 

@@ -342,6 +342,8 @@ def sts(encoder: Any, pairs: Any, *, batch_size: int = 32, show_progress_bar: bo
 
     Raises
     ------
+    TypeError
+        ``encoder`` has no ``encode``: a loaded model gives hidden states, ``SentenceEncoder`` makes embeddings of them.
     ValueError
         Malformed file or pairs, fewer than two pairs.
 
@@ -352,6 +354,8 @@ def sts(encoder: Any, pairs: Any, *, batch_size: int = 32, show_progress_bar: bo
     >>> result.n, round(result.spearman, 6)
     (3, 1.0)
     """
+    if not callable(getattr(encoder, "encode", None)):
+        raise TypeError(f"encoder: expected a SentenceEncoder or another object with encode(), got {type(encoder).__name__}")
     data = _as_pairs(pairs)
     start = time.perf_counter()
     sentences = [*data.first, *data.second]

@@ -14,7 +14,7 @@ import numpy as np
 from ._progress import bar
 from .checks import as_count, as_real
 
-__all__ = ["Generation", "Stream", "generate", "prompt_ids", "text_ids"]
+__all__ = ["Generation", "Stream", "check_language_model", "generate", "prompt_ids", "text_ids"]
 
 #: Tokens of the prompt's end that are decoded with the first new ones: some decoders treat the start of a text specially.
 _CONTEXT = 6
@@ -75,14 +75,36 @@ class Generation:
 # --- arguments ---------------------------------------------------------------------------------------------------
 
 
-def text_ids(lm: Any, text: str) -> list[int]:
+def check_language_model(name: str, lm: Any) -> None:
+    """TypeError, which says what the argument ``name`` is, where ``lm`` is no loaded language model.
+
+    >>> check_language_model("lm", "tiny-llama-5m")
+    Traceback (most recent call last):
+    ...
+    TypeError: lm: expected a loaded language model (zquant.load(directory)), got str
+    """
+    if not hasattr(lm, "new_cache"):
+        raise TypeError(f"{name}: expected a loaded language model (zquant.load(directory)), got {type(lm).__name__}")
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """The tokenizer takes what UTF-8 can say: all but the halves of characters that Python holds undecoded bytes in."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected Unicode text, but character {error.start} is the lone surrogate "
+                         f"U+{ord(text[error.start]):04X}, as of a text that was read with another encoding") from None
+
+
+def text_ids(lm: Any, text: str, name: str = "text") -> list[int]:
     """Token ids of a text of any length, with the special tokens that tokenizer.json adds.
 
     Raises
     ------
     ValueError
-        The model's directory has no tokenizer.json.
+        The model's directory has no tokenizer.json; a text with lone surrogates, which is called ``name``.
     """
+    _check_unicode(text, name)
     tokenizer = lm.tokenizer
     if tokenizer is None:
         raise ValueError(f"{lm.path}: has no tokenizer.json; give token ids in place of text")
@@ -99,10 +121,11 @@ def prompt_ids(lm: Any, prompt: Any, name: str = "prompt") -> list[int]:
     Raises
     ------
     ValueError
-        Empty ids, an empty text for a model without BOS, ids out of the vocabulary, more tokens than positions.
+        Empty ids, an empty text for a model without BOS, a text that is not Unicode, ids out of the vocabulary, more tokens
+        than positions.
     """
     if isinstance(prompt, str):
-        ids = text_ids(lm, prompt)
+        ids = text_ids(lm, prompt, name)
         if not ids:
             if not isinstance(lm.bos_id, int):
                 raise ValueError(f"{name}: empty, and config.json has no bos_token_id to begin with")
@@ -153,6 +176,7 @@ def _stop_ids(lm: Any, stop: Any) -> frozenset[int]:
 def _stop_id(lm: Any, item: Any) -> int:
     if not isinstance(item, str):
         return _integers([item], "stop")[0]
+    _check_unicode(item, "stop")
     if lm.tokenizer is None:
         raise ValueError(f"stop: {item!r} needs a tokenizer.json, which {lm.path} has not; give token ids")
     known = lm.tokenizer.token_to_id(item)
@@ -404,9 +428,11 @@ def generate(
 
     Raises
     ------
+    TypeError
+        Something else than a loaded language model.
     ValueError
-        Empty prompts, ids out of the vocabulary, prompts longer than the model's positions, options out of range; NaN in
-        the logits.
+        Empty prompts, texts that are not Unicode, ids out of the vocabulary, prompts longer than the model's positions,
+        options out of range; NaN in the logits.
     KeyboardInterrupt
         Ctrl-C ends generation within the layer that is running; a Stream then still has ``result``.
 
@@ -415,6 +441,7 @@ def generate(
     1
     """
     start = time.perf_counter()
+    check_language_model("lm", lm)
     one = _is_one(prompt)
     prompts = [prompt_ids(lm, prompt)] if one else [prompt_ids(lm, p, f"prompt[{i}]") for i, p in enumerate(prompt)]
     limit = as_count("max_new_tokens", max_new_tokens, 0)

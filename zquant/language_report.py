@@ -12,6 +12,7 @@ import numpy as np
 
 from ._progress import bar
 from .checks import as_count
+from .generate import check_language_model
 from .perplexity import Window, batches, chunk_size, cut, log_sum_exp, targets
 from .report import (
     TAPPED_TOKENS,
@@ -21,6 +22,7 @@ from .report import (
     _layer_errors,
     _OutputNoise,
     _size,
+    check_pair,
     scheme_name,
     speeds,
 )
@@ -265,9 +267,13 @@ def compare_language(
 
     Raises
     ------
+    TypeError
+        Something else than loaded language models.
     ValueError
         Fewer than two tokens; the two are not versions of one model (the layer is named).
     """
+    check_language_model("lm", lm)
+    check_pair(lm, quantized, ("lm", "quantized"))
     before, after = dict(lm.named_linears()), dict(quantized.named_linears())
     _check_same_layers(before, after)
     if max_tokens is not None:

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from ._progress import bar
 from .checks import as_count
 from .evaluate import read_text
-from .generate import _integers, text_ids
+from .generate import _integers, check_language_model, text_ids
 
 __all__ = ["PerplexityResult", "Window", "documents", "log_sum_exp", "perplexity", "windows"]
 
@@ -119,7 +118,8 @@ def documents(lm: Any, text: Any) -> list[np.ndarray]:
         rows = [text]
     elif isinstance(text, (Sequence, np.ndarray)) and len(text):
         nested = isinstance(text[0], (str, Sequence, np.ndarray))
-        rows = [text_ids(lm, row) if isinstance(row, str) else row for row in text] if nested else [text]
+        rows = ([text_ids(lm, row, f"text[{i}]") if isinstance(row, str) else row for i, row in enumerate(text)]
+                if nested else [text])
     else:
         raise ValueError(f"text: expected a text, a Path, token ids, or a list of texts or ids, got {text!r}")
     return [_checked(lm, row, "text" if len(rows) == 1 else f"text[{i}]") for i, row in enumerate(rows)]
@@ -127,7 +127,7 @@ def documents(lm: Any, text: Any) -> list[np.ndarray]:
 
 def _not_a_name(text: str) -> str:
     """A mistake that would give the perplexity of a dozen characters."""
-    if len(text) < 500 and "\n" not in text and "\0" not in text and Path(text).is_file():
+    if len(text) < 500 and "\n" not in text and "\0" not in text and os.path.isfile(text):  # False also for what no name can be
         raise ValueError(f"text: {text!r} is the name of a file; pathlib.Path({text!r}) reads it")
     return text
 
@@ -142,6 +142,7 @@ def _checked(lm: Any, row: Any, name: str) -> np.ndarray:
 
 def cut(lm: Any, text: Any, seq_len: int, stride: int | None) -> list[Window]:
     """The windows over every document; ValueError where there is nothing to score."""
+    check_language_model("lm", lm)
     seq_len = as_count("seq_len", seq_len, 2)
     if seq_len > lm.max_positions:
         raise ValueError(f"seq_len: {seq_len}, but the model has {lm.max_positions} positions")
@@ -248,6 +249,8 @@ def perplexity(
 
     Raises
     ------
+    TypeError
+        Something else than a loaded language model.
     ValueError
         Fewer than two tokens, ids out of the vocabulary, seq_len or stride out of range, NaN in weights or logits.
 

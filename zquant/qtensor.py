@@ -19,6 +19,11 @@ def _frozen(array: np.ndarray) -> np.ndarray:
     return view
 
 
+def _check_range(name: str, array: np.ndarray, low: int, high: int, bits: int) -> None:
+    if array.size and not (low <= (least := int(array.min())) and (most := int(array.max())) <= high):
+        raise ValueError(f"QTensor: {name} of {bits} bits must be {low} to {high}, got {least if least < low else most}")
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class QTensor:
     """Integer codes, their scales, and the format that they are in: w_hat = (codes - zeros) * scales.
@@ -36,8 +41,11 @@ class QTensor:
 
     Raises
     ------
+    TypeError
+        Something else than NumPy arrays and a QuantSpec.
     ValueError
-        Arrays whose dtype, shape or values do not fit the format.
+        Arrays whose dtype, shape or values do not fit the format: codes or zero points beyond ``spec.bits`` bits, scales that
+        are not finite and positive.
 
     >>> q = QTensor(np.array([[1, -7], [2, 0]], np.int8), np.array([[0.5], [0.25]], np.float32), None, QuantSpec(4))
     >>> q
@@ -52,6 +60,7 @@ class QTensor:
     spec: QuantSpec
 
     def __post_init__(self) -> None:
+        self._check_types()
         codes, spec = self.codes, self.spec
         want = np.dtype(np.int8 if spec.symmetric else np.uint8)
         if codes.ndim != 2 or codes.dtype != want:
@@ -66,8 +75,42 @@ class QTensor:
             if array.dtype != dtype or array.shape != groups:
                 raise ValueError(f"QTensor: {name} must be {np.dtype(dtype)} of shape {groups}, "
                                  f"got {array.dtype} of shape {array.shape}")
-            object.__setattr__(self, name, _frozen(array))
-        object.__setattr__(self, "codes", _frozen(codes))
+        self._check_values()
+        self._freeze()
+
+    def _check_types(self) -> None:
+        if not isinstance(self.spec, QuantSpec):
+            raise TypeError(f"QTensor: spec must be a QuantSpec, got {self.spec!r}")
+        for name in ("codes", "scales", "zeros"):
+            array = getattr(self, name)
+            if not isinstance(array, np.ndarray) and (name != "zeros" or array is not None):
+                raise TypeError(f"QTensor: {name} must be a NumPy array, got {type(array).__name__}")
+
+    def _check_values(self) -> None:
+        """Codes of 8 bits are not read: every byte is one, and mapped ones are to stay on disk."""
+        levels, bits = 1 << self.spec.bits, self.spec.bits
+        least = -(levels >> 1) if self.spec.symmetric else 0
+        if bits < 8:
+            _check_range("codes", self.codes, least, least + levels - 1, bits)
+        if self.zeros is not None:
+            _check_range("zeros", self.zeros, 0, levels - 1, bits)
+        fine = np.isfinite(self.scales) & (self.scales > 0)
+        if not fine.all():
+            row = int(np.argmin(fine.all(axis=1)))
+            raise ValueError(f"QTensor: scales must be finite and positive, got {self.scales[row][~fine[row]][0]} in row {row}")
+
+    def _freeze(self) -> None:
+        for name in ("codes", "scales", "zeros"):
+            if (array := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _frozen(array))
+
+    @classmethod
+    def _made(cls, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, spec: QuantSpec) -> QTensor:
+        """Of arrays that a quantizer has made, which would take a tenth of its time to check again."""
+        tensor = object.__new__(cls)
+        tensor.__dict__.update(codes=codes, scales=scales, zeros=zeros, spec=spec)
+        tensor._freeze()
+        return tensor
 
     @property
     def shape(self) -> tuple[int, int]:

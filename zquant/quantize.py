@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ._progress import bar
-from .calibrate import MODES, Sequences, Shared, _one_of, collect, read_sequences, walk
+from .calibrate import MODES, Sequences, Shared, _one_of, check_model, collect, read_sequences, walk
 from .extras import Extras, static_range
 from .formats.safetensors import Stored
 from .linear import Linear
@@ -71,6 +71,8 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
 
     Raises
     ------
+    TypeError
+        Something else than a loaded model.
     ValueError
         Unknown scheme or method, steps out of order; NaN or Inf in a weight, a layer that cannot run in the format, a model
         that is quantized already (each names the layer); an override that matches no layer; a method that needs data
@@ -83,6 +85,7 @@ def quantize(model: M, scheme: str | Scheme | None = None, method: Any = "rtn", 
     >>> zq.quantize(encoder, "w4/8a8", "smoothquant+gptq", calib=["The sky is clear.", "He sold the car."]).model
     BERT(6 layers, hidden 384, 12 heads, 22.7 M parameters, w4/8a8 by smoothquant+gptq, 20.9 MB)
     """
+    check_model("model", model)
     recipe = Recipe.of(method)
     resources = _resources(recipe, work_dir, memory, executor)
     scheme = choose_scheme(scheme, method)
@@ -196,7 +199,8 @@ def _transform(model: Any, step: Transform, data: _Data, scheme: Scheme, show: b
 
 
 def inner_network(model: Any) -> Any:
-    """The Model inside a SentenceEncoder; others are that themselves."""
+    """The Model inside a SentenceEncoder; others are that themselves. TypeError on what is no model."""
+    check_model("model", model)
     inner = getattr(model, "model", None)
     return inner if inner is not None and hasattr(model, "encode") else model
 
@@ -377,4 +381,4 @@ def _in_pieces(weight: np.ndarray | Stored, spec: QuantSpec, method: Method,
         if piece.zeros is not None:
             zeros.append(piece.zeros)
         release(rows.array if isinstance(rows, Stored) else rows)
-    return QTensor(codes, np.concatenate(scales), np.concatenate(zeros) if zeros else None, spec)
+    return QTensor._made(codes, np.concatenate(scales), np.concatenate(zeros) if zeros else None, spec)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ._progress import bar
+from .calibrate import check_model
 from .evaluate import _decibels, cosine_fidelity, sqnr_db
 from .tables import Written
 from .threads import get_num_threads
@@ -360,8 +361,32 @@ def _check_same_layers(before: dict[str, Any], after: dict[str, Any]) -> None:
             raise ValueError(f"quantized: layer {name} is {after[name].shape}, expected {linear.shape}")
 
 
+def _kind(model: Any) -> str:
+    if hasattr(model, "new_cache"):
+        return "a language model"
+    return "a sentence encoder" if hasattr(model, "encode") else "a model without pooling"
+
+
+def check_pair(model: Any, quantized: Any, names: tuple[str, str] = ("model", "quantized")) -> None:
+    """Errors that say what the two arguments of those names are, where they cannot be compared.
+
+    Raises
+    ------
+    TypeError
+        One is no loaded model.
+    ValueError
+        The two are of different kinds: language model, sentence encoder, model without pooling.
+    """
+    for name, each in zip(names, (model, quantized)):
+        check_model(name, each)
+    kinds = _kind(model), _kind(quantized)
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{names[0]} is {kinds[0]} and {names[1]} is {kinds[1]}; expected two of one kind")
+
+
 def _token_ids(model: Any, sentences: Sequence[Any]) -> list[np.ndarray]:
-    """Token ids of each sentence; sentences that are token ids already stay as they are."""
+    """Token ids of each sentence; sentences that are token ids already stay as they are. TypeError on what is no model."""
+    check_model("model", model)
     if not all(isinstance(s, str) for s in sentences):
         return [np.asarray(s) for s in sentences]
     if hasattr(model, "tokenize"):
@@ -452,8 +477,10 @@ def compare(
 
     Raises
     ------
+    TypeError
+        Something else than loaded models.
     ValueError
-        No sentences, or the two are not versions of one model (the layer is named).
+        No sentences, or the two are not versions of one model (the layer is named), or of different kinds.
 
     >>> import zquant as zq
     >>> from zquant.demo_model import find_minilm
@@ -462,6 +489,7 @@ def compare(
     >>> bool(report.cosine.min() > 0.99), report.worst[0].output_db > 15
     (True, True)
     """
+    check_pair(model, quantized)
     if hasattr(model, "new_cache"):
         from .language_report import compare_language
 

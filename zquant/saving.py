@@ -1,11 +1,13 @@
 """Save a model as a Hugging Face directory that compressed-tensors readers (vLLM, transformers) also load."""
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ import numpy as np
 from .errors import FormatError
 from .formats.compressed_tensors import pack_layer, quantization_config, storage_format, zquant_metadata
 from .formats.layer_extras import pack_extras
-from .formats.safetensors import SINGLE, Checkpoint, Stored, open_checkpoint, write_safetensors
+from .formats.safetensors import SINGLE, Stored, replacing, write_safetensors
 from .linear import Linear
 from .qtensor import QTensor
 
-__all__ = ["save"]
+__all__ = ["check_writable", "save"]
 
 # What a tokenizer and sentence-transformers read; weights, configuration and model cards are not copied.
 COMPANIONS = ("tokenizer*.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -31,15 +33,16 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
 
     ``model.safetensors`` and ``config.json`` (with a ``quantization_config``) are written; tokenizer files, and those of
     sentence-transformers (``modules.json`` and the directories that it names), are copied from where the model came from.
-    Everything is written to a temporary directory beside the target and moved in when it is complete; files of the target
-    that have other names are left alone.
+    Everything is written to a temporary directory, inside the target where that exists and else beside it, and moved into
+    place when it is complete; files of the target that have other names are left alone.
 
     Parameters
     ----------
     model
         A Model or a SentenceEncoder.
     directory
-        Created if it does not exist. It may be the directory that the model was loaded from.
+        Created if it does not exist, as is what a symbolic link leads to. It may be the directory that the model was loaded
+        from.
 
     Returns
     -------
@@ -49,7 +52,10 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
     Raises
     ------
     ValueError
-        ``directory`` is a file.
+        ``directory`` is a file; or the files of a sentence encoder are no longer those that it was loaded with.
+    OSError
+        ``directory`` cannot be written (:func:`check_writable` says so beforehand); or the directory that the model was
+        loaded from is gone, or a file in it that is to be copied cannot be read.
 
     Notes
     -----
@@ -65,31 +71,79 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
     are not: other readers pass over their tensors, and compute something else.
     """
     target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target}: is a file; save needs a directory")
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    place, staging = _stage(target)
     try:
         _write(model, staging)
-        _move_in(staging, target)
+        _move_in(staging, place)
+    except OSError as error:
+        # The temporary directory means nothing to the caller; errors about the model's own files stay as they are.
+        if error.errno is not None and (error.filename is None or str(staging) in str(error.filename)):
+            raise _about(target, error, place) from error
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
+def check_writable(path: Path) -> None:
+    """Raise what :func:`save` would raise at its end if it could not write there. Cheap, and nothing is left behind.
+
+    Parameters
+    ----------
+    path
+        The directory that is to be written; it need not exist.
+
+    Raises
+    ------
+    ValueError
+        It is a file, or a symbolic link that leads back to itself.
+    OSError
+        No permission, a file system that is read-only or full, a file where one of its parents should be.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     check_writable(Path(place) / "a" / "new")
+    ...     os.listdir(place)
+    []
+    """
+    _, staging = _stage(Path(path))
+    staging.rmdir()
+
+
+def _stage(target: Path) -> tuple[Path, Path]:
+    """Where the target is once links are followed, and a temporary directory: in the nearest directory that exists, the
+    target itself if it does. Its parent may be read-only or on another file system, as with a mounted volume."""
+    place = room = Path(os.path.realpath(target))
+    try:
+        if place.is_symlink():
+            raise ValueError(f"{target}: is a symbolic link that leads back to itself; save needs a directory")
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{target}: is a file; save needs a directory")
+        room = next(directory for directory in (place, *place.parents) if directory.exists())
+        return place, Path(tempfile.mkdtemp(prefix=".zquant-save-", dir=room))
+    except OSError as error:
+        raise _about(target, error, room) from None
+
+
+def _about(target: Path, error: OSError, room: Path) -> OSError:
+    """The same error, of the same class, with the target in place of a temporary name."""
+    return OSError(error.errno, f"the model cannot be written: {error.strerror} in {room}", str(target))
+
+
 def _write(model: Any, directory: Path) -> None:
     """A sentence encoder may keep its Transformer in a subdirectory: the layout stays as it was."""
-    inner = getattr(model, "model", None)
+    root, inner = Path(model.path), getattr(model, "model", None)
     if inner is None:
+        _copy_companions(root, directory)
         _write_model(model, directory)
-        _copy_companions(Path(model.path), directory)
         return
-    root = Path(model.path)
-    place = directory / (Path(inner.path).relative_to(root) if Path(inner.path).is_relative_to(root) else "")
-    place.mkdir(parents=True, exist_ok=True)
     _copy_companions(root, directory)
+    model.check_files()
+    transformer = model.transformer
+    place = directory / transformer.relative_to(root)
     if place != directory:
-        _copy_companions(Path(inner.path), place)
+        place.mkdir(parents=True, exist_ok=True)
+        _copy_companions(transformer, place)
     _write_model(inner, place)
 
 
@@ -106,63 +160,74 @@ def _write_model(model: Any, directory: Path) -> None:
 
 def _tensors(model: Any, linears: Mapping[str, Linear], tables: Mapping[str, QTensor]) -> dict[str, np.ndarray | Stored]:
     """Everything that is stored, by its name in the file."""
-    source = _source(model)
-    transposed = model.transposed
     tensors: dict[str, np.ndarray | Stored] = {}
     for name, layer in linears.items():
         if isinstance(layer.weight, QTensor):
             packed = storage_format(layer.weight.spec, layer.activations) == "pack-quantized"
             tensors.update(pack_layer(name, layer.weight, packed))
         else:
-            weight = layer.weight.T if name in transposed else layer.weight
-            tensors[f"{name}.weight"] = _as_it_came(source, f"{name}.weight", weight)
+            tensors[f"{name}.weight"] = _float_weight(model, name, layer._weight)
         tensors.update(pack_extras(name, layer.extras, layer.activations is None or layer.activations.symmetric))
         if layer.bias is not None:
-            tensors[f"{name}.bias"] = _as_it_came(source, f"{name}.bias", layer.bias)
+            tensors[f"{name}.bias"] = _as_it_came(model.halves.get(f"{name}.bias"), layer.bias)
     for name, table in tables.items():
         tensors.update(pack_layer(name, table, packed=False))
     for name, array in model.tensors.items():
         if not isinstance(array, QTensor):
-            tensors[name] = array if isinstance(array, Stored) else _as_it_came(source, name, array)
+            tensors[name] = array if isinstance(array, Stored) else _as_it_came(model.halves.get(name), array)
     return tensors
 
 
-def _source(model: Any) -> Checkpoint | None:
-    try:
-        return open_checkpoint(model.path)
-    except FormatError:
-        return None
+def _float_weight(model: Any, name: str, weight: Any) -> np.ndarray | Stored:
+    transposed = name in model.transposed
+    if isinstance(weight, Stored):
+        return Stored(weight.array.T, weight.dtype) if transposed else weight
+    return _as_it_came(model.halves.get(f"{name}.weight"), weight.T if transposed else weight)
 
 
-def _as_it_came(source: Checkpoint | None, name: str, array: np.ndarray) -> np.ndarray | Stored:
-    """float32 values that were read from float16 or bfloat16 go back as they were, if they still are what was read."""
-    if source is None or name not in source or source.dtype(name) not in ("F16", "BF16") or array.dtype != np.float32:
+def _as_it_came(dtype: str | None, array: np.ndarray) -> np.ndarray | Stored:
+    """float32 values that were read from float16 or bfloat16 go back as such, where that loses nothing. The checkpoint is not
+    asked: it may have been overwritten since."""
+    if dtype is None or array.dtype != np.float32:
         return array
-    stored = source.stored(name)
-    return stored if np.array_equal(stored.float32(), array) else array
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            half = Stored(array.astype(np.float16), dtype)
+    else:
+        half = Stored((array.view(np.uint32) >> 16).astype(np.uint16), dtype)
+    return half if np.array_equal(half.float32(), array) else array
 
 
 def _copy_companions(source: Path, directory: Path) -> None:
+    """Errors are raised, and name the file: a model without its tokenizer looks saved and is not."""
     if not source.is_dir():
-        return
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
+        raise FileNotFoundError(errno.ENOENT, "the directory that the model was loaded from, whose tokenizer and other files "
+                                "are saved with it, is gone; load the model from where it is now", str(source))
+    for name in sorted(os.listdir(source)):
+        if any(fnmatchcase(name, pattern) for pattern in COMPANIONS) and not (source / name).is_dir():
+            shutil.copyfile(source / name, directory / name)
     for module in _sentence_modules(source):
-        if module and module != "." and (source / module).is_dir():
-            shutil.copytree(source / module, directory / module, dirs_exist_ok=True, copy_function=shutil.copyfile,
-                            ignore=_transformer_weights)
+        if (source / module).is_dir():  # modules without settings, such as Normalize, may have none
+            _copy_module(source / module, directory / module)
+
+
+def _copy_module(source: Path, directory: Path) -> None:
+    try:
+        shutil.copytree(source, directory, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=_transformer_weights)
+    except shutil.Error as error:
+        raise OSError(f"{source}: cannot be copied: {error.args[0][0][2]}") from None
 
 
 def _sentence_modules(source: Path) -> list[str]:
     """The directories that modules.json names, those inside ``source`` only."""
-    try:
-        modules = json.loads((source / "modules.json").read_bytes())
-        paths = [str(module.get("path", "")) for module in modules]
-    except (OSError, ValueError, AttributeError, TypeError):
+    file = source / "modules.json"
+    if not file.exists():
         return []
-    return [path for path in paths if path and ".." not in Path(path).parts and not Path(path).is_absolute()]
+    try:
+        paths = [Path(str(module.get("path", ""))) for module in json.loads(file.read_bytes())]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise FormatError(f"{file}: not a list of modules: {error!r}") from None
+    return [str(path) for path in paths if path.parts and ".." not in path.parts and not path.is_absolute()]
 
 
 def _transformer_weights(directory: str, names: list[str]) -> set[str]:
@@ -174,16 +239,39 @@ def _transformer_weights(directory: str, names: list[str]) -> set[str]:
     return set(names) if isinstance(config, dict) and "model_type" in config else set()
 
 
-def _move_in(staging: Path, target: Path) -> None:
+def _move_in(staging: Path, place: Path) -> None:
     """Into place: one rename for a new directory, else file by file, weights before the configuration that names them."""
-    umask = os.umask(0)
-    os.umask(umask)
-    staging.chmod(0o777 & ~umask)
-    if not target.exists():
-        os.rename(staging, target)
+    if not place.exists():
+        umask = os.umask(0)
+        os.umask(umask)
+        staging.chmod(0o777 & ~umask)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(staging, place)
         return
     files = sorted((file for file in staging.rglob("*") if file.is_file()), key=lambda file: file.name == "config.json")
-    for file in files:
-        place = target / file.relative_to(staging)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)
+    moves = [(file, place / file.relative_to(staging)) for file in files]
+    for _, new in moves:  # all of them before the first is moved: a directory that is half old and half new is no model
+        _check_file(new)
+    for file, new in moves:
+        _move(file, new)
+
+
+def _check_file(new: Path) -> None:
+    if new.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory, where a file of the model goes", str(new))
+    parent = next(directory for directory in new.parents if directory.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, where a directory of the model goes", str(parent))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "cannot be written, and a file of the model goes there", str(parent))
+
+
+def _move(file: Path, new: Path) -> None:
+    new.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.replace(file, new)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with replacing(new) as temporary:  # a subdirectory of the target may be a link to another file system, or a mount
+            shutil.copyfile(file, temporary)

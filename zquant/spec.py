@@ -248,7 +248,9 @@ class Scheme(_Data):
                              "+attn8")
         bits, attention, act_bits, suffixes, embeddings, attn8 = match.groups()
         weights, symmetric, sharing = _weights(int(bits)), False, "token"
-        for suffix in filter(None, suffixes.split("-")):
+        found = suffixes.split("-")[1:]
+        _no_contradiction(scheme, found)
+        for suffix in found:
             if suffix == "sym":
                 symmetric = True
             elif suffix in SHARING:
@@ -261,7 +263,7 @@ class Scheme(_Data):
                 weights = QuantSpec(weights.bits, granularity="group", group_size=int(suffix[1:]))
             else:
                 weights = QuantSpec(weights.bits, granularity="row_block", blocks=int(suffix[1:]))
-        named = [suffix for suffix in suffixes.split("-") if suffix == "sym" or suffix in SHARING]
+        named = [suffix for suffix in found if suffix == "sym" or suffix in SHARING]
         if act_bits == "16" and named:
             raise ValueError(f"scheme {scheme!r}: activations of 16 bits have no scale that -{named[0]} could be about")
         activations = None
@@ -328,6 +330,17 @@ class Scheme(_Data):
     def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
         """The inverse of :meth:`to_dict`; ValueError on unknown fields or values."""
         return cls(**cls._checked_fields(data))
+
+
+def _no_contradiction(scheme: str, suffixes: list[str]) -> None:
+    """ValueError where suffixes of a scheme's name say one thing twice, be it the same or not."""
+    sharing = [suffix for suffix in suffixes if suffix in SHARING]
+    weights = [suffix for suffix in suffixes if suffix != "sym" and suffix not in SHARING]
+    for what, named in (("weight groupings", weights), ("ways to share the activations' scales", sharing)):
+        if len(named) > 1:
+            raise ValueError(f"scheme {scheme!r} names two {what}: {', '.join('-' + suffix for suffix in named)}; expected one")
+    if suffixes.count("sym") > 1:
+        raise ValueError(f"scheme {scheme!r} says -sym twice; expected it once")
 
 
 def _glob(value: object) -> str:

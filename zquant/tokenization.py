@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from .checks import as_count
 from .errors import FormatError
 
-__all__ = ["TextTokenizer", "read_tokenizer"]
+__all__ = ["TextTokenizer", "check_text", "read_tokenizer"]
 
 _VARIABLE = "TOKENIZERS_PARALLELISM"
 # Sentences handed over at a time: enough for the library's threads, and bounded memory for its Encoding objects.
@@ -29,6 +30,24 @@ def read_tokenizer(directory: Path) -> Any:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise FormatError(f"{file}: not a tokenizer: {error}") from None
+
+
+def check_text(name: str, text: Any) -> None:
+    r"""TypeError on what is not a string, ValueError on a string that is not text: with a lone surrogate, half a character.
+
+    >>> check_text("prompt", "caf\u00e9")
+    >>> check_text("prompt", "a\ud800")
+    Traceback (most recent call last):
+    ...
+    ValueError: prompt: is not valid text: character 1 is '\ud800', a lone surrogate
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: is not valid text: character {error.start} is {text[error.start]!r}, a lone surrogate"
+                         ) from None
 
 
 class _Forks:
@@ -73,6 +92,13 @@ class TextTokenizer:
     lower
         Lower-case the text first.
 
+    Raises
+    ------
+    FormatError
+        No tokenizer.json, or one that cannot be read.
+    ValueError
+        ``max_length`` is not an integer, below 1, or has no room for the special tokens.
+
     Notes
     -----
     The library holds one set of truncation options per tokenizer, so this object has a tokenizer of its own: a model's
@@ -80,13 +106,23 @@ class TextTokenizer:
     """
 
     def __init__(self, directory: Path, max_length: int, lower: bool = False) -> None:
-        self.directory, self.max_length, self.lower = Path(directory), max_length, lower
-        self._tokenizer = read_tokenizer(self.directory)
+        self.directory, self.lower = Path(directory).absolute(), lower
+        self._tokenizer = read_tokenizer(Path(directory))
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length)
+        # The library does not truncate at all where the special tokens alone are too many.
+        self.max_length = as_count("max_length", max_length, max(1, self._tokenizer.num_special_tokens_to_add(False)))
+        self._tokenizer.enable_truncation(self.max_length)
 
     def __call__(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array of token ids per sentence, special tokens included."""
+        """One int32 array of token ids per sentence, special tokens included.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Something that is not a string, or not valid text; the message has its index.
+        """
+        for i, sentence in enumerate(sentences):
+            check_text(f"sentences[{i}]", sentence)
         if self.lower:
             sentences = [sentence.lower() for sentence in sentences]
         encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)

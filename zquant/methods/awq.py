@@ -174,8 +174,7 @@ def _check_awq(parts: Sequence[Array], size: Array, gram: Array, duo: object) ->
         raise ValueError(f"mean_abs, gram: expected shapes {(k,)} and {(k, k)}, got {size.shape} and {gram.shape}")
     if not np.isfinite(size).all() or not np.isfinite(gram).all() or (size < 0).any():
         raise ValueError("mean_abs, gram: NaN, Inf or negative")
-    if duo not in (True, False, "both"):
-        raise ValueError(f"duo: expected True, False or 'both', got {duo!r}")
+    _check_duo("duo", duo)
 
 
 def _group_errors(error: Array, gram: Array, group: int) -> Array:
@@ -242,6 +241,11 @@ def awq_clip(w: Array, gram: Array, bits: int = 4, group_size: int | None = None
     return np.clip(w, -bound[:, column], bound[:, column])
 
 
+def _check_duo(name: str, duo: object) -> None:
+    if not isinstance(duo, (bool, str)) or duo not in (True, False, "both"):
+        raise ValueError(f"{name}: expected True, False or 'both', got {duo!r}")
+
+
 def _checked_ranges(grid: Any, most: Any) -> tuple[int, float]:
     """The options of :func:`awq_clip`; ValueError where they are none."""
     return as_count("grid", grid, 1), as_real("most", most, 0, 1, "a number from 0 to 1")
@@ -266,7 +270,8 @@ class AWQScale(Transform):
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "mean_abs"})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", as_count("grid", self.grid, 1))
+        object.__setattr__(self, "grid", as_count("AWQScale: grid", self.grid, 1))
+        _check_duo("AWQScale: duo", self.duo)
 
     def transform(self, model: Any, statistics: Statistics | None, scheme: Scheme) -> tuple[Any, Scheme]:
         """The folded model; see :meth:`Transform.transform`."""

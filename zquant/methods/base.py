@@ -1,6 +1,7 @@
 """Steps of a recipe, and the registry of their names: transforms of a model, solvers of a layer, repairs of a layer."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -130,6 +131,44 @@ class Repair(Step):
     def repair(self, w: np.ndarray, tensor: QTensor, spec: QuantSpec, stats: Mapping[str, np.ndarray] | None = None) -> Any:
         """What makes up for ``tensor`` in place of w (n, k) float32, or None; ``stats`` holds what ``needs`` names."""
         raise TypeError(f"{type(self).__name__} does not define repair")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, of Python's or NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float is near
+        return False
+
+
+def not_negative(name: str, value: Any) -> float:
+    """``value`` as a float; ValueError where it is negative, not finite or no number.
+
+    >>> not_negative("damping", 1)
+    1.0
+    """
+    if not is_number(value) or value < 0:
+        raise ValueError(f"{name}: expected a finite number of 0 or more, got {value!r}")
+    return float(value)
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """``value`` as a bool; ValueError where it is something else.
+
+    >>> as_flag("mse", np.True_)
+    True
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def set_flags(step: Step, *names: str) -> None:
+    """Check options of a step that are True or False, named with its class; for ``__post_init__``."""
+    for name in names:
+        object.__setattr__(step, name, as_flag(f"{type(step).__name__}: {name}", getattr(step, name)))
 
 
 S = TypeVar("S", bound=type[Step])

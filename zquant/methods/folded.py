@@ -1,7 +1,7 @@
 """What the transforms by folding share: which layers they are about, and the error of layers whose both sides are rounded."""
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,10 @@ Loss = Callable[[np.ndarray, float], float]
 def checked_stages(what: str, stages: Any) -> tuple[str, ...]:
     """Names of stages inside a block, as a tuple; ValueError where they are something else."""
     known = STAGES[:-1]
-    if isinstance(stages, str) or not set(stages) <= set(known):
+    found = tuple(stages) if isinstance(stages, Iterable) and not isinstance(stages, str) else (stages,)
+    if isinstance(stages, str) or not all(stage in known for stage in found):
         raise ValueError(f"{what}: stages must be some of {', '.join(known)}; got {stages!r}")
-    return tuple(stages)
+    return found
 
 
 def targets(model: Any, scheme: Scheme, stages: Collection[str], branch: bool) -> Iterator[Folding]:

@@ -11,6 +11,7 @@ is not equalized: it gets scales per token.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 from ..models.foldings import fold, foldings
 from ..spec import TOKEN_ASYMMETRIC, QuantSpec, Scheme
 from ..statistics import Statistics
-from .base import Transform, calibrated, register
+from .base import Transform, calibrated, is_number, register
 from .smoothquant import _channels
 
 __all__ = ["FPTQ", "STATIC", "FPTQPolicy", "fptq"]
@@ -82,7 +83,7 @@ def fptq(absmax: Any, v0: float = 15, v1: float = 150) -> FPTQPolicy:
 
 
 def _check_limits(v0: float, v1: float) -> None:
-    if not 0 <= v0 <= v1:
+    if not all(is_number(v) or v == math.inf for v in (v0, v1)) or not 0 <= v0 <= v1:
         raise ValueError(f"FPTQ: expected 0 <= v0 <= v1, got v0={v0!r} and v1={v1!r}")
 
 

@@ -16,10 +16,11 @@ from typing import Any, ClassVar, Union
 import numpy as np
 
 from .. import _core
+from ..checks import as_count
 from ..ops.quantize import _array, quantize_weight, quantize_weight_blocks
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .base import Method, calibrated, register, weight_spec
+from .base import Method, calibrated, not_negative, register, set_flags, weight_spec
 
 __all__ = ["FP4", "GPTAQ", "GPTQ", "NF4", "GridTensor", "SolveInfo", "gptq"]
 
@@ -338,6 +339,16 @@ class GPTQ(Method):
     mse: bool = False
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
+    def __post_init__(self) -> None:
+        name, change = type(self).__name__, object.__setattr__
+        if not (isinstance(self.act_order, str) and self.act_order == "group"):
+            if not isinstance(self.act_order, (bool, np.bool_)):
+                raise ValueError(f"{name}: act_order: expected True, False or 'group', got {self.act_order!r}")
+            change(self, "act_order", bool(self.act_order))
+        set_flags(self, "static_groups", "mse")
+        change(self, "damping", not_negative(f"{name}: damping", self.damping))
+        change(self, "block", as_count(f"{name}: block", self.block, 1))
+
     def quantize(self, w: Array, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> QTensor:
         """Quantize w (n, k) float32 to ``spec``. Rows that share a scale have that of round to nearest.
 
@@ -386,6 +397,10 @@ class GPTAQ(GPTQ):
 
     alpha: float = 0.25
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "deviation"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "alpha", not_negative("GPTAQ: alpha", self.alpha))
 
     def _further(self, stats: Mapping[str, Array]) -> dict[str, Any]:
         return {"deviation": stats["deviation"], "alpha": self.alpha}

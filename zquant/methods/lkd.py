@@ -6,20 +6,19 @@ and ZQ-Global (ZeroQuant-V2, Yao et al., 2023, arXiv 2303.08302). zquant/distill
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ..checks import as_count
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .base import Method, get_method, register
+from .base import Method, get_method, is_number, register
 from .rtn import RTN
 
-__all__ = ["BlockMethod", "LKD", "TrainOptions", "ZQGlobal", "check_descent", "starting_solver"]
+__all__ = ["BlockMethod", "LKD", "TrainOptions", "ZQGlobal", "as_factors", "check_descent", "starting_solver"]
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,25 @@ class TrainOptions:
     kl: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "search", tuple(self.search))
+        object.__setattr__(self, "search", as_factors(self.search))
         object.__setattr__(self, "steps", check_descent(self.lr, self.steps, self.search))
         if self.batch_size is not None:
             object.__setattr__(self, "batch_size", as_count("batch_size", self.batch_size, 1))
-        if not _is_number(self.kl) or self.kl < 0:
+        if not is_number(self.kl) or self.kl < 0:
             raise ValueError(f"kl: expected a number that is not negative, got {self.kl!r}")
+
+
+def as_factors(search: Any) -> tuple[float, ...]:
+    """``search`` as a tuple; ValueError where it is no sequence."""
+    if isinstance(search, str) or not isinstance(search, Iterable):
+        raise ValueError(f"search: expected a sequence of factors of lr, got {search!r}")
+    return tuple(search)
 
 
 def check_descent(lr: float, steps: int, search: tuple[float, ...]) -> int:
     """The number of steps; ValueError on options that no gradient descent can have."""
     for name, value in (("lr", lr), *(("search", factor) for factor in search)):
-        if not _is_number(value) or value <= 0:
+        if not is_number(value) or value <= 0:
             raise ValueError(f"{name}: expected positive numbers, got {value!r}")
     return as_count("steps", steps, 0)
 
@@ -54,10 +60,6 @@ def starting_solver(start: str) -> Method:
     if not isinstance(start, str):
         raise ValueError(f"start: expected the name of a solver, got {start!r}")
     return get_method(start)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class BlockMethod(Method):
     kl: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "search", tuple(self.search))
+        object.__setattr__(self, "search", as_factors(self.search))
         options = self.options  # making them checks them
         object.__setattr__(self, "steps", options.steps)
         object.__setattr__(self, "batch_size", options.batch_size)

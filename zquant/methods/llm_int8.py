@@ -7,6 +7,7 @@ rows it is computed with. The scales c_x of the rows are those of the rows witho
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from ..extras import Outliers
 from ..ops.quantize import _array, quantize_weight
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .base import Repair, calibrated, register
+from .base import Repair, calibrated, is_number, register
 
 __all__ = ["LLMInt8", "llm_int8_matmul"]
 
@@ -81,7 +82,7 @@ def llm_int8_matmul(x: Array, w: Array, threshold: float = 6.0, bias: Array | No
 
 
 def _check_threshold(threshold: Any) -> None:
-    if isinstance(threshold, (bool, str)) or not threshold > 0:
+    if not (is_number(threshold) or threshold == math.inf) or not threshold > 0:
         raise ValueError(f"threshold: expected a number above 0, got {threshold!r}")
 
 

@@ -17,7 +17,7 @@ from ..extras import LowRank
 from ..ops.quantize import _array, quantize_weight
 from ..qtensor import QTensor
 from ..spec import QuantSpec
-from .base import Repair, register
+from .base import Repair, register, set_flags
 
 __all__ = ["LoRC", "lorc"]
 
@@ -142,6 +142,7 @@ class LoRC(Repair):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", as_count("rank", self.rank, 1))
+        set_flags(self, "int8")
 
     def repair(self, w: Array, tensor: QTensor, spec: QuantSpec, stats: Mapping[str, Array] | None = None) -> Any:
         """The low-rank part of w - tensor."""

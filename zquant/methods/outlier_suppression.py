@@ -23,7 +23,7 @@ from ..checks import as_count
 from ..models.foldings import fold
 from ..spec import TOKEN_ASYMMETRIC, QuantSpec, Scheme
 from ..statistics import Statistics
-from .base import Transform, calibrated, register
+from .base import Transform, calibrated, register, set_flags
 from .folded import Loss, checked_stages, consumers, output_error, targets
 
 __all__ = ["OutlierSuppression", "outlier_suppression", "thresholds"]
@@ -143,6 +143,7 @@ class OutlierSuppression(Transform):
     def __post_init__(self) -> None:
         if self.stages is not None:
             object.__setattr__(self, "stages", checked_stages("OutlierSuppression", self.stages))
+        set_flags(self, "shift", "branch")
         object.__setattr__(self, "steps", as_count("OutlierSuppression: steps", self.steps, 1))
 
     def transform(self, model: Any, statistics: Statistics | None, scheme: Scheme) -> tuple[Any, Scheme]:

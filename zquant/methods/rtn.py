@@ -47,4 +47,4 @@ class RTN(Method):
             zeros = None
         else:
             codes, scales, zeros = quantize_weight(w, bits=spec.bits, group_size=spec.group_size, symmetric=spec.symmetric)
-        return QTensor(codes, scales, zeros, spec)
+        return QTensor._made(codes, scales, zeros, spec)

@@ -17,7 +17,7 @@ import numpy as np
 from ..models.foldings import fold
 from ..spec import QuantSpec, Scheme
 from ..statistics import Statistics
-from .base import Transform, calibrated, register
+from .base import Transform, calibrated, is_number, register, set_flags
 from .folded import checked_stages, consumers, matrices, output_error, targets
 
 __all__ = ["ALPHAS", "LEAST", "SmoothQuant", "search_alpha", "smoothquant_scales"]
@@ -158,7 +158,9 @@ class SmoothQuant(Transform):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", checked_stages("SmoothQuant", self.stages))
-        if self.alpha != "search" and (isinstance(self.alpha, (bool, str)) or not 0 <= self.alpha <= 1):
+        set_flags(self, "branch")
+        given = not isinstance(self.alpha, str) and is_number(self.alpha) and 0 <= self.alpha <= 1
+        if not given and self.alpha != "search":
             raise ValueError(f"SmoothQuant: alpha must be a number from 0 to 1 or 'search', got {self.alpha!r}")
 
     @property

@@ -20,7 +20,7 @@ from ..ops.quantize import _array
 from ..qtensor import QTensor
 from ..spec import QuantSpec
 from .base import Method, register, weight_spec
-from .lkd import BlockMethod, check_descent, starting_solver
+from .lkd import BlockMethod, as_factors, check_descent, starting_solver
 from .rtn import RTN
 
 __all__ = ["LocalInfo", "ZQLocal", "zq_local"]
@@ -159,8 +159,8 @@ class _Descent:
                 return None if new is None else np.where(better[:, None], new, old)
 
             old = self.best
-            self.best = QTensor(pick(tensor.codes, old.codes), pick(tensor.scales, old.scales), pick(tensor.zeros, old.zeros),
-                                self.spec)
+            self.best = QTensor._made(pick(tensor.codes, old.codes), pick(tensor.scales, old.scales),
+                                      pick(tensor.zeros, old.zeros), self.spec)
             self.least = np.where(better, losses, self.least)
 
 
@@ -184,7 +184,7 @@ def _with_scales(start: QTensor) -> Callable[[Array], QTensor]:
 
     def quantize(w: Array) -> QTensor:
         codes = np.clip(np.rint(w / scales) + zeros, low, high).astype(dtype)
-        return QTensor(codes, start.scales, start.zeros, spec)
+        return QTensor._made(codes, start.scales, start.zeros, spec)
 
     return quantize
 
@@ -223,7 +223,7 @@ class ZQLocal(Method):
     start: str = "rtn"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "search", tuple(self.search))
+        object.__setattr__(self, "search", as_factors(self.search))
         object.__setattr__(self, "steps", check_descent(self.lr, self.steps, self.search))
         first = starting_solver(self.start)
         if isinstance(first, (BlockMethod, ZQLocal)) or not first.needs <= self.needs:

@@ -20,7 +20,8 @@ from .family import FAMILIES, Dims, Family, register
 
 __all__ = ["DECODERS", "FAMILIES", "CausalLM", "DecoderFamily", "Family", "Model", "load", "read_config", "register"]
 
-_FLOATS = ("F32", "F16", "BF16")
+_HALVES = ("F16", "BF16")
+_FLOATS = ("F32", *_HALVES)
 
 
 def load(path: str | os.PathLike[str], *, weights: str | None = None, embeddings: bool = True) -> Any:
@@ -46,9 +47,9 @@ def load(path: str | os.PathLike[str], *, weights: str | None = None, embeddings
     Raises
     ------
     FormatError
-        No or unreadable config.json; an unknown ``model_type`` (the known are listed); missing or unexpected tensors (all
-        named); wrong shapes or types; malformed weight files; NaN or Inf in small tensors. Weight matrices are checked
-        when they are packed or quantized: the ValueError then names the layer.
+        A file in place of a directory; no or unreadable config.json; an unknown ``model_type`` (the known are listed);
+        missing or unexpected tensors (all named); wrong shapes or types; malformed weight files; NaN or Inf in small
+        tensors. Weight matrices are checked when they are packed or quantized: the ValueError then names the layer.
 
     >>> import zquant as zq
     >>> from zquant.demo_model import find_minilm
@@ -75,6 +76,8 @@ def load(path: str | os.PathLike[str], *, weights: str | None = None, embeddings
 def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
     """A JSON object of a model directory; FormatError naming the file if it is missing or something else."""
     file = Path(path) / name
+    if Path(path).is_file():
+        raise FormatError(f"{path}: is a file; expected a directory, with {name} in it")
     try:
         value = json.loads(file.read_bytes())
     except FileNotFoundError:
@@ -149,6 +152,11 @@ class _Reader:
     def _dtype(self, name: str) -> str:
         return self.tensors.checkpoint.dtype(self.stored[name])
 
+    def _halves(self, names: Iterable[str]) -> dict[str, str]:
+        """Which of these tensors the file has in 16 bits, and in which."""
+        return {name: self._dtype(name) for name in names
+                if not self.tensors.is_quantized(self.stored[name]) and self._dtype(name) in _HALVES}
+
     def _finite(self, name: str) -> np.ndarray:
         """A small tensor, read and checked now."""
         array = self.tensors[self.stored[name]]
@@ -195,7 +203,7 @@ class _EncoderReader(_Reader):
         linears = {name: self.tensors.linear(name) for name in sizes}
         arrays: dict[str, Table] = {name: self._finite(name) for name in small} | {name: self._table(name) for name in tables}
         return Model(self.family, self.config, self.dims, linears, arrays, path=path, prefix=self.prefix,
-                     has_head=self.has_head, scheme=self.tensors.scheme)
+                     has_head=self.has_head, scheme=self.tensors.scheme, halves=self._halves(expected))
 
     def _ignored(self, name: str) -> bool:
         pooler = self.family.pooler
@@ -227,10 +235,12 @@ class _DecoderReader(_Reader):
         self.transposed = {f"{name}.weight" for name in transposed}
         tables, small = family.tables(dims, prefix), family.norms(dims, prefix)
         biases = {f"{name}.bias": (sizes[name][0],) for name in family.biases(dims, prefix)}
-        self._check({f"{name}.weight": size for name, size in sizes.items()} | tables | small | biases, biases)
+        expected = {f"{name}.weight": size for name, size in sizes.items()} | tables | small | biases
+        self._check(expected, biases)
         linears = {name: self.tensors.linear(name, name in transposed) for name in sizes}
         arrays: dict[str, Table] = {name: self._finite(name) for name in small} | {name: self._table(name) for name in tables}
-        return CausalLM(family, self.config, dims, linears, arrays, path=path, prefix=prefix, scheme=self.tensors.scheme)
+        return CausalLM(family, self.config, dims, linears, arrays, path=path, prefix=prefix, scheme=self.tensors.scheme,
+                        halves=self._halves(expected))
 
 
 def _renamed(name: str) -> str:

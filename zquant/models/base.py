@@ -31,11 +31,12 @@ class Network:
     Attributes
     ----------
     config : dict, config.json as read
-    path : Path of the directory that it was loaded from
+    path : Path of the directory that it was loaded from, absolute
     family : what the architecture is called and how its tensors are named
     dims : sizes read from the configuration
     linears : dict of module name (as in the checkpoint) -> Linear, in the order of the forward
     tensors : dict of tensor name -> embedding tables, weights of norms
+    halves : dict of tensor name -> "F16" or "BF16", of the tensors that the checkpoint stores so
     scheme : what the linear layers were quantized with, or None
     recipe : the :class:`zquant.Recipe` that did it, or None
     """
@@ -50,10 +51,13 @@ class Network:
     """Linear layers that other implementations have under these names and that are not among ``linears``."""
 
     def __init__(self, family: Any, config: Mapping[str, Any], dims: Any, linears: Mapping[str, Linear],
-                 tensors: Mapping[str, Table], *, path: Path, prefix: str = "", scheme: Any = None) -> None:
+                 tensors: Mapping[str, Table], *, path: Path, prefix: str = "", scheme: Any = None,
+                 halves: Mapping[str, str] | None = None) -> None:
         self.family, self.config, self.dims = family, dict(config), dims
         self.linears, self.tensors = dict(linears), dict(tensors)
-        self.path, self.prefix, self.scheme = path, prefix, scheme
+        # Absolute: tokenizer and eos_ids are read when first used, and save copies from there, wherever that happens.
+        self.path, self.prefix, self.scheme = Path(path).absolute(), prefix, scheme
+        self.halves = dict(halves or {})
         self._tokenizer: Any = None
         self._reset()
 
@@ -143,6 +147,8 @@ class Network:
             raise TypeError(f"replace() got {sorted(attributes.keys() - known)}; known: {sorted(known)}")
         model = object.__new__(type(self))
         model.__dict__.update(self.__dict__)
+        if "path" in attributes:
+            attributes["path"] = Path(attributes["path"]).absolute()
         model.__dict__.update({**attributes, "linears": {**self.linears, **linears},
                                "tensors": {**self.tensors, **embeddings, **norms}})
         model.config = dict(model.config)
@@ -195,9 +201,9 @@ class Model(Network):
 
     def __init__(self, family: Family, config: Mapping[str, Any], dims: Dims, linears: Mapping[str, Linear],
                  tensors: Mapping[str, Table], *, path: Path, prefix: str = "", has_head: bool = False,
-                 scheme: Any = None) -> None:
+                 scheme: Any = None, halves: Mapping[str, str] | None = None) -> None:
         self.has_head = has_head
-        super().__init__(family, config, dims, linears, tensors, path=path, prefix=prefix, scheme=scheme)
+        super().__init__(family, config, dims, linears, tensors, path=path, prefix=prefix, scheme=scheme, halves=halves)
 
     def _reset(self) -> None:
         super()._reset()

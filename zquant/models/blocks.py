@@ -85,9 +85,13 @@ class Packed:
 
 def _integers(name: str, value: Any) -> np.ndarray:
     array = np.asarray(value)
-    if array.dtype.kind not in "biu" and array.size:
-        raise ValueError(f"{name}: expected integers, got {array.dtype}")
-    return array.astype(np.int64, copy=False)
+    if array.dtype.kind in "bi" or not array.size or (array.dtype.kind == "u" and array.max() < 2**63):
+        return array.astype(np.int64, copy=False)
+    # uint64 would wrap around, and Python's large integers become float64 or objects: name the number that was given.
+    for number in np.asarray(value, object).flat:
+        if isinstance(number, (int, np.integer)) and not -2**63 <= number < 2**63:
+            raise ValueError(f"{name}: {number} is out of range; expected integers of at most 64 bits, with sign")
+    raise ValueError(f"{name}: expected integers, got {array.dtype}")
 
 
 def _flatten(name: str, value: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import numpy as np
 
 from .. import _core
+from ..cache import KVCache
 from ..checks import as_count
 from ..spec import QuantSpec
 from .base import Network
@@ -16,7 +17,7 @@ from .decoder_family import Architecture, DecoderFamily
 from .family import column_positions
 from .sequence import Calls, Register
 
-__all__ = ["CHUNK", "CausalLM", "KVCache"]
+__all__ = ["CHUNK", "CausalLM"]
 
 CHUNK = 512  # tokens that go through the model together, which bounds the memory of a long prompt
 
@@ -35,47 +36,6 @@ def _one_each(input_ids: Any) -> list[int] | None:
         return None
     ids = [row[0] for row in input_ids]
     return ids if all(type(token) is int for token in ids) else None
-
-
-class KVCache:
-    """Keys and values of the sequences of one batch, made by :meth:`CausalLM.new_cache`. Grows without copying.
-
-    Attributes
-    ----------
-    handle : what the kernels take
-    batch : number of sequences
-    one_each : (batch + 1,) int64 offsets of one token of each sequence
-    dtype : "float32", or "int8" with one scale per token and head
-    """
-
-    def __init__(self, a: Architecture, batch: int, dtype: str = "float32", handle: Any = None) -> None:
-        if dtype not in ("float32", "int8"):
-            raise ValueError(f"cache: dtype must be 'float32' or 'int8', got {dtype!r}")
-        self.architecture, self.batch, self.dtype = a, as_count("cache: batch", batch, 0), dtype
-        self.one_each = np.arange(self.batch + 1)
-        self.handle = _core.kv_new(a.layers, self.batch, a.kv_heads, a.head_dim, dtype == "int8") if handle is None else handle
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(batch,) int64 tokens of each sequence."""
-        return _core.kv_lengths(self.handle)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pages in use."""
-        return _core.kv_bytes(self.handle)
-
-    def truncate(self, sequence: int, length: int) -> None:
-        """Forget the tokens of a sequence from ``length`` on."""
-        _core.kv_truncate(self.handle, sequence, length)
-
-    def select(self, sequences: Any) -> KVCache:
-        """A new cache with copies of these sequences, in this order; the same one may come more than once."""
-        index = np.ascontiguousarray(sequences, np.int64)
-        return KVCache(self.architecture, len(index), self.dtype, _core.kv_select(self.handle, index))
-
-    def __repr__(self) -> str:
-        return f"KVCache({self.batch} sequences, {self.dtype}, {int(self.lengths.sum())} tokens, {self.nbytes / 1e6:.1f} MB)"
 
 
 class CausalLM(Network):
@@ -152,7 +112,7 @@ class CausalLM(Network):
         return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
     def new_cache(self, batch: int = 1, dtype: str = "float32") -> KVCache:
-        """An empty cache for a batch of sequences.
+        """An empty cache for a batch of sequences: a :class:`zquant.KVCache` of this model's sizes.
 
         Parameters
         ----------
@@ -160,8 +120,14 @@ class CausalLM(Network):
             Number of sequences.
         dtype
             "float32", or "int8": a quarter of the memory, one scale per token and head.
+
+        Raises
+        ------
+        ValueError
+            ``batch`` is not an integer of 0 or more, or the dtype is unknown.
         """
-        return KVCache(self.dims, batch, dtype)
+        a = self.dims
+        return KVCache(a.layers, a.kv_heads, a.head_dim, as_count("batch", batch, 0), dtype)
 
     # -- running it
 
@@ -195,8 +161,10 @@ class CausalLM(Network):
         ------
         ValueError
             Ids outside the vocabulary; sequences that are empty or longer than the model's positions; a mask with holes;
-            a cache of another model or batch; NaN or Inf in weights or logits, naming the layer. The cache is then as
-            it was.
+            a cache of other sizes or of another batch; NaN or Inf in weights or logits, naming the layer. The cache is then
+            as it was.
+        TypeError
+            A cache that is not a :class:`zquant.KVCache`.
         """
         if logits not in ("all", "last"):
             raise ValueError(f"logits: expected 'all' or 'last', got {logits!r}")
@@ -221,7 +189,7 @@ class CausalLM(Network):
         of the ordinary, errors included: the long way then decides."""
         ids = _one_each(input_ids)
         rope = self.dims.rope
-        if not ids or not 0 <= min(ids) <= max(ids) < self.dims.vocabulary or cache.batch != len(ids) or len(ids) > CHUNK:
+        if not ids or not 0 <= min(ids) <= max(ids) < self.dims.vocabulary or len(ids) > CHUNK:
             return None
         self._fitting(cache, len(ids))
         before = cache.lengths
@@ -231,8 +199,7 @@ class CausalLM(Network):
         try:
             return self._run(np.array(ids), before, cache.one_each, cache, longest, None)
         except (Exception, KeyboardInterrupt):
-            for sequence, old in enumerate(before):
-                cache.truncate(sequence, int(old))
+            cache.restore(before)
             raise
 
     def _last(self, packed: Packed, cache: KVCache | None, tap: Tap | None, chunk: int) -> np.ndarray:
@@ -294,17 +261,18 @@ class CausalLM(Network):
                 here = None if wanted is None else wanted[(wanted >= start) & (wanted < stop)] - start
                 yield start, stop, self._run(ids[start:stop], positions[start:stop], offsets, cache, length, tap, here)
         except (Exception, KeyboardInterrupt):
-            for sequence, old in enumerate(before):
-                cache.truncate(sequence, int(old))
+            cache.restore(before)
             raise
 
     def _fitting(self, cache: KVCache, batch: int) -> KVCache:
-        a, b = cache.architecture, self.dims
+        a, b = cache, self.dims
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache: expected a zquant.KVCache, as new_cache() makes it, got {type(cache).__name__}")
         if (a.layers, a.kv_heads, a.head_dim) != (b.layers, b.kv_heads, b.head_dim):
             raise ValueError(f"cache: of a model with {a.layers} layers, {a.kv_heads} key-value heads of {a.head_dim}; "
                              f"this one has {b.layers}, {b.kv_heads} of {b.head_dim}")
-        if cache.batch != batch:
-            raise ValueError(f"cache: has {cache.batch} sequences, the batch {batch}")
+        if cache.sequences != batch:
+            raise ValueError(f"cache: has {cache.sequences} sequences, the batch {batch}")
         return cache
 
     def _pieces(self, offsets: np.ndarray, totals: np.ndarray, chunk: int) -> Iterator[tuple[int, int, int]]:

@@ -1,6 +1,8 @@
 """Linear layers on NumPy arrays: float32, int8 and grouped int4/int8 weights, and ONNX's integer products."""
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .. import _core
@@ -14,10 +16,52 @@ _INPUTS = {**_QUANT, "int16": 3}
 
 
 def _activation(name: str | None) -> int:
-    if name not in ACTIVATIONS:
+    if not (name is None or isinstance(name, str)) or name not in ACTIVATIONS:
         known = ", ".join(str(a) for a in ACTIVATIONS)
         raise ValueError(f"activation: expected one of {known}, got {name!r}")
     return ACTIVATIONS[name]
+
+
+def _inputs(name: str) -> int:
+    """How x is quantized, in the C core's codes."""
+    if not isinstance(name, str) or name not in _INPUTS:
+        raise ValueError(f"activations: expected 'asymmetric', 'symmetric' or 'int16', got {name!r}")
+    return _INPUTS[name]
+
+
+def _scales(value: Any, name: str, dtype: type = np.float64, positive: bool = False) -> np.ndarray:
+    """A number, or an array of them, as finite (and, where it is divided by, positive) floats."""
+    a = np.asarray(value)
+    if a.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: expected a number or an array of numbers, got {_shown(value, a)}")
+    with np.errstate(over="ignore"):  # a number beyond the type becomes Inf, which is refused below
+        a = a.astype(dtype)
+    bad = ~np.isfinite(a) | ((a <= 0) & positive)
+    if bad.any():
+        raise ValueError(f"{name}: expected finite{' positive' * positive} values, got {np.asarray(value)[bad].flat[0]}")
+    return a
+
+
+def _shown(value: Any, array: np.ndarray) -> str:
+    return f"an array of {array.dtype}" if array.ndim else repr(value)
+
+
+def _zero_points(value: Any, name: str, dtype: Any) -> np.ndarray:
+    """An integer, or an array of them (floats too that are whole), in the range of a type, as int32."""
+    a, info = np.asarray(value), np.iinfo(dtype)
+    if a.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: expected an integer or an array of integers, got {_shown(value, a)}")
+    bad = (a != np.rint(a)) | (a < info.min) | (a > info.max)  # NaN differs from itself
+    if bad.any():
+        raise ValueError(f"{name}: expected integers of {info.min} to {info.max}, got {a[bad].flat[0]}")
+    return a.astype(np.int32)
+
+
+def _sized(a: np.ndarray, count: int, name: str) -> np.ndarray:
+    """One value, or one for each of ``count``, as a vector."""
+    if a.size not in (1, count):
+        raise ValueError(f"{name}: expected 1 or {count} values, got {a.size}")
+    return a.reshape(-1)
 
 
 def _rows(x: np.ndarray, name: str) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -37,8 +81,10 @@ def _output(quantize: str | tuple | None) -> int | tuple:
         if quantize not in _QUANT:
             raise ValueError(f"quantize: expected None, 'symmetric', 'asymmetric' or (scale, zero_point), got {quantize!r}")
         return _QUANT[quantize]
-    scale, zero = quantize
-    return np.atleast_1d(np.asarray(scale, np.float32)), np.atleast_1d(np.asarray(zero, np.int32))
+    if not isinstance(quantize, (tuple, list)) or len(quantize) != 2:
+        raise ValueError(f"quantize: expected None, 'symmetric', 'asymmetric' or (scale, zero_point), got {quantize!r}")
+    scale = _scales(quantize[0], "quantize: scale", np.float32, positive=True)
+    return np.atleast_1d(scale), np.atleast_1d(_zero_points(quantize[1], "quantize: zero_point", np.uint8))
 
 
 def _forward(handle: object, x: np.ndarray, quant: int, activation: str | None, residual: np.ndarray | None,
@@ -86,9 +132,9 @@ def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, activat
     Raises
     ------
     TypeError
-        An array is not float32.
+        An array is not float32; a scale or zero point of ``quantize`` is not a number or integer.
     ValueError
-        Shapes do not match, or x, w or bias has NaN or Inf (the row is named).
+        Shapes do not match, x, w or bias has NaN or Inf (the row is named), or an option is not one of those above.
 
     >>> import numpy as np, zquant as zq
     >>> zq.ops.linear(np.ones((1, 3), np.float32), np.eye(2, 3, dtype=np.float32)).tolist()
@@ -126,9 +172,8 @@ def linear_w8a8(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bias: np.nd
     >>> zq.ops.linear_w8a8(np.float32([[1.0, 2.0]]), codes, scale[:, 0]).round(2).tolist()
     [[1.0, 2.0]]
     """
-    if activations not in _INPUTS:
-        raise ValueError(f"activations: expected 'asymmetric', 'symmetric' or 'int16', got {activations!r}")
-    return _forward(_core.linear_pack_s8(codes, scale, bias), x, _INPUTS[activations], activation, residual, quantize)
+    inputs = _inputs(activations)
+    return _forward(_core.linear_pack_s8(codes, scale, bias), x, inputs, activation, residual, quantize)
 
 
 def linear_grouped(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_size: int, bits: int = 4,
@@ -159,20 +204,16 @@ def linear_grouped(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_s
     >>> zq.ops.linear_grouped(np.ones((2, 64), np.float32), codes, scales, 32).shape
     (2, 4)
     """
-    if activations not in _INPUTS:
-        raise ValueError(f"activations: expected 'asymmetric', 'symmetric' or 'int16', got {activations!r}")
+    inputs = _inputs(activations)
     handle = _core.linear_pack_group(codes, scales, group_size, bits, bias)
-    return _forward(handle, x, _INPUTS[activations], activation, residual, quantize)
+    return _forward(handle, x, inputs, activation, residual, quantize)
 
 
-def _zero_rows(zero: np.ndarray | int | None, m: int, name: str) -> np.ndarray | None:
-    """A zero point (scalar, or one per row) as int32 (m,)."""
+def _zero_rows(zero: np.ndarray | int | None, m: int, name: str, dtype: Any) -> np.ndarray | None:
+    """A zero point (scalar, or one per row) in the range of a type, as int32 (m,)."""
     if zero is None:
         return None
-    z = np.asarray(zero).astype(np.int32).reshape(-1)
-    if z.size not in (1, m):
-        raise ValueError(f"{name}: expected 1 or {m} values, got {z.size}")
-    return np.ascontiguousarray(np.broadcast_to(z, (m,)))
+    return np.ascontiguousarray(np.broadcast_to(_sized(_zero_points(zero, name, dtype), m, name), (m,)))
 
 
 def matmul_integer(a: np.ndarray, b: np.ndarray, a_zero_point: np.ndarray | int | None = None,
@@ -189,6 +230,13 @@ def matmul_integer(a: np.ndarray, b: np.ndarray, a_zero_point: np.ndarray | int 
     Returns
     -------
     int32 (..., m, n)
+
+    Raises
+    ------
+    TypeError
+        a or b of another type; zero points that are not integers.
+    ValueError
+        Shapes that do not match; zero points out of the range of a's or b's type.
 
     >>> import numpy as np, zquant as zq
     >>> zq.ops.matmul_integer(np.uint8([[11, 7]]), np.uint8([[1], [2]]), 12, 0).tolist()
@@ -210,7 +258,8 @@ def matmul_integer(a: np.ndarray, b: np.ndarray, a_zero_point: np.ndarray | int 
         return np.stack(out).reshape(*lead, a.shape[-2], b.shape[-1]) if out else np.zeros(
             (*lead, a.shape[-2], b.shape[-1]), np.int32)
     m, n = a.shape[0], b.shape[1]
-    za, zb = _zero_rows(a_zero_point, m, "a_zero_point"), _zero_rows(b_zero_point, n, "b_zero_point")
+    za = _zero_rows(a_zero_point, m, "a_zero_point", a.dtype)
+    zb = _zero_rows(b_zero_point, n, "b_zero_point", b.dtype)
     # The kernel multiplies by int8 codes in -127..127; other codes split into two such matrices.
     wide = b.T.astype(np.int16) - (0 if zb is None else zb.astype(np.int16)[:, None])
     half = np.clip(wide, -127, 127)
@@ -231,18 +280,26 @@ def qlinear_matmul(a: np.ndarray, a_scale: np.ndarray, a_zero_point: np.ndarray,
     Scales and zero points are scalars or, for a, one per row, for b and y one per column. The result has the type
     of ``y_zero_point``; values are rounded half to even and saturate.
 
+    Raises
+    ------
+    TypeError
+        a, b or y_zero_point that is neither int8 nor uint8; scales that are not numbers, zero points that are not integers.
+    ValueError
+        Shapes that do not match; scales that are not finite, a y_scale that is not positive; zero points out of range.
+
     >>> import numpy as np, zquant as zq
     >>> one, zero = np.float32(1), np.uint8(0)
     >>> zq.ops.qlinear_matmul(np.uint8([[2]]), one, zero, np.uint8([[3]]), one, zero, one, zero).tolist()
     [[6]]
     """
+    scales = _scales(a_scale, "a_scale"), _scales(b_scale, "b_scale"), _scales(y_scale, "y_scale", positive=True)
     acc = matmul_integer(a, b, a_zero_point, b_zero_point)
     dtype = np.asarray(y_zero_point).dtype
     if dtype not in (np.int8, np.uint8):
         raise TypeError(f"y_zero_point: expected int8 or uint8, got {dtype}")
-    row = (np.asarray(a_scale, np.float64).reshape(-1, 1) if np.size(a_scale) > 1
-           else np.float64(np.asarray(a_scale).reshape(())))
-    ratio = row * np.asarray(b_scale, np.float64) / np.asarray(y_scale, np.float64)
+    m, n = acc.shape[-2:]
+    row = _sized(scales[0], m, "a_scale").reshape(-1, 1)
+    ratio = row * _sized(scales[1], n, "b_scale") / _sized(scales[2], n, "y_scale")
     info = np.iinfo(dtype)
-    y = np.rint(acc * ratio) + np.asarray(y_zero_point).astype(np.float64)
+    y = np.rint(acc * ratio) + _sized(np.asarray(y_zero_point), n, "y_zero_point").astype(np.float64)
     return np.clip(y, info.min, info.max).astype(dtype)
