@@ -13,6 +13,7 @@ import numpy as np
 
 from ._progress import bar
 from .checks import as_count, as_real
+from .tokenization import check_text
 
 __all__ = ["Generation", "Stream", "check_language_model", "generate", "prompt_ids", "text_ids"]
 
@@ -87,15 +88,6 @@ def check_language_model(name: str, lm: Any) -> None:
         raise TypeError(f"{name}: expected a loaded language model (zquant.load(directory)), got {type(lm).__name__}")
 
 
-def _check_unicode(text: str, name: str) -> None:
-    """The tokenizer takes what UTF-8 can say: all but the halves of characters that Python holds undecoded bytes in."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: expected Unicode text, but character {error.start} is the lone surrogate "
-                         f"U+{ord(text[error.start]):04X}, as of a text that was read with another encoding") from None
-
-
 def text_ids(lm: Any, text: str, name: str = "text") -> list[int]:
     """Token ids of a text of any length, with the special tokens that tokenizer.json adds.
 
@@ -104,7 +96,7 @@ def text_ids(lm: Any, text: str, name: str = "text") -> list[int]:
     ValueError
         The model's directory has no tokenizer.json; a text with lone surrogates, which is called ``name``.
     """
-    _check_unicode(text, name)
+    check_text(name, text)
     tokenizer = lm.tokenizer
     if tokenizer is None:
         raise ValueError(f"{lm.path}: has no tokenizer.json; give token ids in place of text")
@@ -176,7 +168,7 @@ def _stop_ids(lm: Any, stop: Any) -> frozenset[int]:
 def _stop_id(lm: Any, item: Any) -> int:
     if not isinstance(item, str):
         return _integers([item], "stop")[0]
-    _check_unicode(item, "stop")
+    check_text("stop", item)
     if lm.tokenizer is None:
         raise ValueError(f"stop: {item!r} needs a tokenizer.json, which {lm.path} has not; give token ids")
     known = lm.tokenizer.token_to_id(item)

@@ -39,15 +39,15 @@ def check_text(name: str, text: Any) -> None:
     >>> check_text("prompt", "a\ud800")
     Traceback (most recent call last):
     ...
-    ValueError: prompt: is not valid text: character 1 is '\ud800', a lone surrogate
+    ValueError: prompt: expected Unicode text, but character 1 is the lone surrogate U+D800, as of bytes that are not UTF-8
     """
     if not isinstance(text, str):
         raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: is not valid text: character {error.start} is {text[error.start]!r}, a lone surrogate"
-                         ) from None
+        raise ValueError(f"{name}: expected Unicode text, but character {error.start} is the lone surrogate "
+                         f"U+{ord(text[error.start]):04X}, as of bytes that are not UTF-8") from None
 
 
 class _Forks:
