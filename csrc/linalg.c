@@ -9,7 +9,7 @@
 /* LAPACK has no header in Debian's OpenBLAS; its integers are int there, as CBLAS's are. */
 void dpotrf_(const char *uplo, const int *n, double *a, const int *lda, int *info, size_t uplo_length);
 
-enum { BLOCK = 256, STRIP = 1024 }; /* columns of a block; rows of a product */
+enum { BLOCK = 256, STRIP = 1024 }; /* columns, or rows, of a block; rows, or columns, of a product */
 
 const char *
 zq_blas_core(void)
@@ -43,13 +43,14 @@ hold_blas_threads(int step)
     atomic_flag_clear_explicit(&busy, memory_order_release);
 }
 
-/* Jobs that call BLAS, which is not to start threads of its own meanwhile. */
-static void
-run_jobs(int64_t jobs, zq_job_fn fn, void *ctx)
+/* Jobs that call BLAS, which is not to start threads of its own meanwhile. Returns whether it was stopped. */
+static int
+run_jobs(int64_t jobs, zq_job_fn fn, void *ctx, zq_stop *stop)
 {
     hold_blas_threads(1);
-    zq_parallel_for(jobs, fn, ctx);
+    const int stopped = zq_parallel_until(jobs, fn, ctx, stop);
     hold_blas_threads(-1);
+    return stopped;
 }
 
 typedef struct {
@@ -100,19 +101,23 @@ trailing_job(void *ctx, int64_t job)
 }
 
 int64_t
-zq_cholesky_f64(double *a, int64_t n, int64_t ld)
+zq_cholesky_f64(double *a, int64_t n, int64_t ld, zq_stop *stop)
 {
     cholesky c = {.a = a, .n = n, .ld = ld};
     for (; c.k < n; c.k = c.next) {
         c.next = zq_min(c.k + BLOCK, n);
-        run_jobs(1, diagonal_job, &c);
+        if (run_jobs(1, diagonal_job, &c, stop)) {
+            return -1;
+        }
         if (c.info != 0) {
             return c.k + c.info;
         }
         const int64_t left = n - c.next;
         c.strips = zq_ceil_div(left, STRIP);
-        run_jobs(zq_ceil_div(left, BLOCK), column_job, &c);
-        run_jobs(zq_ceil_div(left, BLOCK) * c.strips, trailing_job, &c);
+        if (run_jobs(zq_ceil_div(left, BLOCK), column_job, &c, stop) ||
+            run_jobs(zq_ceil_div(left, BLOCK) * c.strips, trailing_job, &c, stop)) {
+            return -1;
+        }
     }
     return 0;
 }
@@ -122,20 +127,39 @@ typedef struct {
     const double *l;
     int64_t m, n, ldb, ldl;
     int transpose;
+    zq_stop *stop;
 } right_solve;
+
+/* Columns c..end-1 of some rows of b, where those that they depend on are solved: minus the product with these, then times the
+ * inverse of the block on the diagonal. */
+static void
+right_columns(const right_solve *s, double *b, int64_t rows, int64_t c, int64_t end)
+{
+    const CBLAS_TRANSPOSE transpose = s->transpose ? CblasTrans : CblasNoTrans;
+    const int64_t from = s->transpose ? 0 : end, depth = s->transpose ? c : s->n - end;
+    const double *l = s->l + (s->transpose ? c : c * s->ldl + end);
+    if (depth > 0) {
+        cblas_dgemm(CblasColMajor, CblasNoTrans, transpose, (int)rows, (int)(end - c), (int)depth, -1.0, b + from * s->ldb,
+                    (int)s->ldb, l, (int)s->ldl, 1.0, b + c * s->ldb, (int)s->ldb);
+    }
+    cblas_dtrsm(CblasColMajor, CblasRight, CblasLower, transpose, CblasNonUnit, (int)rows, (int)(end - c), 1.0,
+                s->l + c * (s->ldl + 1), (int)s->ldl, b + c * s->ldb, (int)s->ldb);
+}
 
 static void
 right_job(void *ctx, int64_t job)
 {
     const right_solve *s = ctx;
-    const int64_t row = job * BLOCK, rows = zq_min(BLOCK, s->m - row);
-    cblas_dtrsm(CblasColMajor, CblasRight, CblasLower, s->transpose ? CblasTrans : CblasNoTrans, CblasNonUnit, (int)rows,
-                (int)s->n, 1.0, s->l, (int)s->ldl, s->b + row, (int)s->ldb);
+    const int64_t row = job * BLOCK, rows = zq_min(BLOCK, s->m - row), blocks = zq_ceil_div(s->n, STRIP);
+    for (int64_t i = 0; i < blocks && !zq_stopped(s->stop); i++) {
+        const int64_t c = (s->transpose ? i : blocks - 1 - i) * STRIP;
+        right_columns(s, s->b + row, rows, c, zq_min(c + STRIP, s->n));
+    }
 }
 
-void
-zq_solve_right_f64(double *b, int64_t m, int64_t n, int64_t ldb, const double *l, int64_t ldl, int transpose)
+zq_status
+zq_solve_right_f64(double *b, int64_t m, int64_t n, int64_t ldb, const double *l, int64_t ldl, int transpose, zq_stop *stop)
 {
-    right_solve s = {b, l, m, n, ldb, ldl, transpose};
-    run_jobs(zq_ceil_div(m, BLOCK), right_job, &s);
+    right_solve s = {b, l, m, n, ldb, ldl, transpose, stop};
+    return run_jobs(zq_ceil_div(m, BLOCK), right_job, &s, stop) ? ZQ_ESTOPPED : ZQ_OK;
 }

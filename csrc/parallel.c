@@ -63,7 +63,7 @@ static struct {
 } pool = {.busy = ATOMIC_FLAG_INIT, .first_asleep = MAX_THREADS, .sleep = PTHREAD_MUTEX_INITIALIZER};
 
 static atomic_int threads_wanted; /* 0: not yet set */
-static _Thread_local int inside_region;
+static _Thread_local int inside_region, is_worker;
 
 static void
 pause_cpu(void)
@@ -213,7 +213,7 @@ static void *
 worker(void *arg)
 {
     const int me = (int)(intptr_t)arg;
-    inside_region = 1;
+    inside_region = is_worker = 1;
     for (;;) {
         wait_for_jobs(me);
         run_member(me);
@@ -321,9 +321,10 @@ share_out(int64_t jobs, int team, zq_job_fn fn, void *ctx)
     }
 }
 
-/* All jobs are claimed: wait for the workers that still run one, until `reported` is what it must be. */
+/* All jobs are claimed: wait for the workers that still run one, until `reported` is what it must be. They may look whether to
+ * stop, which only the caller can find out. */
 static void
-wait_for_reports(int64_t reported)
+wait_for_reports(int64_t reported, zq_stop *stop)
 {
     for (int spins = 0; atomic_load_explicit(&pool.reported, memory_order_acquire) != reported; spins++) {
         if (spins > TIGHT_POLLS) {
@@ -331,12 +332,14 @@ wait_for_reports(int64_t reported)
         }
         if (spins > 8 * TIGHT_POLLS) { /* a worker lost its CPU: give it ours rather than burn it */
             sched_yield();
+            zq_stopped(stop);
         }
     }
 }
 
-void
-zq_parallel_for(int64_t jobs, zq_job_fn fn, void *ctx)
+/* `stop` is for the time that the caller waits; jobs look themselves. */
+static void
+run_region(int64_t jobs, zq_job_fn fn, void *ctx, zq_stop *stop)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     int team = (int)zq_min(zq_threads(), jobs);
@@ -356,8 +359,49 @@ zq_parallel_for(int64_t jobs, zq_job_fn fn, void *ctx)
     fn(ctx, 0);
     const int64_t own = 1 + run_share(&shares[0], 1), done = own + run_others(0, team);
     inside_region = 0;
-    wait_for_reports(before + jobs - done);
+    wait_for_reports(before + jobs - done, stop);
     atomic_flag_clear_explicit(&pool.busy, memory_order_release);
+}
+
+void
+zq_parallel_for(int64_t jobs, zq_job_fn fn, void *ctx)
+{
+    run_region(jobs, fn, ctx, NULL);
+}
+
+int
+zq_stopped(zq_stop *stop)
+{
+    if (!stop) {
+        return 0;
+    }
+    if (!is_worker && !atomic_load_explicit(&stop->stopped, memory_order_relaxed) && stop->asked(stop->ctx)) {
+        atomic_store_explicit(&stop->stopped, 1, memory_order_relaxed);
+    }
+    return atomic_load_explicit(&stop->stopped, memory_order_relaxed);
+}
+
+typedef struct {
+    zq_job_fn fn;
+    void *ctx;
+    zq_stop *stop;
+} stoppable;
+
+static void
+stoppable_job(void *ctx, int64_t job)
+{
+    const stoppable *s = ctx;
+    if (!zq_stopped(s->stop)) {
+        s->fn(s->ctx, job);
+    }
+}
+
+int
+zq_parallel_until(int64_t jobs, zq_job_fn fn, void *ctx, zq_stop *stop)
+{
+    stoppable s = {fn, ctx, stop};
+    run_region(jobs, stop ? stoppable_job : fn, stop ? &s : ctx, stop);
+    return zq_stopped(stop);
 }
 
 /* cgroup quota in CPUs, or 0 where there is none: v2 "max 100000" or "150000 100000"; v1 two files. */

@@ -19,6 +19,7 @@ typedef enum {
     ZQ_ENOMEM,     /* allocation failed */
     ZQ_ENONFINITE, /* NaN or Inf in a float32 input */
     ZQ_ERANGE,     /* a code or size outside what the kernel is exact for */
+    ZQ_ESTOPPED,   /* the caller's zq_stop said so; results are not complete */
 } zq_status;
 
 /* ---- dispatch (zq_dispatch.c) ------------------------------------------------------------------- */
@@ -34,6 +35,20 @@ typedef void (*zq_job_fn)(void *ctx, int64_t job);
 /* Run fn(ctx, 0..jobs-1), each once, on up to zq_threads() threads. Jobs must not depend on each other.
  * A call from inside a job, or while another thread holds the pool, runs its jobs on the calling thread. */
 void zq_parallel_for(int64_t jobs, zq_job_fn fn, void *ctx);
+
+/* How the caller of a long function ends it early. The function asks between pieces of work of a few milliseconds, only on
+ * the thread that called it, until the answer is not 0; it then gives everything back and returns ZQ_ESTOPPED. Start from
+ * {.asked = ..., .ctx = ...}; NULL in place of a zq_stop: it runs to its end. */
+typedef struct {
+    int (*asked)(void *ctx);
+    void *ctx;
+    atomic_int stopped; /* the answer, for the other threads and from then on */
+} zq_stop;
+/* Whether to stop: asks on the caller's thread; the pool's threads look at what it was told. */
+int zq_stopped(zq_stop *stop);
+/* As zq_parallel_for; jobs that nobody has begun when it is to stop are left out. Returns zq_stopped(). */
+int zq_parallel_until(int64_t jobs, zq_job_fn fn, void *ctx, zq_stop *stop);
+
 int zq_threads(void);
 void zq_set_threads(int n);
 int zq_threads_default(void); /* CPUs this process may use: affinity mask and cgroup quota */

@@ -2,8 +2,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import runpy
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -459,6 +463,84 @@ def test_the_core_checks_its_arguments():
             _core.gptq(w, h, None, order, 4, True, values, bad, *rest[4:])
     with pytest.raises(ValueError, match="values"):
         _core.gptq(w, h, None, order, 4, True, values[::-1], values[:1], *rest[4:])
+
+
+# ---- Ctrl-C ------------------------------------------------------------------------------------------------------
+LONG = {"check and factor": (dict(n=8, k=5632), {}), "columns": (dict(n=32768, k=1024), {"mse": True}),
+        "shift": (dict(n=8, k=3072), {"deviation": True, "compare": False})}
+
+
+def long_problem(name):
+    """Half a second or more on two cores, most of it in one of the solver's parts."""
+    sizes, options = LONG[name]
+    n, k = sizes["n"], sizes["k"]
+    w = np.random.default_rng(0).standard_normal((n, k), np.float32)
+    given = {"deviation": 0.01 * np.eye(k, k=1)} if options.get("deviation") else {}
+    return w, np.eye(k) + 0.01, {**options, **given}
+
+
+@contextmanager
+def alarms(handler, after, every=0.0):
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, after, every)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt("alarm")
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_handlers_of_signals_run_meanwhile(name):
+    """Python code that raises nothing changes nothing, and need not wait for the end; on another thread neither."""
+    w, h, options = long_problem(name)
+    want, _ = zq.gptq(w, h, **options)
+    calls = []
+    start = time.perf_counter()
+    with alarms(lambda *_: calls.append(time.perf_counter()), 0.06, 0.06):
+        got, _ = zq.gptq(w, h, **options)
+    took = time.perf_counter() - start
+    gaps = np.diff([start, *calls])
+    assert same(want, got) and (gaps.max() < 0.5 * took or took < 0.3)
+    with ThreadPoolExecutor(1) as pool, alarms(lambda *_: None, 0.06, 0.06):
+        assert same(want, pool.submit(zq.gptq, w, h, **options).result()[0])
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_an_interrupted_solver_ends_at_once(name):
+    w, h, options = long_problem(name)
+    want, _ = zq.gptq(w, h, **options)  # with the page faults of a first call
+    start = time.perf_counter()
+    zq.gptq(w, h, **options)
+    whole = time.perf_counter() - start
+    late = []
+    for part in (0.02, 0.1, 0.2):
+        start = time.perf_counter()
+        with alarms(interrupt, part * whole), pytest.raises(KeyboardInterrupt, match="alarm"):
+            zq.gptq(w, h, **options)
+        late.append(time.perf_counter() - start - part * whole)
+    assert min(late) < 0.4 * whole + 0.1, late  # near 0.8 where it goes on to its end; one of three on a busy machine too
+    assert same(want, zq.gptq(w, h, **options)[0])
+
+
+def test_an_interrupted_solver_keeps_no_memory():
+    """The factor alone would be 75 MB each time."""
+    w, h = np.ones((8, 3072), np.float32), np.eye(3072) + 0.01
+    zq.gptq(w, h)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    for after in (0.001, 0.03, 0.06, 0.09, 0.12):
+        with alarms(interrupt, after), pytest.raises(KeyboardInterrupt):
+            while True:
+                zq.gptq(w, h)
+    assert resident() < before + 60e6
 
 
 # ---- a model ---

@@ -187,7 +187,7 @@ def test_layer_norm_is_exact_to_rounding_whatever_the_mean(ratio):
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12])
-@pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e4, 3e38, 1e-40])
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e4, 3e38, 1e-40, 1e-20, 9e-10, -1e-9])
 def test_a_constant_row_normalises_to_the_bias(value, eps):
     for n in (1, 5, 16, 63, 384, 1009):
         x = np.full((2, n), value, np.float32)
@@ -205,6 +205,41 @@ def test_norms_of_extreme_rows(scale):
         z = everywhere(_core.rms_norm, x, None, w, 1e-12, 0)[0]
         assert_close(y, ref.layer_norm(x, w, b), atol=2e-4)
         assert_close(z, ref.rms_norm(x, w, 1e-12), atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-42, 1e-36, 1e-30])
+@pytest.mark.parametrize("scale", [1e-12, 1e-16, 1e-18, 1e-20, 1e-25, 1e-30, 1e-38])
+def test_squares_that_underflow(scale, eps):
+    """An eps that hides that is nearly always there: these are too small to."""
+    eps = float(np.float32(eps))
+    for n in (2, 17, 64, 100, 384, 3000):
+        for mean in (0, 3):  # in one pass over the row, or two
+            x = make(3, n, scale=scale) + np.float32(mean * scale)
+            r = make(3, n, scale=scale, seed=5)
+            w, b = make(n), make(n, seed=1)
+            y = everywhere(_core.layer_norm, x, None, w, b, eps, 0)[0]
+            z = everywhere(_core.rms_norm, x, None, w, eps, 0)[0]
+            np.testing.assert_allclose(y, ref.layer_norm(x, w, b, eps), rtol=1e-5, atol=2e-5)
+            np.testing.assert_allclose(z, ref.rms_norm(x, w, eps), rtol=1e-5, atol=1e-6)
+            y = everywhere(_core.rms_norm, x, r, w, eps, 2)[0]
+            np.testing.assert_allclose(y, ref.rms_norm(x + r, w, eps), rtol=1e-5, atol=1e-6)
+            y = everywhere(_core.layer_norm, x, r, w, b, eps, 2)[0]
+            np.testing.assert_allclose(y, ref.layer_norm(x + r, w, b, eps), rtol=1e-5, atol=2e-5)
+
+
+def test_the_smallest_rows():
+    """One element of 2^-149; 0 stays 0; and rows around a mean that differ by an ulp of it."""
+    w, b = np.ones(64, np.float32), np.zeros(64, np.float32)
+    x = np.zeros((3, 64), np.float32)
+    x[0, 5] = x[2, 9] = 1e-45
+    np.testing.assert_array_equal(everywhere(_core.rms_norm, x, None, w, 0.0, 0)[0], np.where(x > 0, np.float32(8), 0))
+    y = everywhere(_core.layer_norm, x, None, w, b, 0.0, 0)[0]
+    np.testing.assert_allclose(y, ref.layer_norm((x > 0).astype(np.float32), w, b, 1e-30), rtol=1e-6)
+    for mean in np.float32([2.0**-40, 2.0**-31, 2.0**-30, 2.0**-29, 2.0**-20, 1, 1e20]):
+        x = np.full((2, 64), mean, np.float32)
+        x[1, 7] = np.nextafter(mean, np.float32(np.inf))
+        y = everywhere(_core.layer_norm, x, None, w, b, 0.0, 0)[0]
+        assert not y[0].any() and abs(y[1, 7] - 8) < 0.1 and np.abs(np.delete(y[1], 7)).max() < 0.13  # the mean is rounded
 
 
 @pytest.mark.parametrize("m", [1, 7, 130, 257])

@@ -90,7 +90,7 @@ check_job(void *ctx, int64_t tile_row)
 }
 
 zq_square_fault
-zq_square_check(const zq_square *a, int64_t k, int symmetric, int64_t *row)
+zq_square_check(const zq_square *a, int64_t k, int symmetric, int64_t *row, zq_stop *stop)
 {
     check c = {.a = a, .k = k, .symmetric = symmetric, .nonfinite = k, .asymmetric = k};
     int64_t negative = k;
@@ -101,7 +101,9 @@ zq_square_check(const zq_square *a, int64_t k, int symmetric, int64_t *row)
         most = d > most ? d : most;
     }
     c.tolerance = symmetric && most <= DBL_MAX ? ASYMMETRY * most : DBL_MAX; /* what is Inf is found anyway */
-    zq_parallel_for(zq_ceil_div(k, CHECK_TILE), check_job, &c);
+    if (zq_parallel_until(zq_ceil_div(k, CHECK_TILE), check_job, &c, stop)) {
+        return ZQ_SQUARE_STOPPED;
+    }
     *row = c.nonfinite;
     if (c.nonfinite < k) {
         return ZQ_SQUARE_NONFINITE;
@@ -192,19 +194,20 @@ mirror_job(void *ctx, int64_t c)
     }
 }
 
-static void
+/* Both return whether it was stopped. */
+static int
 gather(solver *s, const triangle *target, const zq_square *source)
 {
     s->target = target;
     s->source = source;
-    zq_parallel_for(s->k, gather_job, s);
+    return zq_parallel_until(s->k, gather_job, s, s->task->stop);
 }
 
-static void
+static int
 mirror(solver *s, const triangle *target)
 {
     s->target = target;
-    zq_parallel_for(s->k, mirror_job, s);
+    return zq_parallel_until(s->k, mirror_job, s, s->task->stop);
 }
 
 /* Pivots too small to divide by count as a failure: a singular matrix without damping may pass by rounding. */
@@ -230,8 +233,13 @@ factorise(solver *s)
 {
     for (s->damping = s->task->damping; s->damping <= MAX_DAMPING;
          s->damping = s->damping < 1e-6 ? 1e-6 : 10 * s->damping) {
-        gather(s, &s->f, &s->task->hessian);
-        if (zq_cholesky_f64(s->f.memory, s->k, s->f.ld) == 0 && read_pivots(s)) {
+        const int64_t bad_pivot = gather(s, &s->f, &s->task->hessian)
+                                      ? -1
+                                      : zq_cholesky_f64(s->f.memory, s->k, s->f.ld, s->task->stop);
+        if (bad_pivot < 0) {
+            return ZQ_ESTOPPED;
+        }
+        if (bad_pivot == 0 && read_pivots(s)) {
             return ZQ_OK;
         }
     }
@@ -239,17 +247,20 @@ factorise(solver *s)
 }
 
 /* P^T into s->p: two triangular solves, and what is not above the diagonal (below it, reversed) dropped in between. */
-static void
+static zq_status
 make_shift(solver *s)
 {
-    gather(s, &s->p, &s->task->deviation);
     double *p = s->p.memory;
-    zq_solve_right_f64(p, s->k, s->k, s->p.ld, s->f.memory, s->f.ld, 1);
+    zq_stop *stop = s->task->stop;
+    if (gather(s, &s->p, &s->task->deviation) ||
+        zq_solve_right_f64(p, s->k, s->k, s->p.ld, s->f.memory, s->f.ld, 1, stop) != ZQ_OK) {
+        return ZQ_ESTOPPED;
+    }
     for (int64_t c = 0; c < s->k; c++) {
         memset(p + c * s->p.ld, 0, (size_t)(c + 1) * sizeof *p);
     }
-    zq_solve_right_f64(p, s->k, s->k, s->p.ld, s->f.memory, s->f.ld, 0);
-    mirror(s, &s->p);
+    const zq_status status = zq_solve_right_f64(p, s->k, s->k, s->p.ld, s->f.memory, s->f.ld, 0, stop);
+    return status == ZQ_OK && mirror(s, &s->p) ? ZQ_ESTOPPED : status;
 }
 
 /* ---- scales ----------------------------------------------------------------------------------------- */
@@ -435,20 +446,20 @@ fit_reached(const solver *s, slab *b, int64_t p, int64_t c0, int64_t c1, float *
 }
 
 /* Columns c0..c1-1 of all panels. What came before them is one product; within, `range` columns at a time (a group, when
- * its scale is to be found first), and of those MICRO. */
+ * its scale is to be found first), and of those MICRO. Once stopped it ends anywhere. */
 static void
 run_stage(const solver *s, slab *b, int64_t c0, int64_t c1, int open)
 {
     const int dynamic = s->task->dynamic && !open;
     const int64_t range = dynamic ? s->task->group : s->stage, part = s->stage * ZQ_NR;
     memset(b->f, 0, (size_t)(b->panels * part) * sizeof *b->f);
-    for (int64_t j = 0; j < c0; j += DEPTH) {
+    for (int64_t j = 0; j < c0 && !zq_stopped(s->task->stop); j += DEPTH) {
         for (int64_t p = 0; p < b->panels; p++) {
             feed(s, b, p, c0, c1, j, zq_min(j + DEPTH, c0), b->f + p * part);
         }
     }
     for (int64_t p = 0; p < b->panels; p++) {
-        for (int64_t r0 = c0; r0 < c1; r0 += range) {
+        for (int64_t r0 = c0; r0 < c1 && !zq_stopped(s->task->stop); r0 += range) {
             const int64_t r1 = zq_min(r0 + range, c1);
             float *f = b->f + p * part + (r0 - c0) * ZQ_NR;
             feed(s, b, p, r0, r1, c0, r0, f);
@@ -470,13 +481,13 @@ run_pass(const solver *s, slab *b, int open)
 {
     memset(b->loss, 0, sizeof b->loss);
     memset(b->size, 0, sizeof b->size);
-    for (int64_t p = 0; p < b->panels; p++) {
+    for (int64_t p = 0; p < b->panels && !zq_stopped(s->task->stop); p++) {
         pack_panel(s, b, p);
         if (open ? s->task->mse || s->task->dynamic : !s->task->dynamic) {
             fit_panel(s, b, p, s->task->mse && !open);
         }
     }
-    for (int64_t c = 0; c < s->k; c += s->stage) {
+    for (int64_t c = 0; c < s->k && !zq_stopped(s->task->stop); c += s->stage) {
         run_stage(s, b, c, zq_min(c + s->stage, s->k), open);
     }
 }
@@ -561,7 +572,7 @@ slab_job(void *ctx, int64_t job)
         b.scale[i] = 1.0f;
         b.zero[i] = 0.0f;
     }
-    for (int open = 0; open <= s->task->compare; open++) {
+    for (int open = 0; open <= s->task->compare && !zq_stopped(s->task->stop); open++) {
         run_pass(s, &b, open);
         write_rows(s, &b, open);
     }
@@ -610,10 +621,12 @@ prepare(solver *s)
     if (status != ZQ_OK) {
         return status;
     }
-    if (s->p.memory) {
-        make_shift(s);
+    if (s->p.memory && make_shift(s) != ZQ_OK) {
+        return ZQ_ESTOPPED;
     }
-    mirror(s, &s->f);
+    if (mirror(s, &s->f)) {
+        return ZQ_ESTOPPED;
+    }
     return atomic_load(&s->failed) ? ZQ_ERANGE : ZQ_OK;
 }
 
@@ -625,11 +638,11 @@ solve(solver *s)
     s->stage = t->dynamic ? zq_max(t->group, t->block / t->group * t->group) : t->block;
     s->stage = zq_min(s->stage, s->k);
     s->job_panels = zq_max(1, zq_min(JOB_PANELS, zq_ceil_div(panels, 2 * zq_threads())));
-    zq_parallel_for(zq_ceil_div(panels, s->job_panels), slab_job, s);
+    const int stopped = zq_parallel_until(zq_ceil_div(panels, s->job_panels), slab_job, s, t->stop);
     s->result->damping = s->damping;
     s->result->rank = s->rank;
     s->result->dead = s->dead_count;
-    return atomic_load(&s->no_memory) ? ZQ_ENOMEM : ZQ_OK;
+    return stopped ? ZQ_ESTOPPED : atomic_load(&s->no_memory) ? ZQ_ENOMEM : ZQ_OK;
 }
 
 zq_status

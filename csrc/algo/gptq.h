@@ -26,6 +26,7 @@ typedef struct {
     int compare;   /* round to nearest as well, and keep that for rows where it is better */
     int64_t block; /* columns between two products with everything before; does not change the result */
     double damping;
+    zq_stop *stop; /* or NULL */
 } zq_gptq_task;
 
 typedef struct {
@@ -40,12 +41,19 @@ typedef struct {
     int64_t dead;     /* columns without input */
 } zq_gptq_result;
 
-/* ZQ_ERANGE: no damping makes H positive definite. ZQ_ENONFINITE: NaN or Inf in w, in row *bad_row. The task's other
- * contents have been checked (zq_square_check). */
+/* ZQ_ERANGE: no damping makes H positive definite. ZQ_ENONFINITE: NaN or Inf in w, in row *bad_row. ZQ_ESTOPPED: task->stop
+ * said so. The task's other contents have been checked (zq_square_check). */
 zq_status zq_gptq(const zq_gptq_task *task, zq_gptq_result *result, int64_t *bad_row);
 
-typedef enum { ZQ_SQUARE_OK, ZQ_SQUARE_NONFINITE, ZQ_SQUARE_ASYMMETRIC, ZQ_SQUARE_NEGATIVE } zq_square_fault;
-/* Is it finite and, when asked, symmetric to 1e-4 of its largest diagonal element, with no negative one? *row: where not. */
-zq_square_fault zq_square_check(const zq_square *a, int64_t k, int symmetric, int64_t *row);
+typedef enum {
+    ZQ_SQUARE_OK,
+    ZQ_SQUARE_NONFINITE,
+    ZQ_SQUARE_ASYMMETRIC,
+    ZQ_SQUARE_NEGATIVE,
+    ZQ_SQUARE_STOPPED,
+} zq_square_fault;
+/* Is it finite and, when asked, symmetric to 1e-4 of its largest diagonal element, with no negative one? *row: where not.
+ * ZQ_SQUARE_STOPPED: stop, which may be NULL, said so. */
+zq_square_fault zq_square_check(const zq_square *a, int64_t k, int symmetric, int64_t *row, zq_stop *stop);
 
 #endif

@@ -395,6 +395,7 @@ zq_check(zq_status status, const char *what, int64_t bad_row)
     case ZQ_ERANGE:
         PyErr_Format(PyExc_ValueError, "%s: value out of range", what);
         return -1;
+    case ZQ_ESTOPPED: return -1; /* who stopped it set the exception */
     }
     PyErr_Format(PyExc_SystemError, "%s: unknown status %d", what, (int)status);
     return -1;

@@ -3,6 +3,7 @@
 
 #include "../algo/gptq.h"
 #include "bind.h"
+#include "interrupt.h"
 
 #include <math.h>
 #include <string.h>
@@ -21,11 +22,14 @@ read_square(PyObject *o, const char *name, int64_t k, int symmetric, zq_arg *a, 
     if (!a->arr) {
         return 0;
     }
-    zq_square_fault fault;
     int64_t row = 0;
-    Py_BEGIN_ALLOW_THREADS
-    fault = zq_square_check(out, k, symmetric, &row);
-    Py_END_ALLOW_THREADS
+    zq_interrupt interrupt;
+    zq_begin_interruptible(&interrupt);
+    const zq_square_fault fault = zq_square_check(out, k, symmetric, &row, &interrupt.stop);
+    zq_end_interruptible(&interrupt);
+    if (fault == ZQ_SQUARE_STOPPED) {
+        return -1;
+    }
     if (fault != ZQ_SQUARE_OK) {
         static const char *const words[] = {"", "NaN or Inf", "not symmetric", "a negative diagonal element"};
         PyErr_Format(PyExc_ValueError, "%s: %s in row %lld", name, words[fault], (long long)row);
@@ -200,10 +204,11 @@ py_gptq(PyObject *self, PyObject *const *args, Py_ssize_t n)
         zq_release(ARRAYS, a);
         return NULL;
     }
-    zq_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = zq_gptq(&t, &r, &bad);
-    Py_END_ALLOW_THREADS
+    zq_interrupt interrupt;
+    zq_begin_interruptible(&interrupt);
+    t.stop = &interrupt.stop;
+    const zq_status status = zq_gptq(&t, &r, &bad);
+    zq_end_interruptible(&interrupt);
     if (status != ZQ_ERANGE && zq_check(status, "w", bad) < 0) {
         zq_release(ARRAYS, a);
         return NULL;

@@ -209,8 +209,12 @@ zq_slope_of(float x, zq_activation act)
 
 /* ---- row statistics: the scalar steps between the passes of LayerNorm and RMSNorm ------------------- */
 
-/* A row whose sums overflow float32 is normalised after scaling by this, which is exact and changes nothing else. */
+/* A row whose sums overflow float32 is normalised after scaling by ZQ_SHRINK, which is exact and changes nothing else. So is a
+ * row whose squares underflow, where no eps hides that, after scaling by ZQ_GROW. */
 #define ZQ_SHRINK 0x1p-80f
+#define ZQ_GROW 0x1p96f
+#define ZQ_TINY 0x1p-100f /* var + eps: from here on what squares lose below 2^-149 is below rounding */
+#define ZQ_TINY_MEAN 0x1p-30f /* elements of rows around larger means, unless equal, differ by enough as they are */
 
 typedef struct {
     float mean, var;
@@ -228,15 +232,32 @@ zq_mean(float sum, int64_t n)
     return sum / (float)n;
 }
 
-/* From sum x and sum x^2: E x^2 - (E x)^2. Returns 1 where the difference loses one bit at the most, that is (E x)^2 <= var, and
- * all is finite; else a second pass is needed. */
+/* Neither overflow nor underflow in the squares of a row of that variance; NaN is not ordinary. */
 ZQ_INLINE int
-zq_moments_in_one(float first, float second, int64_t n, zq_moments *m)
+zq_is_ordinary(float var, float eps)
+{
+    return (var <= FLT_MAX) & (var + eps >= ZQ_TINY);
+}
+
+/* What a row of that mean and variance has to be scaled by before its squares can be summed; 1 nearly always. */
+ZQ_INLINE float
+zq_row_factor(float mean, float var, float eps)
+{
+    if (zq_is_ordinary(var, eps)) {
+        return 1.0f;
+    }
+    return !zq_is_finite(var) ? ZQ_SHRINK : fabsf(mean) < ZQ_TINY_MEAN ? ZQ_GROW : 1.0f;
+}
+
+/* From sum x and sum x^2: E x^2 - (E x)^2. Returns 1 where the difference loses one bit at the most, that is (E x)^2 <= var,
+ * and nothing overflows or underflows; else a second pass is needed. */
+ZQ_INLINE int
+zq_moments_in_one(float first, float second, int64_t n, float eps, zq_moments *m)
 {
     const float mean = zq_mean(first, n), square = mean * mean;
     m->mean = mean;
     m->var = zq_mean(second, n) - square;
-    return square <= m->var && zq_is_finite(m->var);
+    return (square <= m->var) & zq_is_ordinary(m->var, eps);
 }
 
 /* Corrected two-pass: with d = x - mean for a mean that was rounded, mean + E d and E d^2 - (E d)^2 make up for the

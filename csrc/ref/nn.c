@@ -29,12 +29,13 @@ layernorm(const float *x, const float *residual, const float *gamma, const float
     zq_moments s;
     float first, second;
     row_moments(y, n, 0.0f, &first, &second);
-    if (!zq_moments_in_one(first, second, n, &s)) {
+    if (!zq_moments_in_one(first, second, n, eps, &s)) {
         s = corrected_moments(y, n, s.mean);
-        if (!zq_is_finite(s.var)) {
-            zq_scale_f32__ref(y, n, ZQ_SHRINK, y);
+        const float factor = zq_row_factor(s.mean, s.var, eps);
+        if (factor != 1.0f) {
+            zq_scale_f32__ref(y, n, factor, y);
             s = corrected_moments(y, n, zq_mean(row_sum(y, n), n));
-            eps *= ZQ_SHRINK * ZQ_SHRINK;
+            eps = eps * factor * factor;
         }
     }
     const float inv = zq_rsqrt(s.var, eps);
@@ -50,9 +51,10 @@ zq_rmsnorm_f32__ref(const float *x, const float *residual, const float *gamma, i
     load_row(x, residual, n, y);
     float unused, second;
     row_moments(y, n, 0.0f, &unused, &second);
-    if (!zq_is_finite(second)) {
-        zq_scale_f32__ref(y, n, ZQ_SHRINK, y);
-        eps *= ZQ_SHRINK * ZQ_SHRINK;
+    const float factor = zq_row_factor(0.0f, zq_mean(second, n), eps);
+    if (factor != 1.0f) {
+        zq_scale_f32__ref(y, n, factor, y);
+        eps = eps * factor * factor;
         row_moments(y, n, 0.0f, &unused, &second);
     }
     const float inv = zq_rsqrt(zq_mean(second, n), eps);

@@ -293,39 +293,41 @@ corrected_moments(const float *h, int64_t n, float mean)
     return zq_moments_of(mean, v16_hsum(first), v16_hsum(second), n);
 }
 
-/* Mean and 1 / sqrt(var + eps) of a row for which one pass is not enough. Where its sums overflow, h * ZQ_SHRINK goes to y, its
- * numbers are those of that, and bit r of *shrunk is set. Returns bit r where it is not finite. */
+/* Mean and 1 / sqrt(var + eps) of a row for which one pass is not enough. Where its sums overflow or underflow, h times a
+ * factor goes to y, its numbers are those of that, and bit r of *scaled is set. Returns bit r where it is not finite. */
 static __attribute__((noinline)) unsigned
-layernorm_second_pass(const float *h, int64_t n, float eps, int64_t r, float *y, row_norms *s, unsigned *shrunk)
+layernorm_second_pass(const float *h, int64_t n, float eps, int64_t r, float *y, row_norms *s, unsigned *scaled)
 {
     zq_moments m = corrected_moments(h, n, s->mean[r]);
-    if (!zq_is_finite(m.var)) {
-        scale_f32(h, n, ZQ_SHRINK, y);
+    const float factor = zq_row_factor(m.mean, m.var, eps);
+    if (factor != 1.0f) {
+        scale_f32(h, n, factor, y);
         m = corrected_moments(y, n, zq_mean(v16_hsum(load_sum(y, n)), n));
-        eps *= ZQ_SHRINK * ZQ_SHRINK;
-        *shrunk |= 1u << r;
+        eps = eps * factor * factor;
+        *scaled |= 1u << r;
     }
     s->mean[r] = m.mean;
     s->inv[r] = zq_rsqrt(m.var, eps);
     return (unsigned)!zq_is_finite(m.var) << r;
 }
 
-/* Mean and 1 / sqrt(var + eps) of the rows h, whose sums are given. Bit r of shrunk: row r is in y, shrunk. Returns bit r where
+/* Mean and 1 / sqrt(var + eps) of the rows h, whose sums are given. Bit r of scaled: row r is in y, scaled. Returns bit r where
  * a row is not finite. */
 ZQ_INLINE unsigned
 layernorm_norms(const float *h, int64_t rows, int64_t n, float eps, float *y, const row_lanes *l, row_norms *s,
-                unsigned *shrunk)
+                unsigned *scaled)
 {
     unsigned bad = 0, again = 0;
     for (int64_t r = 0; r < rows; r++) {
         zq_moments m;
-        again |= (unsigned)!zq_moments_in_one(v16_hsum(v16_load(l->first[r])), v16_hsum(v16_load(l->second[r])), n, &m) << r;
+        const float first = v16_hsum(v16_load(l->first[r])), second = v16_hsum(v16_load(l->second[r]));
+        again |= (unsigned)!zq_moments_in_one(first, second, n, eps, &m) << r;
         s->mean[r] = m.mean;
         s->inv[r] = zq_rsqrt(m.var, eps);
     }
     for (; again; again &= again - 1) {
         const int64_t r = __builtin_ctz(again);
-        bad |= layernorm_second_pass(h + r * n, n, eps, r, y + r * n, s, shrunk);
+        bad |= layernorm_second_pass(h + r * n, n, eps, r, y + r * n, s, scaled);
     }
     return bad;
 }
@@ -358,7 +360,7 @@ layernorm(const float *x, const float *residual, const float *gamma, const float
     row_lanes l;
     row_norms s;
     range_lanes seen[ZQ_ROWS];
-    unsigned shrunk = 0;
+    unsigned scaled = 0;
     const float *h = residual ? y : x;
     assert(rows <= ZQ_ROWS);
     const float *next = (3 * rows + 2) * n <= L1_ITEMS ? x + rows * n : x;
@@ -368,9 +370,9 @@ layernorm(const float *x, const float *residual, const float *gamma, const float
         v16_store(l.first[r], first);
         v16_store(l.second[r], second);
     }
-    unsigned bad = layernorm_norms(h, rows, n, eps, y, &l, &s, &shrunk);
+    unsigned bad = layernorm_norms(h, rows, n, eps, y, &l, &s, &scaled);
     for (int64_t r = 0; r < rows; r++) {
-        const float *from = (shrunk >> r & 1u ? y : h) + r * n;
+        const float *from = (scaled >> r & 1u ? y : h) + r * n;
         seen[r] = layernorm_apply(from, gamma, beta, n, s.mean[r], s.inv[r], y + r * n, range != NULL);
     }
     if (range) {
@@ -391,12 +393,16 @@ layernorm_rows_f32(const float *x, const float *residual, const float *gamma, co
                     : layernorm(x, NULL, gamma, beta, rows, n, eps, y, NULL);
 }
 
-/* A row whose sum overflows: h * ZQ_SHRINK goes to y, and its sum of squares is returned. */
-static __attribute__((noinline)) float
-shrunk_squares(const float *h, int64_t n, float *y)
+/* 1 / sqrt(mean h^2 + eps) of a row whose sum overflows or underflows: h times a factor goes to y, *inv is for that, and bit
+ * r of *scaled is set. Returns bit r where it is not finite. */
+static __attribute__((noinline)) unsigned
+rmsnorm_scaled(const float *h, int64_t n, float eps, float factor, int64_t r, float *y, float *inv, unsigned *scaled)
 {
-    scale_f32(h, n, ZQ_SHRINK, y);
-    return v16_hsum(load_squares(y, NULL, n, NULL));
+    scale_f32(h, n, factor, y);
+    const float var = zq_mean(v16_hsum(load_squares(y, NULL, n, NULL)), n);
+    *inv = zq_rsqrt(var, eps * factor * factor);
+    *scaled |= 1u << r;
+    return (unsigned)!zq_is_finite(var) << r;
 }
 
 /* y = h * inv * gamma */
@@ -422,26 +428,26 @@ ZQ_INLINE unsigned
 rmsnorm(const float *x, const float *residual, const float *gamma, int64_t rows, int64_t n, float eps, float *y,
         zq_range *range)
 {
-    float lanes[ZQ_ROWS][16], inv[ZQ_ROWS];
+    float lanes[ZQ_ROWS][16], var[ZQ_ROWS], inv[ZQ_ROWS];
     range_lanes seen[ZQ_ROWS];
-    unsigned shrunk = 0, bad = 0;
+    unsigned scaled = 0, bad = 0, again = 0;
     const float *h = residual ? y : x;
     assert(rows <= ZQ_ROWS);
     for (int64_t r = 0; r < rows; r++) {
         v16_store(lanes[r], load_squares(x + r * n, residual ? residual + r * n : NULL, n, y + r * n));
     }
     for (int64_t r = 0; r < rows; r++) {
-        float sum = v16_hsum(v16_load(lanes[r])), e = eps;
-        if (!zq_is_finite(sum)) {
-            sum = shrunk_squares(h + r * n, n, y + r * n);
-            e *= ZQ_SHRINK * ZQ_SHRINK;
-            shrunk |= 1u << r;
-            bad |= (unsigned)!zq_is_finite(sum) << r;
-        }
-        inv[r] = zq_rsqrt(zq_mean(sum, n), e);
+        var[r] = zq_mean(v16_hsum(v16_load(lanes[r])), n);
+        inv[r] = zq_rsqrt(var[r], eps);
+        again |= (unsigned)!zq_is_ordinary(var[r], eps) << r;
+    }
+    for (; again; again &= again - 1) {
+        const int64_t r = __builtin_ctz(again);
+        const float factor = zq_row_factor(0.0f, var[r], eps);
+        bad |= rmsnorm_scaled(h + r * n, n, eps, factor, r, y + r * n, &inv[r], &scaled);
     }
     for (int64_t r = 0; r < rows; r++) {
-        seen[r] = rmsnorm_apply((shrunk >> r & 1u ? y : h) + r * n, gamma, n, inv[r], y + r * n, range != NULL);
+        seen[r] = rmsnorm_apply((scaled >> r & 1u ? y : h) + r * n, gamma, n, inv[r], y + r * n, range != NULL);
     }
     if (range) {
         bad |= end_ranges(seen, rows, range);

@@ -1,0 +1,41 @@
+#include "interrupt.h"
+
+#include <time.h>
+
+enum { INTERVAL_NS = 50000000 }; /* nobody notices; and to wait for the GIL, up to 5 ms, costs little at this rate */
+
+static int64_t
+now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Python runs handlers on its main thread only: on others this finds nothing. */
+static int
+signal_raised(void *ctx)
+{
+    zq_interrupt *i = ctx;
+    if (now_ns() < i->next) {
+        return 0;
+    }
+    PyEval_RestoreThread(i->thread);
+    const int raised = PyErr_CheckSignals() < 0;
+    i->thread = PyEval_SaveThread();
+    i->next = now_ns() + INTERVAL_NS;
+    return raised;
+}
+
+void
+zq_begin_interruptible(zq_interrupt *i)
+{
+    *i = (zq_interrupt){.stop = {.asked = signal_raised, .ctx = i}, .next = now_ns() + INTERVAL_NS};
+    i->thread = PyEval_SaveThread();
+}
+
+void
+zq_end_interruptible(zq_interrupt *i)
+{
+    PyEval_RestoreThread(i->thread);
+}
