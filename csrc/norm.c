@@ -11,8 +11,7 @@
 enum { JOB_ITEMS = 32768 };
 
 /* Elements of the rows that a kernel gets at once: with a residual and the output they still fit into L1. Two rows may be
- * longer: one alone hides no latency, which costs more. Softmax goes over them row by row and takes as many as a job has,
- * unless they become codes. */
+ * longer: one alone hides no latency, which costs more. Softmax goes over them row by row and takes as many as a job has. */
 enum { BATCH_ITEMS = 3072, PAIR_ITEMS = 4096 };
 
 /* Floats of a cache line, and rows of a thread from which on gamma and beta are worth a copy that begins with a line. */
@@ -215,13 +214,50 @@ static unsigned
 softmax_rows(const row_jobs *j, const affine *a, int64_t row, int64_t rows, float *y, zq_range *range)
 {
     (void)a;
-    return j->K->softmax_rows_f32(j->x + row * j->n, rows, j->n, y, range);
+    (void)range; /* codes have a job of their own */
+    return j->K->softmax_rows_f32(j->x + row * j->n, rows, j->n, y);
+}
+
+/* Up to ZQ_ROWS rows as codes, whose scales follow from the sums: the largest result is exp(0) / sum. */
+static void
+softmax_codes(row_jobs *j, int64_t row, int64_t rows)
+{
+    const zq_rows_out *o = j->out;
+    const int asym = o->quant == ZQ_QUANT_TOKEN_ASYM;
+    uint8_t *q = o->q + row * o->ld_q;
+    float factor[ZQ_ROWS];
+    const unsigned bad =
+        j->K->softmax_rows_f32_b8(j->x + row * j->n, rows, j->n, asym ? 255 : 127, asym ? 0 : 128, q, o->ld_q, factor);
+    if (bad) {
+        zq_note_bad_row(&j->trouble, row + __builtin_ctz(bad));
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        zq_token_scale(o->quant, 0.0f, bad >> r & 1u ? 0.0f : factor[r], o->q_scale + row + r, o->q_zero + row + r);
+        memset(q + r * o->ld_q + j->n, 0, (size_t)(o->ld_q - j->n));
+    }
+}
+
+static void
+softmax_code_job(void *ctx, int64_t job)
+{
+    row_jobs *j = ctx;
+    const int64_t end = zq_first_row(j->m, job + 1, j->jobs);
+    for (int64_t row = zq_first_row(j->m, job, j->jobs), rows; row < end; row += rows) {
+        rows = zq_min(end - row, ZQ_ROWS);
+        softmax_codes(j, row, rows);
+    }
 }
 
 zq_status
 zq_softmax(const float *x, int64_t m, int64_t n, const zq_rows_out *out, int64_t *bad_row)
 {
-    const int64_t batch = out->quant == ZQ_QUANT_NONE ? JOB_ITEMS : BATCH_ITEMS;
-    row_jobs j = {.fn = softmax_rows, .batch_items = batch, .x = x, .m = m, .n = n, .out = out};
-    return run(&j, bad_row);
+    row_jobs j = {.fn = softmax_rows, .batch_items = JOB_ITEMS, .x = x, .m = m, .n = n, .out = out};
+    if (out->quant == ZQ_QUANT_NONE || n == 0) {
+        return run(&j, bad_row);
+    }
+    j.K = zq_active();
+    j.jobs = zq_row_jobs(m, n, JOB_ITEMS);
+    zq_trouble_init(&j.trouble);
+    zq_parallel_for(j.jobs, softmax_code_job, &j);
+    return zq_trouble_status(&j.trouble, bad_row);
 }

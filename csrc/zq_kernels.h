@@ -231,9 +231,11 @@ enum { ZQ_ROWS = 8 };
     X(rmsnorm_f32, int, (const float *x, const float *residual, const float *gamma, int64_t n, float eps, float *y)) \
     /* y = act(x) (* up if not NULL); y may be x or up. Bad: x or up holds NaN or Inf, or an end of the range is Inf */ \
     X(activation_rows_f32, unsigned, (const float *x, const float *up, int64_t rows, int64_t n, zq_activation act, float *y, zq_range *range)) \
-    /* y = exp(x - max x) / sum, see zq_softmax; y may be x. Bad: x holds NaN or +Inf. range: of y per \
-     * row, 0 to exp(0) / sum, or NULL */ \
-    X(softmax_rows_f32, unsigned, (const float *x, int64_t rows, int64_t n, float *y, zq_range *range)) \
+    /* y = exp(x - max x) / sum, see zq_softmax; y may be x. Bad: x holds NaN or +Inf */ \
+    X(softmax_rows_f32, unsigned, (const float *x, int64_t rows, int64_t n, float *y)) \
+    /* The same as codes, rows ldq apart: q = rint(levels exp(x - max x)) + bias, which factor / levels is the scale of; \
+     * factor = 1 / sum per row, 0 for a row of nothing but -Inf. levels + bias <= 255 */ \
+    X(softmax_rows_f32_b8, unsigned, (const float *x, int64_t rows, int64_t n, int32_t levels, int32_t bias, uint8_t *q, int64_t ldq, float *factor)) \
     /* max over x of finite or -Inf values; -Inf for n = 0 */ \
     X(max_f32, float, (const float *x, int64_t n)) \
     /* y = (x - shift) * factor, one of each per element; without shift (NULL) y = x * factor */ \

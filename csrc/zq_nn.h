@@ -27,7 +27,8 @@ zq_status zq_activate(const float *x, int64_t m, int64_t n, zq_activation act, c
 /* act(gate) * up */
 zq_status zq_gated(const float *gate, const float *up, int64_t m, int64_t n, zq_activation act, const zq_rows_out *out,
                    int64_t *bad_row);
-/* exp(x - max x) / sum per row. -Inf is allowed and gives 0; a row of nothing but -Inf gives zeros. */
+/* exp(x - max x) / sum per row. -Inf is allowed and gives 0; a row of nothing but -Inf gives zeros. Codes are rounded once, from
+ * exp(x - max x) times 127 or 255, and come without y. */
 zq_status zq_softmax(const float *x, int64_t m, int64_t n, const zq_rows_out *out, int64_t *bad_row);
 
 enum { ZQ_INT8_HEAD_MAX = 65536 }; /* the products of a head's codes add up within int32 */

@@ -144,7 +144,7 @@ weights(job_memory *w, int64_t r0, int64_t rows)
     multiply(w, w->q + r0 * w->dp, w->dp, rows, w->d, w->kt, w->lp, n, w->s, n, 0);
     hide(w, r0, rows, n);
     for (int64_t i = 0; i < rows; i += ZQ_ROWS) {
-        if (t->K->softmax_rows_f32(w->s + i * n, zq_min(ZQ_ROWS, rows - i), n, w->s + i * n, NULL)) {
+        if (t->K->softmax_rows_f32(w->s + i * n, zq_min(ZQ_ROWS, rows - i), n, w->s + i * n)) {
             zq_note_bad_row(&t->trouble, w->row + r0);
         }
     }

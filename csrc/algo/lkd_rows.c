@@ -199,8 +199,8 @@ divergence_of(const row_jobs *j, const float *y, const float *target, float *r)
     const int64_t n = j->n;
     float *const p = r + n;
     const float top_t = j->K->max_f32(target, n), top_y = j->K->max_f32(y, n);
-    j->K->softmax_rows_f32(target, 1, n, p, NULL);
-    j->K->softmax_rows_f32(y, 1, n, r, NULL);
+    j->K->softmax_rows_f32(target, 1, n, p);
+    j->K->softmax_rows_f32(y, 1, n, r);
     double sum = (double)logf(j->K->max_f32(p, n)) - (double)logf(j->K->max_f32(r, n));
     for (int64_t i = 0; i < n; i++) {
         sum += (double)(p[i] * ((target[i] - top_t) - (y[i] - top_y)));

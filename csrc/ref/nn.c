@@ -129,7 +129,7 @@ zq_max_f32__ref(const float *x, int64_t n)
 }
 
 unsigned
-zq_softmax_rows_f32__ref(const float *x, int64_t rows, int64_t n, float *y, zq_range *range)
+zq_softmax_rows_f32__ref(const float *x, int64_t rows, int64_t n, float *y)
 {
     unsigned bad = 0;
     for (int64_t r = 0; r < rows; r++, x += n, y += n) {
@@ -137,12 +137,29 @@ zq_softmax_rows_f32__ref(const float *x, int64_t rows, int64_t n, float *y, zq_r
         for (int64_t i = 0; i < n; i++) {
             y[i] = zq_exp(x[i] - shift);
         }
-        const float sum = row_sum(y, n), factor = zq_softmax_factor(sum);
-        zq_scale_f32__ref(y, n, factor, y);
+        const float sum = row_sum(y, n);
+        zq_scale_f32__ref(y, n, zq_softmax_factor(sum), y);
         bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
-        if (range) {
-            range[r] = (zq_range){0.0f, factor};
+    }
+    return bad;
+}
+
+unsigned
+zq_softmax_rows_f32_b8__ref(const float *x, int64_t rows, int64_t n, int32_t levels, int32_t bias, uint8_t *q, int64_t ldq,
+                            float *factor)
+{
+    unsigned bad = 0;
+    for (int64_t r = 0; r < rows; r++, x += n, q += ldq) {
+        const float max = zq_max_f32__ref(x, n), shift = zq_softmax_shift(max);
+        float s[STRIPES] = {0};
+        for (int64_t i = 0; i < n; i++) {
+            const float e = zq_exp(x[i] - shift);
+            s[i % STRIPES] += e;
+            q[i] = (uint8_t)((int32_t)rintf(e * (float)levels) + bias);
         }
+        const float sum = reduce(s, zq_add);
+        factor[r] = zq_softmax_factor(sum);
+        bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
     }
     return bad;
 }

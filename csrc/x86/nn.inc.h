@@ -647,7 +647,7 @@ exp_row(const float *x, int64_t n, float max, float *y, float *done, float facto
  * wanted (the last row's stands in behind the end); a row is scaled beside the exponentials of the next one. Between two rows
  * there are few instructions: they would drain the pipes. */
 static unsigned
-softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y, zq_range *range)
+softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y)
 {
     const float *const last = x + (rows - 1) * n;
     float max = max_f32(x, n), next = rows > 1 ? max_f32(x + n, n) : max, second;
@@ -655,20 +655,73 @@ softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y, zq_range *ra
     assert(rows >= 1 && rows <= ZQ_ROWS);
 #define EXP_ROW(done, factor) \
     exp_row(x, n, zq_softmax_shift(max), y, done, factor, rows > 2 && x < last - n ? x + 2 * n : last, &second)
-    float sum = EXP_ROW(NULL, 0.0f), factor = zq_softmax_factor(sum);
-    zq_range unused, *to = range ? range : &unused;
+    float sum = EXP_ROW(NULL, 0.0f);
     bad |= (unsigned)!zq_softmax_finite(max, sum);
-    *to = (zq_range){0.0f, factor};
     for (int64_t r = 1; r < rows; r++) {
         x += n, y += n, max = next, next = second;
-        sum = EXP_ROW(y - n, factor);
-        factor = zq_softmax_factor(sum);
+        sum = EXP_ROW(y - n, zq_softmax_factor(sum));
         bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
-        to += range ? 1 : 0;
-        *to = (zq_range){0.0f, factor};
     }
 #undef EXP_ROW
-    scale_f32(y, n, factor, y);
+    scale_f32(y, n, zq_softmax_factor(sum), y);
+    return bad;
+}
+
+/* exp_row with codes as its output, and so without a row to be scaled: levels exp(x - max) is the code, whatever the sum. */
+ZQ_INLINE float
+code_row(const float *x, int64_t n, float max, int32_t levels, int32_t bias, uint8_t *q, const float *after, float *top_after)
+{
+    const v16 shift = v16_set1(max), most = v16_set1((float)levels), low = v16_set1(-INFINITY);
+    v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()}, top[4] = {low, low, low, low};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        v16i code[4];
+        prefetch_block(x + 3 * n + i);
+        FOUR { top[j % 2] = v16_max(top[j % 2], v16_load(after + i + 16 * j)); }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j += EXP_WAYS) {
+            v16 e[EXP_WAYS];
+            for (int u = 0; u < EXP_WAYS; u++) {
+                e[u] = v16_sub(v16_load(x + i + 16 * (j + u)), shift);
+            }
+            v16_exps(e, EXP_WAYS);
+            for (int u = 0; u < EXP_WAYS; u++) {
+                s[j + u] = v16_add(s[j + u], e[u]);
+                code[j + u] = v16_to_i(v16_mul(e[u], most));
+            }
+        }
+        v16i_store_b8x4(q + i, code[0], code[1], code[2], code[3], (int16_t)bias);
+    }
+    if (i < n) {
+        float e[64];
+        exp_rest(x + i, n - i, shift, e, s);
+        max_rest(after + i, n - i, top);
+        FOUR {
+            const int64_t m = zq_min(n - i - 16 * j, 16);
+            if (m > 0) {
+                const v16i code = v16_to_i(v16_mul(v16_loadn(e + 16 * j, m), most));
+                v16i_storen_b8(q + i + 16 * j, v16i_add(code, v16i_set1(bias)), m);
+            }
+        }
+    }
+    *top_after = v16_hmax(max4(top));
+    return v16_hsum(sum4(s));
+}
+
+static unsigned
+softmax_rows_f32_b8(const float *x, int64_t rows, int64_t n, int32_t levels, int32_t bias, uint8_t *q, int64_t ldq,
+                    float *factor)
+{
+    const float *const last = x + (rows - 1) * n;
+    float max = max_f32(x, n), next = rows > 1 ? max_f32(x + n, n) : max, second;
+    unsigned bad = 0;
+    assert(rows >= 1 && rows <= ZQ_ROWS);
+    for (int64_t r = 0; r < rows; r++, x += n, q += ldq, max = next, next = second) {
+        const float sum =
+            code_row(x, n, zq_softmax_shift(max), levels, bias, q, r + 2 < rows ? x + 2 * n : last, &second);
+        factor[r] = zq_softmax_factor(sum);
+        bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
+    }
     return bad;
 }
 
@@ -715,6 +768,7 @@ fill(zq_kernels *t)
     t->rmsnorm_f32 = rmsnorm_f32;
     t->activation_rows_f32 = activation_rows_f32;
     t->softmax_rows_f32 = softmax_rows_f32;
+    t->softmax_rows_f32_b8 = softmax_rows_f32_b8;
     t->max_f32 = max_f32;
     t->scale_f32 = scale_f32;
     t->shift_scale_f32 = shift_scale_f32;

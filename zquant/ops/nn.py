@@ -200,7 +200,9 @@ def softmax(x: Array, quantize: str | None = None) -> Array | Codes:
     ----------
     x : float32, shape (..., n)
     quantize : None, "symmetric" or "asymmetric"
-        "asymmetric" has all of 0 to 255 for probabilities, as ZeroQuant-HERO (arXiv 2310.17723, section 2.2) has it.
+        "asymmetric" has all of 0 to 255 for probabilities, as in ZeroQuant-HERO (arXiv 2310.17723). Codes are rounded once,
+        ``q = rint(255 exp(x - max x))`` with ``scale = 1 / (255 sum)`` (127 if symmetric): of a value in the middle between
+        two codes, :func:`quantize_per_token` may make the other one, as the float32 result has been rounded before.
 
     Returns
     -------

@@ -9,7 +9,7 @@ import numpy as np
 from .gemm import activate
 
 __all__ = ["attention", "attention_int8", "causal_attention", "exp_f32", "gated", "gelu", "gelu_f32", "layer_norm", "relu",
-           "rms_norm", "rotary", "silu", "softmax"]
+           "rms_norm", "rotary", "silu", "softmax", "softmax_codes"]
 
 
 def layer_norm(x, weight, bias, eps=1e-12, residual=None):
@@ -54,6 +54,13 @@ def softmax(x):
     top = x.max(-1, keepdims=True)
     e = np.exp(x - np.where(np.isfinite(top), top, 0))
     return e / np.maximum(e.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
+
+
+def softmax_codes(x, levels):
+    """levels exp(x - max) over the last axis: the codes of softmax before they are rounded, with the scale 1 / (levels sum)."""
+    x = np.asarray(x, np.float64)
+    top = x.max(-1, keepdims=True)
+    return levels * np.exp(x - np.where(np.isfinite(top), top, 0))
 
 
 def attention(q, k, v, num_heads, key_mask=None, lengths=None, scale=None):
