@@ -19,7 +19,7 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVX512)
 #define LEVEL(name) name##__avx512vnni
 #include "group_operand.inc.h"
 
-enum { MR = 12, MR_GROUP = 4, NV = 2 };
+enum { MR = 12, MR_GROUP = 4, FEW_ROWS = 4, NV = 2 };
 
 /* What uses a row's sums comes after this: gcc 12 starts with all rows at once otherwise, and spills every sum to do so. */
 #define IN_PLACE(row) __asm__ volatile("" : "+v"((row)[0]), "+v"((row)[1]))
@@ -90,6 +90,30 @@ step_s8(const int mr, const int far, const zq_tile *t, const row_cursor *row, co
     }
 }
 
+/* Two steps at a time, into accumulators of their own: the chains of so few rows would be too slow otherwise. Returns where a
+ * last single step begins. */
+ZQ_INLINE const int8_t *
+accumulate_few_s8(const int mr, const int far, const zq_tile *t, const int8_t *b, const int8_t *end, row_cursor *row,
+                  const char **ahead, __m512i acc[MR][NV])
+{
+    __m512i second[MR][NV];
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i++) {
+        second[i][0] = second[i][1] = _mm512_setzero_si512();
+    }
+    for (; end - b > 64 * NV; b += 128 * NV) {
+        step_s8(mr, far, t, row, 0, b, ahead, acc);
+        step_s8(mr, far, t, row, 4, b + 64 * NV, ahead, second);
+        advance_rows(mr, 8, row);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i++) {
+        acc[i][0] = _mm512_add_epi32(acc[i][0], second[i][0]);
+        acc[i][1] = _mm512_add_epi32(acc[i][1], second[i][1]);
+    }
+    return b;
+}
+
 /* acc[i][v] = sum over k of a[i][k] * b[k][16 v + lane] */
 ZQ_INLINE void
 accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
@@ -97,6 +121,9 @@ accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV]
     row_cursor row = rows_of(mr, t);
     const int8_t *b = t->b, *const end = b + ZQ_NR * t->k;
     const char *ahead = t->ahead;
+    if (mr <= FEW_ROWS) {
+        b = accumulate_few_s8(mr, far, t, b, end, &row, &ahead, acc);
+    }
     for (; mr <= 8 && end - b > 64 * NV; b += 128 * NV) { /* of few rows two steps, or the loop itself takes time */
         step_s8(mr, far, t, &row, 0, b, &ahead, acc);
         step_s8(mr, far, t, &row, 4, b + 64 * NV, &ahead, acc);

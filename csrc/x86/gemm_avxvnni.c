@@ -18,6 +18,42 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AVXVNNI)
 
 #include "gemm_256.inc.h"
 
+/* Four codes of each row, at a, times the 128 bytes of the panel at b */
+ZQ_INLINE void
+step_s8(const int mr, const int far, const zq_tile *t, const uint8_t *a, const int8_t *b, __m256i acc[MR][NV])
+{
+    prefetch_ahead(far, t, b);
+#pragma GCC unroll 3
+    for (int i = 0; i < mr; i++) {
+        const __m256i x = broadcast4(a + i * t->lda);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) {
+            acc[i][v] = _mm256_dpbusd_avx_epi32(acc[i][v], x, load256(b + 32 * v));
+        }
+    }
+}
+
+/* One row, two steps at a time into accumulators of their own: four chains would be too slow. Returns where a last single step
+ * begins. */
+ZQ_INLINE int64_t
+accumulate_one_s8(const int far, const zq_tile *t, __m256i acc[MR][NV])
+{
+    const __m256i none = _mm256_setzero_si256();
+    __m256i second[MR][NV] = {{none, none, none, none}};
+    const uint8_t *a = t->a;
+    const int8_t *b = t->b;
+    int64_t k = 0;
+    for (; k + 8 <= t->k; k += 8, b += ZQ_NR * 8) {
+        step_s8(1, far, t, a + k, b, acc);
+        step_s8(1, far, t, a + k + 4, b + ZQ_NR * 4, second);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) {
+        acc[0][v] = _mm256_add_epi32(acc[0][v], second[0][v]);
+    }
+    return k;
+}
+
 /* acc[i][v] = sum over k of (a[i][k] - zero[i]) * b[k][8 v + lane] */
 ZQ_INLINE void
 accumulate_s8(const int mr, const int far, const zq_tile *t, __m256i acc[MR][NV])
@@ -32,16 +68,13 @@ accumulate_s8(const int mr, const int far, const zq_tile *t, __m256i acc[MR][NV]
             acc[i][v] = _mm256_mullo_epi32(z, _mm256_loadu_si256((const __m256i *)(t->colsum + 8 * v)));
         }
     }
-    for (int64_t k = 0; k < t->k; k += 4, b += ZQ_NR * 4) {
-        prefetch_ahead(far, t, b);
-#pragma GCC unroll 3
-        for (int i = 0; i < mr; i++) {
-            const __m256i x = broadcast4(a + i * t->lda + k);
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) {
-                acc[i][v] = _mm256_dpbusd_avx_epi32(acc[i][v], x, load256(b + 32 * v));
-            }
-        }
+    int64_t k = 0;
+    if (mr == 1) {
+        k = accumulate_one_s8(far, t, acc);
+        b += ZQ_NR * k;
+    }
+    for (; k < t->k; k += 4, b += ZQ_NR * 4) {
+        step_s8(mr, far, t, a + k, b, acc);
     }
 }
 
