@@ -45,6 +45,7 @@ def test_the_name_of_a_file_is_still_no_text(tiny, tmp_path):
     (lambda lm: zq.perplexity(lm, "a\udcff"), "text: .*character 1"),
     (lambda lm: zq.perplexity(lm, ["a b", "a\udcff"]), r"text\[1\]: .*character 1"),
     (lambda lm: zq.calibrate(lm, "a\udcff"), "calibration data: .*character 1"),
+    (lambda lm: zq.calibrate(lm, [*["fine"] * 30, "a\udcff"], samples=2), r"calibration data\[30\]: .*character 1"),
 ])
 def test_lone_surrogates(tiny, call, words):
     with pytest.raises(ValueError, match=words):

@@ -249,6 +249,43 @@ def test_a_target_whose_parent_is_not_writable(tiny, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "volume").iterdir()] == ["out"] and not left_behind(tmp_path)
 
 
+def test_the_length_that_was_set_is_saved(minilm, tmp_path):
+    """Else the saved encoder would give other embeddings of long texts."""
+    before = minilm.max_seq_length
+    try:
+        minilm.max_seq_length = 12
+        minilm.save(tmp_path / "short")
+    finally:
+        minilm.max_seq_length = before
+    again = zq.SentenceEncoder(tmp_path / "short")
+    assert again.max_seq_length == 12 and len(again.tokenize(["word " * 50])[0]) == 12
+    options = json.loads((again.transformer / "sentence_bert_config.json").read_bytes())
+    assert options == {**json.loads((minilm.transformer / "sentence_bert_config.json").read_bytes()), "max_seq_length": 12}
+    again.save(tmp_path / "short")
+    assert zq.SentenceEncoder(tmp_path / "short").max_seq_length == 12
+
+
+def test_a_read_only_source_does_not_make_its_copy_read_only(minilm, tmp_path):
+    source = shutil.copytree(minilm.path, tmp_path / "source")
+    (source / "1_Pooling").chmod(0o555)
+    (tmp_path / "new").mkdir()
+    usual = (tmp_path / "new").stat().st_mode
+    for target in ("new", "out"):
+        zq.SentenceEncoder(source).save(tmp_path / target)
+        assert (tmp_path / target / "1_Pooling").stat().st_mode == (tmp_path / target).stat().st_mode == usual
+    (source / "1_Pooling").chmod(0o755)
+    assert not list(tmp_path.rglob(".zquant-save*"))
+
+
+def test_permissions_are_those_of_new_files_there(tiny, tmp_path):
+    """A shared directory gives its group to what is made in it."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o2775)
+    (tmp_path / "shared" / "plain").mkdir()
+    tiny().save(tmp_path / "shared" / "model")
+    assert (tmp_path / "shared" / "model").stat().st_mode == (tmp_path / "shared" / "plain").stat().st_mode
+
+
 def test_links_that_lead_nowhere(tiny, tmp_path):
     model = tiny()
     (tmp_path / "dangling").symlink_to(tmp_path / "a" / "b")

@@ -26,7 +26,7 @@ from .models.steps import Batch, Run, Steps, Unit, steps_of
 from .perplexity import _checked, _not_a_name
 from .spec import Scheme
 from .statistics import Accumulator, GroupShape, InputStatistics, RunInfo, Statistics, _writing, check_needs, fingerprint
-from .tokenization import TextTokenizer
+from .tokenization import TextTokenizer, check_text
 
 __all__ = ["MODES", "Sequences", "Shared", "Visitor", "calibrate", "check_model", "read_sequences", "walk"]
 
@@ -227,6 +227,9 @@ def read_sequences(model: Any, data: Any, *, samples: int = 128, seq_len: int | 
     if isinstance(data, str) and data == "random":
         return Sequences(_random(network, samples, seq_len, rng), "random", seq_len)
     rows, source = _rows(data)
+    if source == "text":
+        for i, text in enumerate(rows):
+            check_text("calibration data" if isinstance(data, (str, os.PathLike)) else f"calibration data[{i}]", text)
     if source == "text" and not hasattr(network, "new_cache"):
         if isinstance(data, (str, os.PathLike)):
             rows = rows[0].splitlines()

@@ -149,6 +149,15 @@ class SentenceEncoder:
 
         return save(self, directory)
 
+    def length_settings(self) -> dict[str, Any] | None:
+        """What sentence_bert_config.json is to say where ``max_seq_length`` is not what the files say; else None."""
+        read = self._pipeline.max_length or self.model.max_length
+        if self.max_seq_length == min(read, self.model.max_length):
+            return None
+        name = "sentence_bert_config.json"
+        options = read_config(self.transformer, name) if (self.transformer / name).is_file() else {}
+        return {**options, "max_seq_length": self.max_seq_length}
+
     def check_files(self) -> None:
         """Whether ``path`` still describes this encoder: :func:`zquant.saving.save` copies from there.
 

@@ -72,9 +72,11 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
     """
     target = Path(directory)
     place, staging = _stage(target)
+    new = staging / "model"  # with the permissions of any new directory there; the temporary one is its maker's alone
     try:
-        _write(model, staging)
-        _move_in(staging, place)
+        new.mkdir()
+        _write(model, new)
+        _move_in(new, place)
     except OSError as error:
         # The temporary directory means nothing to the caller; errors about the model's own files stay as they are.
         if error.errno is not None and (error.filename is None or str(staging) in str(error.filename)):
@@ -145,6 +147,9 @@ def _write(model: Any, directory: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         _copy_companions(transformer, place)
     _write_model(inner, place)
+    settings = model.length_settings()
+    if settings is not None:
+        (place / "sentence_bert_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def _write_model(model: Any, directory: Path) -> None:
@@ -212,10 +217,13 @@ def _copy_companions(source: Path, directory: Path) -> None:
 
 
 def _copy_module(source: Path, directory: Path) -> None:
-    try:
-        shutil.copytree(source, directory, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=_transformer_weights)
-    except shutil.Error as error:
-        raise OSError(f"{source}: cannot be copied: {error.args[0][0][2]}") from None
+    """Contents alone: that the source may be read-only is nothing to its copy."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in () if _is_transformer(source) else sorted(os.listdir(source)):
+        if (source / name).is_dir():
+            _copy_module(source / name, directory / name)
+        else:
+            shutil.copyfile(source / name, directory / name)
 
 
 def _sentence_modules(source: Path) -> list[str]:
@@ -230,30 +238,27 @@ def _sentence_modules(source: Path) -> list[str]:
     return [str(path) for path in paths if path.parts and ".." not in path.parts and not path.is_absolute()]
 
 
-def _transformer_weights(directory: str, names: list[str]) -> set[str]:
+def _is_transformer(directory: Path) -> bool:
     """The Transformer's own directory is written, not copied: it is the one with a model_type in config.json."""
     try:
-        config = json.loads((Path(directory) / "config.json").read_bytes())
+        config = json.loads((directory / "config.json").read_bytes())
     except (OSError, ValueError):
-        return set()
-    return set(names) if isinstance(config, dict) and "model_type" in config else set()
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
-def _move_in(staging: Path, place: Path) -> None:
+def _move_in(new: Path, place: Path) -> None:
     """Into place: one rename for a new directory, else file by file, weights before the configuration that names them."""
     if not place.exists():
-        umask = os.umask(0)
-        os.umask(umask)
-        staging.chmod(0o777 & ~umask)
         place.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(staging, place)
+        os.rename(new, place)
         return
-    files = sorted((file for file in staging.rglob("*") if file.is_file()), key=lambda file: file.name == "config.json")
-    moves = [(file, place / file.relative_to(staging)) for file in files]
-    for _, new in moves:  # all of them before the first is moved: a directory that is half old and half new is no model
-        _check_file(new)
-    for file, new in moves:
-        _move(file, new)
+    files = sorted((file for file in new.rglob("*") if file.is_file()), key=lambda file: file.name == "config.json")
+    moves = [(file, place / file.relative_to(new)) for file in files]
+    for _, to in moves:  # all of them before the first is moved: a directory that is half old and half new is no model
+        _check_file(to)
+    for file, to in moves:
+        _move(file, to)
 
 
 def _check_file(new: Path) -> None:

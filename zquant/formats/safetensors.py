@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -290,16 +290,13 @@ class replacing:
         self.path = Path(path)
 
     def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-        os.close(handle)
-        self.temporary = Path(name)
+        self.temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
+        # Not mkstemp, whose 0600 is not what a saved model should have; umask applies.
+        os.close(os.open(self.temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         return self.temporary
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self.temporary.unlink(missing_ok=True)
             return
-        umask = os.umask(0)
-        os.umask(umask)
-        self.temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is not what a saved model should have
         os.replace(self.temporary, self.path)

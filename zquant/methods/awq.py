@@ -242,7 +242,7 @@ def awq_clip(w: Array, gram: Array, bits: int = 4, group_size: int | None = None
 
 
 def _check_duo(name: str, duo: object) -> None:
-    if not isinstance(duo, (bool, str)) or duo not in (True, False, "both"):
+    if not isinstance(duo, (bool, np.bool_, str)) or duo not in (True, False, "both"):
         raise ValueError(f"{name}: expected True, False or 'both', got {duo!r}")
 
 
