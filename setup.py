@@ -29,7 +29,7 @@ def pkg_config(*args):
 
 
 class BuildExt(build_ext):
-    """Flags that depend on the compiler that distutils chose; as many files at a time as there are CPUs."""
+    """Flags that depend on the compiler that distutils chose; as many files at a time as this process has CPUs."""
 
     def build_extensions(self):
         import numpy
@@ -53,7 +53,7 @@ def side_by_side(compile_files):
     """distutils' compiler.compile(sources, ...), the longest files first as they take longest."""
 
     def compile_all(sources, *args, **kwargs):
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             jobs = {source: pool.submit(compile_files, [source], *args, **kwargs)
                     for source in sorted(sources, key=os.path.getsize, reverse=True)}
         return [item for source in sources for item in jobs[source].result()]

@@ -54,6 +54,7 @@ static share shares[MAX_THREADS];
 static struct {
     _Alignas(LINES) atomic_flag busy; /* held by the thread whose region runs */
     int workers;                      /* threads created so far, not counting callers: members 1 to workers */
+    int forks;                        /* between this process and the one that loaded the library */
     atomic_int first_asleep;          /* member; MAX_THREADS: nobody sleeps */
     _Alignas(LINES) _Atomic(int64_t) reported; /* jobs that workers have done, of all regions so far */
     /* what changes when a worker goes to sleep or is woken */
@@ -268,6 +269,7 @@ after_fork_in_child(void)
     }
     pool.sleep = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     pool.workers = 0;
+    pool.forks++;
     atomic_store(&pool.first_asleep, MAX_THREADS);
     atomic_flag_clear(&pool.busy);
 }
@@ -322,11 +324,15 @@ share_out(int64_t jobs, int team, zq_job_fn fn, void *ctx)
 }
 
 /* All jobs are claimed: wait for the workers that still run one, until `reported` is what it must be. They may look whether to
- * stop, which only the caller can find out. */
-static void
-wait_for_reports(int64_t reported, zq_stop *stop)
+ * stop, which only the caller can find out. Returns 0 where it has no workers any more: where what the caller is asked has
+ * forked, and this is the child. */
+static int
+wait_for_reports(int64_t reported, int forks, zq_stop *stop)
 {
     for (int spins = 0; atomic_load_explicit(&pool.reported, memory_order_acquire) != reported; spins++) {
+        if (pool.forks != forks) {
+            return 0;
+        }
         if (spins > TIGHT_POLLS) {
             pause_cpu();
         }
@@ -335,18 +341,20 @@ wait_for_reports(int64_t reported, zq_stop *stop)
             zq_stopped(stop);
         }
     }
+    return pool.forks == forks;
 }
 
-/* `stop` is for the time that the caller waits; jobs look themselves. */
-static void
+/* `stop` is for the time that the caller waits; jobs look themselves. Returns 0 where jobs were lost to a fork. */
+static int
 run_region(int64_t jobs, zq_job_fn fn, void *ctx, zq_stop *stop)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     int team = (int)zq_min(zq_threads(), jobs);
     if (team < 2 || jobs > INT32_MAX || inside_region || atomic_flag_test_and_set_explicit(&pool.busy, memory_order_acquire)) {
         run_serially(jobs, fn, ctx);
-        return;
+        return 1;
     }
+    const int forks = pool.forks;
     if (pool.workers < team - 1) {
         pthread_once(&once, register_fork_handler);
         grow_pool(team - 1);
@@ -359,8 +367,9 @@ run_region(int64_t jobs, zq_job_fn fn, void *ctx, zq_stop *stop)
     fn(ctx, 0);
     const int64_t own = 1 + run_share(&shares[0], 1), done = own + run_others(0, team);
     inside_region = 0;
-    wait_for_reports(before + jobs - done, stop);
+    const int whole = wait_for_reports(before + jobs - done, forks, stop);
     atomic_flag_clear_explicit(&pool.busy, memory_order_release);
+    return whole;
 }
 
 void
@@ -400,7 +409,9 @@ int
 zq_parallel_until(int64_t jobs, zq_job_fn fn, void *ctx, zq_stop *stop)
 {
     stoppable s = {fn, ctx, stop};
-    run_region(jobs, stop ? stoppable_job : fn, stop ? &s : ctx, stop);
+    if (!run_region(jobs, stop ? stoppable_job : fn, stop ? &s : ctx, stop)) {
+        atomic_store_explicit(&stop->stopped, 1, memory_order_relaxed); /* without a stop nothing forks in between */
+    }
     return zq_stopped(stop);
 }
 

@@ -13,9 +13,8 @@
 
 /* ---- scales ------------------------------------------------------------------------------------- */
 
-/* amax / levels, or 0 when that is too small to divide by; one less in its last place where levels of it are Inf. */
-static float
-absmax_scale(float amax, float levels)
+float
+zq_absmax_scale(float amax, float levels)
 {
     const float s = amax / levels;
     return amax < FLT_MIN * levels ? 0.0f : s * levels <= FLT_MAX ? s : fmaf(s, -0x1p-24f, s);
@@ -26,7 +25,7 @@ static float
 range_scale(float lo, float hi, float levels)
 {
     const float range = hi - lo;
-    return range > FLT_MAX ? hi / levels - lo / levels : absmax_scale(range, levels);
+    return range > FLT_MAX ? hi / levels - lo / levels : zq_absmax_scale(range, levels);
 }
 
 /* The zero point: rint to 0..most. lrintf is one instruction everywhere, rintf a call without SSE4.1. */
@@ -90,7 +89,7 @@ first_row(const jobs *j, int64_t job)
 static float
 token_sym(float amax, float *scale, int32_t *zero)
 {
-    const float s = absmax_scale(amax, 127.0f);
+    const float s = zq_absmax_scale(amax, 127.0f);
     *scale = s > 0 ? s : 1.0f;
     *zero = 128;
     return s > 0 ? 127.0f / amax : 0.0f;
@@ -186,7 +185,7 @@ zq_quantize_token16(const zq_kernels *K, const float *x, int64_t k, uint8_t *hig
     if (!(amax <= FLT_MAX)) {
         return 0;
     }
-    const float s = absmax_scale(amax, 32767.0f);
+    const float s = zq_absmax_scale(amax, 32767.0f);
     scale[1] = s > 0 ? s : 1.0f;
     scale[0] = 256.0f * scale[1];
     zero[0] = 128;
@@ -373,7 +372,7 @@ static int
 group_sym(const zq_kernels *K, const float *w, int64_t n, int bits, uint8_t *codes, float *scale)
 {
     const int32_t qmax = (1 << (bits - 1)) - 1;
-    const float amax = K->absmax_f32(w, n), s = absmax_scale(amax, (float)qmax);
+    const float amax = K->absmax_f32(w, n), s = zq_absmax_scale(amax, (float)qmax);
     *scale = s > 0 ? s : 1.0f;
     if (s > 0) {
         K->quantize_div_f32_b8(w, n, s, 0, -qmax, qmax, codes);

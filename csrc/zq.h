@@ -38,7 +38,8 @@ void zq_parallel_for(int64_t jobs, zq_job_fn fn, void *ctx);
 
 /* How the caller of a long function ends it early. The function asks between pieces of work of a few milliseconds, only on
  * the thread that called it, until the answer is not 0; it then gives everything back and returns ZQ_ESTOPPED. Start from
- * {.asked = ..., .ctx = ...}; NULL in place of a zq_stop: it runs to its end. */
+ * {.asked = ..., .ctx = ...}; NULL in place of a zq_stop: it runs to its end. What is asked may run anything, this library
+ * included (a signal handler of Python): who asks holds no scratch (zq_scratch) and no other state of its thread meanwhile. */
 typedef struct {
     int (*asked)(void *ctx);
     void *ctx;
@@ -78,7 +79,7 @@ typedef enum { ZQ_W_F32, ZQ_W_S8, ZQ_W_S8_GROUP, ZQ_W_S4_GROUP } zq_weight_kind;
 
 /* A weight matrix packed for the micro-kernels: panels of ZQ_NR output channels, the same layout at every
  * dispatch level (see pack.c). Read-only from its first product on, but for last_use, and then for many threads:
- * zq_linear_correct, _set_outliers, _input and _fill_* come before it. */
+ * zq_linear_correct, _set_outliers and _input come before it, _fill_* when no product of it is running. */
 typedef struct zq_linear {
     zq_weight_kind kind;
     int64_t n, k;        /* output channels, input features */
@@ -101,7 +102,8 @@ zq_status zq_linear_pack_f32(zq_linear *w, const float *weight, int64_t n, int64
 /* codes (n, k) in +-127; scale (n). ZQ_ERANGE on a code of -128 or k > ZQ_MAX_K. */
 zq_status zq_linear_pack_s8(zq_linear *w, const int8_t *codes, const float *scale, int64_t n, int64_t k,
                             const float *bias);
-/* codes (n, k); scales (n, ceil(k / group)); group a multiple of 8 or >= k; bits 4 (codes -8..7) or 8. */
+/* codes (n, k); scales (n, ceil(k / group)); group a multiple of 8 or >= k; bits 4 (codes -8..7) or 8. Where k is
+ * 0 it becomes kind S8. */
 zq_status zq_linear_pack_group(zq_linear *w, const int8_t *codes, const float *scales, int64_t n, int64_t k,
                                int64_t group, int bits, const float *bias);
 /* y = act(x W^T + (x_hat v^T) u^T + bias) + residual, x_hat what the codes of x stand for: LoRC. u (n, rank), v (rank, k).

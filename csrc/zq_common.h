@@ -63,7 +63,8 @@ zq_take(char **free, int64_t bytes)
 void *zq_alloc(size_t bytes);
 void zq_free(void *p);
 
-/* A buffer of this thread that only grows and is freed when the thread ends; slot < ZQ_SCRATCH_SLOTS. */
+/* A buffer of this thread that only grows and is freed when the thread ends; slot < ZQ_SCRATCH_SLOTS. Not to be held while a
+ * zq_stop is asked. */
 enum {
     ZQ_SCRATCH_A,
     ZQ_SCRATCH_Y,

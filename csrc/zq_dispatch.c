@@ -1,5 +1,6 @@
 /* Which kernels run. Tables are filled at import and read-only afterwards, but for tests that ask for other choices than the
- * CPU's (zq_cpu_choices_use); zq_level_use() swaps one atomic pointer. Order: ref < avx2 < avxvnni < avx512vnni < amx; each level starts as a copy of the one that it builds on. */
+ * CPU's (zq_cpu_choices_use); zq_level_use() swaps one atomic pointer. Order: ref < avx2 < avxvnni < avx512vnni < amx; each
+ * level starts as a copy of the one that it builds on. */
 #define _GNU_SOURCE
 #include "zq_kernels.h"
 

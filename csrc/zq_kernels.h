@@ -223,7 +223,7 @@ enum { ZQ_ROWS = 8 };
     /* Kernels named rows: `rows` <= ZQ_ROWS consecutive rows of n >= 1. They return a bit for each row, 0 where all is well; \
      * y of other rows is undefined. range: one for each row, what minmax_f32 gives for y, or NULL. */ \
     /* h = x (+ residual if not NULL); y = (h - mean) / sqrt(var + eps) * gamma + beta. y may be x; gamma and beta finite. \
-     * Bad: h holds NaN or Inf, or y does and range is asked for. A row whose sums overflow is rescaled first */ \
+     * Bad: h holds NaN or Inf, or y does and range is asked for. A row whose sums overflow or underflow is rescaled first */ \
     X(layernorm_rows_f32, unsigned, (const float *x, const float *residual, const float *gamma, const float *beta, int64_t rows, int64_t n, float eps, float *y, zq_range *range)) \
     /* h = x (+ residual); y = h / sqrt(mean h^2 + eps) * gamma. As layernorm */ \
     X(rmsnorm_rows_f32, unsigned, (const float *x, const float *residual, const float *gamma, int64_t rows, int64_t n, float eps, float *y, zq_range *range)) \

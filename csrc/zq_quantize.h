@@ -27,6 +27,9 @@ typedef struct {
 } zq_token_rows;
 int64_t zq_quantize_token_rows(const struct zq_kernels *K, const zq_token_rows *t);
 
+/* amax / levels, or 0 when that is too small to divide by; one less in its last place where levels of it are Inf. */
+float zq_absmax_scale(float amax, float levels);
+
 /* The first half of zq_quantize_token, from the row's range, min(0, min x) and max(0, max x), both finite: returns 1 / scale
  * (0 for a row of zeros), with which quantize_mul_f32_b8 does the rest. */
 float zq_token_scale(zq_quant mode, float lo, float hi, float *scale, int32_t *zero);

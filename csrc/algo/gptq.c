@@ -277,7 +277,7 @@ grid_of_range(const zq_gptq_task *t, float lo, float hi, float *scale, float *ze
     else if (!t->symmetric) {
         range = hi - lo;
     }
-    const float s = range > FLT_MAX ? hi / levels - lo / levels : range < FLT_MIN * levels ? 0.0f : range / levels;
+    const float s = range > FLT_MAX ? hi / levels - lo / levels : zq_absmax_scale(range, levels);
     *scale = s > 0 ? s : 1.0f;
     *zero = s > 0 && !g->values && !t->symmetric ? (float)zq_max(0, zq_min(lrintf(-lo / s), g->qmax)) : 0.0f;
 }
@@ -541,9 +541,7 @@ write_rows(const solver *s, const slab *b, int open)
 static float *
 take(char **memory, int64_t items)
 {
-    float *p = (float *)*memory;
-    *memory += zq_round_up(items * 4, 64);
-    return p;
+    return zq_take(memory, items * (int64_t)sizeof(float));
 }
 
 static void

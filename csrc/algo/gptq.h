@@ -42,7 +42,7 @@ typedef struct {
 } zq_gptq_result;
 
 /* ZQ_ERANGE: no damping makes H positive definite. ZQ_ENONFINITE: NaN or Inf in w, in row *bad_row. ZQ_ESTOPPED: task->stop
- * said so. The task's other contents have been checked (zq_square_check). */
+ * said so, and rows are unfinished. The task's other contents have been checked (zq_square_check). */
 zq_status zq_gptq(const zq_gptq_task *task, zq_gptq_result *result, int64_t *bad_row);
 
 typedef enum {

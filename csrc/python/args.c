@@ -395,7 +395,11 @@ zq_check(zq_status status, const char *what, int64_t bad_row)
     case ZQ_ERANGE:
         PyErr_Format(PyExc_ValueError, "%s: value out of range", what);
         return -1;
-    case ZQ_ESTOPPED: return -1; /* who stopped it set the exception */
+    case ZQ_ESTOPPED: /* who stopped it set the exception, unless threads were lost */
+        if (!PyErr_Occurred()) {
+            PyErr_Format(PyExc_RuntimeError, "%s: not finished, as a signal handler forked and this is the child", what);
+        }
+        return -1;
     }
     PyErr_Format(PyExc_SystemError, "%s: unknown status %d", what, (int)status);
     return -1;

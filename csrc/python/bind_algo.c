@@ -25,10 +25,10 @@ read_square(PyObject *o, const char *name, int64_t k, int symmetric, zq_arg *a, 
     int64_t row = 0;
     zq_interrupt interrupt;
     zq_begin_interruptible(&interrupt);
-    const zq_square_fault fault = zq_square_check(out, k, symmetric, &row, &interrupt.stop);
+    const zq_square_fault fault = zq_square_check(out, k, symmetric, &row, interrupt.asked);
     zq_end_interruptible(&interrupt);
     if (fault == ZQ_SQUARE_STOPPED) {
-        return -1;
+        return zq_check(ZQ_ESTOPPED, name, 0);
     }
     if (fault != ZQ_SQUARE_OK) {
         static const char *const words[] = {"", "NaN or Inf", "not symmetric", "a negative diagonal element"};
@@ -206,7 +206,7 @@ py_gptq(PyObject *self, PyObject *const *args, Py_ssize_t n)
     }
     zq_interrupt interrupt;
     zq_begin_interruptible(&interrupt);
-    t.stop = &interrupt.stop;
+    t.stop = interrupt.asked;
     const zq_status status = zq_gptq(&t, &r, &bad);
     zq_end_interruptible(&interrupt);
     if (status != ZQ_ERANGE && zq_check(status, "w", bad) < 0) {

@@ -395,7 +395,6 @@ cleanup:
     return result;
 }
 
-
 PyMethodDef zq_methods_kv[] = {
     {"kv_new", FAST(py_kv_new), METH_FASTCALL, "kv_new(layers, sequences, kv_heads, head_dim, int8) -> cache"},
     {"kv_lengths", py_kv_lengths, METH_O, "kv_lengths(cache) -> tokens of each sequence"},

@@ -234,11 +234,7 @@ py_correct(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         zq_finite(&a[V], "v") < 0) {
         goto cleanup;
     }
-    zq_status s;
-    Py_BEGIN_ALLOW_THREADS
-    s = zq_linear_correct(w, a[U].data, a[V].data, rank);
-    Py_END_ALLOW_THREADS
-    if (zq_check(s, "u", 0) == 0) {
+    if (zq_check(zq_linear_correct(w, a[U].data, a[V].data, rank), "u", 0) == 0) { /* with the GIL: one thread alone sets it */
         result = Py_NewRef(Py_None);
     }
 cleanup:
@@ -280,11 +276,7 @@ py_outliers(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
             goto cleanup;
         }
     }
-    zq_status s;
-    Py_BEGIN_ALLOW_THREADS
-    s = zq_linear_set_outliers(w, (float)threshold, columns, a[WEIGHTS].data, count);
-    Py_END_ALLOW_THREADS
-    if (zq_check(s, "weights", 0) == 0) {
+    if (zq_check(zq_linear_set_outliers(w, (float)threshold, columns, a[WEIGHTS].data, count), "weights", 0) == 0) {
         result = Py_NewRef(Py_None);
     }
 cleanup:
@@ -622,7 +614,6 @@ py_check_finite(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     Py_DECREF(name);
     return bad ? NULL : Py_NewRef(args[0]);
 }
-
 
 PyMethodDef zq_methods_linear[] = {
     {"linear_pack_f32", FAST(py_pack_f32), METH_FASTCALL, "linear_pack_f32(w, bias) -> handle"},

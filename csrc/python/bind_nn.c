@@ -301,7 +301,6 @@ cleanup:
     return result;
 }
 
-
 PyMethodDef zq_methods_nn[] = {
     {"layer_norm", FAST(py_layer_norm), METH_FASTCALL,
      "layer_norm(x, residual | None, weight, bias, eps, quant, codes_only = 0) -> (y, codes | None); y is None where there are "

@@ -1,6 +1,9 @@
+#define _GNU_SOURCE
 #include "interrupt.h"
 
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { INTERVAL_NS = 50000000 }; /* nobody notices; and to wait for the GIL, up to 5 ms, costs little at this rate */
 
@@ -12,7 +15,6 @@ now_ns(void)
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* Python runs handlers on its main thread only: on others this finds nothing. */
 static int
 signal_raised(void *ctx)
 {
@@ -31,6 +33,7 @@ void
 zq_begin_interruptible(zq_interrupt *i)
 {
     *i = (zq_interrupt){.stop = {.asked = signal_raised, .ctx = i}, .next = now_ns() + INTERVAL_NS};
+    i->asked = syscall(SYS_gettid) == getpid() ? &i->stop : NULL;
     i->thread = PyEval_SaveThread();
 }
 

@@ -68,7 +68,8 @@ zq_exp2_code(float t)
 }
 
 /* Symmetric codes: x = scale * code, |code| <= 127. What is smaller than a normal number times 127 has codes 0. Returns
- * the factor of x; NaN or Inf show in the scale. */
+ * the factor of x; NaN or Inf show in the scale. (Unlike zq_absmax_scale: where 127 scale is Inf, so is the result, which is
+ * reported.) */
 ZQ_INLINE float
 zq_code_scale(float absmax, float *scale)
 {

@@ -124,7 +124,7 @@ accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV]
     if (mr <= FEW_ROWS) {
         b = accumulate_few_s8(mr, far, t, b, end, &row, &ahead, acc);
     }
-    for (; mr <= 8 && end - b > 64 * NV; b += 128 * NV) { /* of few rows two steps, or the loop itself takes time */
+    for (; mr > FEW_ROWS && mr <= 8 && end - b > 64 * NV; b += 128 * NV) { /* two steps, or the loop itself takes time */
         step_s8(mr, far, t, &row, 0, b, &ahead, acc);
         step_s8(mr, far, t, &row, 4, b + 64 * NV, &ahead, acc);
         advance_rows(mr, 8, &row);
