@@ -74,8 +74,8 @@ pause_cpu(void)
 #endif
 }
 
-static int64_t
-now_ns(void)
+int64_t
+zq_now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -163,7 +163,7 @@ poll_until(const share *s, int64_t end)
             }
             pause_cpu();
         }
-    } while (now_ns() < end);
+    } while (zq_now_ns() < end);
     return 0;
 }
 
@@ -187,7 +187,7 @@ sleep_for_jobs(int me)
     pthread_mutex_lock(&pool.sleep);
     set_asleep(me, 1);
     pthread_mutex_unlock(&pool.sleep);
-    poll_until(s, now_ns() + DROWSY_NS);
+    poll_until(s, zq_now_ns() + DROWSY_NS);
     pthread_mutex_lock(&pool.sleep);
     while (pool.asleep[me] && !has_jobs(s)) {
         pthread_cond_wait(&pool.wake[me], &pool.sleep);
@@ -205,7 +205,7 @@ wait_for_jobs(int me)
             return;
         }
     }
-    if (!poll_until(s, now_ns() + SPIN_NS)) {
+    if (!poll_until(s, zq_now_ns() + SPIN_NS)) {
         sleep_for_jobs(me);
     }
 }

@@ -50,6 +50,8 @@ int zq_stopped(zq_stop *stop);
 /* As zq_parallel_for; jobs that nobody has begun when it is to stop are left out. Returns zq_stopped(). */
 int zq_parallel_until(int64_t jobs, zq_job_fn fn, void *ctx, zq_stop *stop);
 
+int64_t zq_now_ns(void); /* of a clock that only goes forward */
+
 int zq_threads(void);
 void zq_set_threads(int n);
 int zq_threads_default(void); /* CPUs this process may use: affinity mask and cgroup quota */

@@ -523,7 +523,7 @@ assert not child or os.waitpid(child[0], 0)[1] == 0
 
 @pytest.mark.parametrize("after", [0.02, 0.06, 0.1, 0.2])
 def test_a_handler_that_forks(after):
-    """The child has none of the threads that were at work: it says so, or ends with the same codes, but does not wait for them."""
+    """The child has none of the threads that were at work: it says so or ends with the same codes, and does not wait."""
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", FORKS.format(after=after)], check=True, timeout=120, env=env)
 

@@ -2,37 +2,28 @@
 #include "interrupt.h"
 
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { INTERVAL_NS = 50000000 }; /* nobody notices; and to wait for the GIL, up to 5 ms, costs little at this rate */
-
-static int64_t
-now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 static int
 signal_raised(void *ctx)
 {
     zq_interrupt *i = ctx;
-    if (now_ns() < i->next) {
+    if (zq_now_ns() < i->next) {
         return 0;
     }
     PyEval_RestoreThread(i->thread);
     const int raised = PyErr_CheckSignals() < 0;
     i->thread = PyEval_SaveThread();
-    i->next = now_ns() + INTERVAL_NS;
+    i->next = zq_now_ns() + INTERVAL_NS;
     return raised;
 }
 
 void
 zq_begin_interruptible(zq_interrupt *i)
 {
-    *i = (zq_interrupt){.stop = {.asked = signal_raised, .ctx = i}, .next = now_ns() + INTERVAL_NS};
+    *i = (zq_interrupt){.stop = {.asked = signal_raised, .ctx = i}, .next = zq_now_ns() + INTERVAL_NS};
     i->asked = syscall(SYS_gettid) == getpid() ? &i->stop : NULL;
     i->thread = PyEval_SaveThread();
 }
