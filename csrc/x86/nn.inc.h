@@ -600,17 +600,40 @@ exp_rest(const float *x, int64_t n, v16 shift, float *y, v16 *s)
     }
 }
 
-/* exp(x - max) to y; returns its sum. Beside the exponentials goes what needs other units: done *= factor, for the row before
- * (whether there is one is a constant of each call), *top_after = the maximum of the row `after` (as max_f32, but for the sign of
- * a zero, which no exponential shows), and the row behind x + 2 n is prefetched. */
+/* Where exp(x - max) goes: as float32 to y, or, where q is not NULL, as codes rint(levels exp(x - max)) + bias to q. */
+typedef struct {
+    float *y;
+    uint8_t *q;
+    int32_t levels, bias;
+} exp_out;
+
+/* The last n < 64 elements of a row as codes. */
+ZQ_INLINE void
+code_rest(const float *e, int64_t n, const exp_out *out, uint8_t *q)
+{
+    FOUR {
+        const int64_t m = zq_min(n - 16 * j, 16);
+        if (m > 0) {
+            const v16i code = v16_to_i(v16_mul(v16_loadn(e + 16 * j, m), v16_set1((float)out->levels)));
+            v16i_storen_b8(q + 16 * j, v16i_add(code, v16i_set1(out->bias)), m);
+        }
+    }
+}
+
+/* exp(x - max) to where `out` says; returns its sum. Beside the exponentials goes what needs other units: done *= factor, for the
+ * row before (whether there is one is a constant of each call, and so is the kind of output), *top_after = the maximum of the row
+ * `after` (as max_f32, but for the sign of a zero, which no exponential shows), and the row behind x + 2 n is prefetched. */
 ZQ_INLINE float
-exp_row(const float *x, int64_t n, float max, float *y, float *done, float factor, const float *after,
+exp_row(const float *x, int64_t n, float max, const exp_out *out, float *done, float factor, const float *after,
         float *top_after)
 {
-    const v16 shift = v16_set1(max), f = v16_set1(factor), low = v16_set1(-INFINITY);
+    float *const y = out->y;
+    uint8_t *const q = out->q;
+    const v16 shift = v16_set1(max), f = v16_set1(q ? (float)out->levels : factor), low = v16_set1(-INFINITY);
     v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()}, top[4] = {low, low, low, low};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
+        v16i code[4];
         prefetch_block(x + 3 * n + i);
         FOUR {
             const int64_t at = i + 16 * j;
@@ -627,14 +650,26 @@ exp_row(const float *x, int64_t n, float max, float *y, float *done, float facto
             }
             v16_exps(e, EXP_WAYS);
             for (int u = 0; u < EXP_WAYS; u++) {
-                v16_store(y + i + 16 * (j + u), e[u]);
+                if (q) {
+                    code[j + u] = v16_to_i(v16_mul(e[u], f));
+                }
+                else {
+                    v16_store(y + i + 16 * (j + u), e[u]);
+                }
                 s[j + u] = v16_add(s[j + u], e[u]);
             }
         }
+        if (q) {
+            v16i_store_b8x4(q + i, code[0], code[1], code[2], code[3], (int16_t)out->bias);
+        }
     }
     if (i < n) {
-        exp_rest(x + i, n - i, shift, y + i, s);
+        float rest[64];
+        exp_rest(x + i, n - i, shift, q ? rest : y + i, s);
         max_rest(after + i, n - i, top);
+        if (q) {
+            code_rest(rest, n - i, out, q + i);
+        }
         if (done) {
             scale_f32(done + i, n - i, factor, done + i);
         }
@@ -654,7 +689,7 @@ softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y)
     unsigned bad = 0;
     assert(rows >= 1 && rows <= ZQ_ROWS);
 #define EXP_ROW(done, factor) \
-    exp_row(x, n, zq_softmax_shift(max), y, done, factor, rows > 2 && x < last - n ? x + 2 * n : last, &second)
+    exp_row(x, n, zq_softmax_shift(max), &(exp_out){.y = y}, done, factor, rows > 2 && x < last - n ? x + 2 * n : last, &second)
     float sum = EXP_ROW(NULL, 0.0f);
     bad |= (unsigned)!zq_softmax_finite(max, sum);
     for (int64_t r = 1; r < rows; r++) {
@@ -667,47 +702,7 @@ softmax_rows_f32(const float *x, int64_t rows, int64_t n, float *y)
     return bad;
 }
 
-/* exp_row with codes as its output, and so without a row to be scaled: levels exp(x - max) is the code, whatever the sum. */
-ZQ_INLINE float
-code_row(const float *x, int64_t n, float max, int32_t levels, int32_t bias, uint8_t *q, const float *after, float *top_after)
-{
-    const v16 shift = v16_set1(max), most = v16_set1((float)levels), low = v16_set1(-INFINITY);
-    v16 s[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()}, top[4] = {low, low, low, low};
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-        v16i code[4];
-        prefetch_block(x + 3 * n + i);
-        FOUR { top[j % 2] = v16_max(top[j % 2], v16_load(after + i + 16 * j)); }
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j += EXP_WAYS) {
-            v16 e[EXP_WAYS];
-            for (int u = 0; u < EXP_WAYS; u++) {
-                e[u] = v16_sub(v16_load(x + i + 16 * (j + u)), shift);
-            }
-            v16_exps(e, EXP_WAYS);
-            for (int u = 0; u < EXP_WAYS; u++) {
-                s[j + u] = v16_add(s[j + u], e[u]);
-                code[j + u] = v16_to_i(v16_mul(e[u], most));
-            }
-        }
-        v16i_store_b8x4(q + i, code[0], code[1], code[2], code[3], (int16_t)bias);
-    }
-    if (i < n) {
-        float e[64];
-        exp_rest(x + i, n - i, shift, e, s);
-        max_rest(after + i, n - i, top);
-        FOUR {
-            const int64_t m = zq_min(n - i - 16 * j, 16);
-            if (m > 0) {
-                const v16i code = v16_to_i(v16_mul(v16_loadn(e + 16 * j, m), most));
-                v16i_storen_b8(q + i + 16 * j, v16i_add(code, v16i_set1(bias)), m);
-            }
-        }
-    }
-    *top_after = v16_hmax(max4(top));
-    return v16_hsum(sum4(s));
-}
-
+/* Codes need no sum, and so no row is scaled afterwards. */
 static unsigned
 softmax_rows_f32_b8(const float *x, int64_t rows, int64_t n, int32_t levels, int32_t bias, uint8_t *q, int64_t ldq,
                     float *factor)
@@ -718,7 +713,8 @@ softmax_rows_f32_b8(const float *x, int64_t rows, int64_t n, int32_t levels, int
     assert(rows >= 1 && rows <= ZQ_ROWS);
     for (int64_t r = 0; r < rows; r++, x += n, q += ldq, max = next, next = second) {
         const float sum =
-            code_row(x, n, zq_softmax_shift(max), levels, bias, q, r + 2 < rows ? x + 2 * n : last, &second);
+            exp_row(x, n, zq_softmax_shift(max), &(exp_out){NULL, q, levels, bias}, NULL, 0.0f,
+                    r + 2 < rows ? x + 2 * n : last, &second);
         factor[r] = zq_softmax_factor(sum);
         bad |= (unsigned)!zq_softmax_finite(max, sum) << r;
     }
