@@ -17,6 +17,7 @@ enum { ITEM_ROWS = 528, LEAST_ITEM_ROWS = 33, MANY_JOBS = 8, ENOUGH_JOBS = 2 };
 
 /* int8: query rows that attend_tile_b8 takes at once, a panel of pack_rows_s8. */
 enum { LANES = ZQ_NR };
+_Static_assert(ZQ_KEY_TILE % ZQ_KEY_BLOCK == 0, "attend_tile_b8 works on whole blocks of keys");
 
 typedef struct {
     const zq_attention_args *a;

@@ -187,6 +187,7 @@ fill_tables(void)
 #endif
     tables[ZQ_AMX] = tables[base_level[ZQ_AMX]];
 #if defined(__x86_64__)
+    zq_fill_nn__amx(&tables[ZQ_AMX]);
     zq_fill_gemm__amx(&tables[ZQ_AMX]);
 #endif
 }

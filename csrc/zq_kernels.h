@@ -100,7 +100,10 @@ typedef struct {
 
 /* The same on codes, with both products: s = (start + sum k q) k_scale, p = rint(255 * 2^((s - m') factor)), l sums these
  * codes. Query rows lie side by side in lanes, so that nothing goes across them; arrays of `lanes` elements have the rows,
- * rounded up to a multiple of 16, and what fills them up must be finite. */
+ * rounded up to a multiple of 16, and what fills them up must be finite. Of k, v and s there is memory for as many keys as
+ * ZQ_KEY_BLOCK goes up to: what lies there is multiplied too, and never seen. */
+enum { ZQ_KEY_BLOCK = 64 };
+
 typedef struct {
     int64_t rows, keys, d4, n;  /* rows 1 to 32; d4, n: head_dim rounded up to a multiple of 4 and of 32 */
     const uint8_t *q;           /* a panel of pack_rows_s8: (d4 / 4, 32, 4), s8; start is its colsum */
@@ -113,7 +116,7 @@ typedef struct {
     float *max, *sum;           /* (lanes): m and l; all -Inf and 0 before the first tile */
     float *o;                   /* (lanes, n); not read in the first tile */
     float *s;                   /* working memory: (keys, 32) floats */
-    uint8_t *p;                 /* the same: (keys rounded up to a multiple of 4, 32) */
+    uint8_t *p;                 /* the same: (keys rounded up to a multiple of ZQ_KEY_BLOCK, 32) */
 } zq_code_tile;
 
 /* Some query rows of one head against all keys of a short sequence. */
@@ -338,6 +341,7 @@ void zq_fill_nn__avx512vnni(zq_kernels *t);
 void zq_fill_gemm__avx2(zq_kernels *t);
 void zq_fill_gemm__avxvnni(zq_kernels *t);
 void zq_fill_gemm__avx512vnni(zq_kernels *t, int tall_groups);
+void zq_fill_nn__amx(zq_kernels *t);
 void zq_fill_gemm__amx(zq_kernels *t);
 #endif
 

@@ -51,6 +51,14 @@ def test_int8_over_more_than_one_tile_of_keys(tokens):
     both(q, k, v, 2)
 
 
+@pytest.mark.parametrize("d", [5, 32, 40, 64, 68, 80, 128, 160])
+@pytest.mark.parametrize("tokens", [97, 130, 259])
+def test_int8_over_many_keys_for_heads_of_any_width(d, tokens):
+    """So many that tile registers are used where the CPU has them, in one step and in several."""
+    q, k, v = (make(1, tokens, 2 * d, seed=s) for s in range(3))
+    both(q, k, v, 2)
+
+
 def test_int8_masks_and_lengths():
     q, k, v = (make(3, 41, 20, seed=s) for s in range(3))
     mask = np.random.default_rng(0).random((3, 41)) < 0.6

@@ -23,7 +23,7 @@ INHERITED: dict[tuple[str, str], str] = {
     **{(kernel, "avxvnni"): "256-bit VNNI is for products of integers; everything else is avx2's"
        for kernel in KERNELS if not re.match("gemm_(u8s8|s8u)", kernel)},
     **{(kernel, "amx"): "tile registers are for products of integers; everything else is avx512vnni's"
-       for kernel in KERNELS if not re.match("gemm_(u8s8|s8u)", kernel)},
+       for kernel in KERNELS if not re.match("gemm_(u8s8|s8u)|attend_tile_b8", kernel)},
 }
 
 

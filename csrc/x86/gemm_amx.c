@@ -11,10 +11,10 @@
  * hint that they will not be needed again soon: L1 then keeps the panel for the next tile (+20 % at 768 input features). A
  * chain of products in one register goes as fast as several side by side.
  *
- * Measured without gain: finishing a tile between the steps of the next one, which the out-of-order core does by itself;
- * fetching rows or outputs ahead; panels longer than L1 in blocks of input features that eight tiles meet in turn. Of
- * groups, quarters of a tile with their float sums in registers are quicker where sixteen tiles share a panel, and slower
- * elsewhere. */
+ * Measured without gain: finishing a tile between the steps of the next one, which the out-of-order core does by itself (tried
+ * twice; of a prototype's 10 to 30 % nothing is left beside the prefetching and the strides of the product); fetching rows or
+ * outputs ahead; panels longer than L1 in blocks of input features that eight tiles meet in turn. Of groups, quarters of a
+ * tile with their float sums in registers are quicker where sixteen tiles share a panel, and slower elsewhere. */
 #if defined(__x86_64__)
 #include "../zq_kernels.h"
 
@@ -27,17 +27,9 @@ ZQ_TARGET_BEGIN(ZQ_TARGET_AMX)
 
 #include "gemm_finish.inc.h"
 
-enum { MR = 32, HALF = 16, STEP = 64, LINE = 4 * ZQ_NR, FEW_ROWS = 4 };
+#include "amx_tiles.h"
 
-/* What ldtilecfg reads */
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} tile_config;
-
-/* Tile instructions are opaque to the compiler: memory that they read is written before, what they wrote is read behind. */
-#define IN_ORDER() __asm__ volatile("" ::: "memory")
+enum { MR = 32, HALF = 16, STEP = 64, LINE = ZQ_PANEL_LINE, FEW_ROWS = 4 };
 
 /* The registers for tiles of mr rows and steps of `depth` input features; all of them are cleared. */
 ZQ_INLINE void
@@ -45,11 +37,10 @@ configure(int mr, int depth)
 {
     const uint8_t top = (uint8_t)zq_min(mr, HALF), bottom = (uint8_t)zq_max(mr - HALF, 1), lines = (uint8_t)(depth / 4);
     const uint16_t bytes = (uint16_t)depth;
-    const tile_config config = {.palette = 1,
-                                .row_bytes = {64, 64, 64, 64, bytes, bytes, 64, 64},
-                                .rows = {top, top, bottom, bottom, top, bottom, lines, lines}};
-    __asm__ volatile("" ::"r"(&config) : "memory"); /* ldtilecfg reads all of it, which gcc 12 is not told */
-    _tile_loadconfig(&config);
+    const zq_tile_config config = {.palette = 1,
+                                   .row_bytes = {64, 64, 64, 64, bytes, bytes, 64, 64},
+                                   .rows = {top, top, bottom, bottom, top, bottom, lines, lines}};
+    zq_load_tile_config(&config);
 }
 
 ZQ_INLINE void
@@ -76,7 +67,7 @@ store_sums(const int tall, sums *c)
         _tile_stored(2, c->at + HALF * ZQ_NR, LINE);
         _tile_stored(3, c->at + HALF * ZQ_NR + HALF, LINE);
     }
-    IN_ORDER();
+    ZQ_TILES_IN_ORDER();
 }
 
 /* One step: rows a, lda bytes apart, times the lines of a panel at b. PRODUCT is tdpbusd (u8 a, s8 b) or tdpbsud. Of at most 16
@@ -127,7 +118,7 @@ last_step(const int tall, const zq_tile *t, const uint8_t *from, const uint8_t *
     for (int r = 0; r < t->mr; r++) {
         _mm512_store_si512(a + r * STEP, _mm512_maskz_loadu_epi8(mask, from + r * t->lda));
     }
-    IN_ORDER();
+    ZQ_TILES_IN_ORDER();
     MULTIPLY_STEP(_tile_dpbusd, tall, t->nr <= HALF, a, STEP, b)
 }
 
@@ -224,7 +215,7 @@ multiply_groups(const int tall, const int four_bits, const int depth, const zq_t
                 if (four_bits) {
                     uint8_t *to = codes[(g * steps + i) % 2];
                     unpack_step(b, depth, to);
-                    IN_ORDER();
+                    ZQ_TILES_IN_ORDER();
                     panel = to;
                 }
                 MULTIPLY_STEP(_tile_dpbsud, tall, 0, a, t->lda, panel)

@@ -1,4 +1,4 @@
-/* Transformer operators on rows at level avx512vnni. */
+/* Transformer operators on rows at level avx512vnni, and attention on codes at level amx. */
 #include "../zq_kernels.h"
 
 #if defined(__x86_64__)
@@ -23,11 +23,21 @@ v16i_dot4(v16i acc, v16i a, v16i b)
 #include "train.inc.h"
 ZQ_TARGET_END
 
+ZQ_TARGET_BEGIN(ZQ_TARGET_AMX)
+#include "attention_amx.inc.h"
+ZQ_TARGET_END
+
 void
 zq_fill_nn__avx512vnni(zq_kernels *t)
 {
     fill(t);
     fill_attention(t);
     fill_train(t);
+}
+
+void
+zq_fill_nn__amx(zq_kernels *t)
+{
+    t->attend_tile_b8 = zq_attend_tile_b8__amx;
 }
 #endif

@@ -146,14 +146,16 @@ def ratios(rows: Rows) -> Rows:
 
 
 def tile_items(quick: bool) -> list[Item]:
-    """Products at the amx level, few rows and many, and how many times as fast as one level below they are."""
+    """Products at the amx level, few rows and many, and how many times as fast as one level below they and attention are."""
     from zquant import _core
 
     if "amx" not in _core.levels():
         return []
     shapes = (*linears.BERT, *linears.MINILM[2:], *linears.LLAMA[: 1 if quick else 3])
-    return [item for family in ("linear", "levels")
-            for item in items_of(AMX_KINDS, shapes, (16, 512), family=family, level="amx")]
+    products = [item for family in ("linear", "levels")
+                for item in items_of(AMX_KINDS, shapes, (16, 512), family=family, level="amx")]
+    return [*products, *(Item("attention int8 checked", tokens, 12, width, "levels", "amx")
+                         for width, tokens in itertools.product((64, 32), (128, 512)))]
 
 
 def tall_items(quick: bool) -> list[Item]:
@@ -201,6 +203,8 @@ AMX_KINDS = ("w8a8", "w8a8+gelu int8-out", *GROUPS)
 MEANS_AMX = tuple(Goal(f"{kind}, m = {m}{what}", None, f"^amx {re.escape(kind + family)} {m},", figure=figure)
                   for kind, m, (what, family, figure) in itertools.product(
                       AMX_KINDS, (16, 512), (("", "", "percent"), (" / avx512vnni", " / avx512vnni", "value"))))
+MEANS_AMX += tuple(Goal(f"attention int8, heads of {width} / avx512vnni", None, f"attention int8 .*,{width}$", figure="value")
+                   for width in (64, 32))
 SECTIONS = {
     "w8a8": Section(lambda quick: big(quick, ("w8a8",)), (Goal("each shape", (86, 82), mean=(91, 90)),)),
     "epilogues": Section(lambda quick: items_of(FUSED, linears.BERT, (512,) if quick else (128, 512, 2048)),
@@ -345,8 +349,10 @@ class Bench:
         return harness.row(item.name, self.gate.threads, None, "", m=item.m, n=item.n, k=item.k, noise=0.0, why=UNREACHED)
 
     def case(self, item: Item) -> harness.Case:
-        if item.family in ("rows", "attention"):
-            return (rows_case if item.family == "rows" else attention_case)(item)
+        if item.family == "rows":
+            return rows_case(item)
+        if item.kind.startswith("attention"):
+            return attention_case(item)
         weights, ops = self.weights(item), 2.0 * item.m * item.n * item.k
         work: Callable[[], Any]
         if item.m > FEW_ROWS:
