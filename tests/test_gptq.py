@@ -4,16 +4,15 @@ from __future__ import annotations
 import ctypes
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from alarms import alarms, interrupt, resident
 from conftest import SHARED
 
 import zquant as zq
@@ -481,21 +480,6 @@ def long_problem(name):
     return w, np.eye(k) + 0.01, {**options, **given}
 
 
-@contextmanager
-def alarms(handler, after, every=0.0):
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, after, every)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt("alarm")
-
-
 FORKS = """
 import os, signal, numpy as np, zquant as zq
 zq.set_num_threads(2)
@@ -565,10 +549,6 @@ def test_an_interrupted_solver_keeps_no_memory():
     """The factor alone would be 75 MB each time."""
     w, h = np.ones((8, 3072), np.float32), np.eye(3072) + 0.01
     zq.gptq(w, h)
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
     before = resident()
     for after in (0.001, 0.03, 0.06, 0.09, 0.12):
         with alarms(interrupt, after), pytest.raises(KeyboardInterrupt):

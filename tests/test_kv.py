@@ -411,7 +411,7 @@ def test_one_cache_is_for_one_call_at_a_time():
 
     threads = [threading.Thread(target=together) for _ in range(2)]
     [t.start() for t in threads], [t.join() for t in threads]
-    assert set(outcomes) <= {"done", "cache: another thread is using it"}
+    assert set(outcomes) <= {"done", "cache: another call is using it"}
     assert _core.kv_lengths(shared).tolist() == [300 * outcomes.count("done")]
 
 

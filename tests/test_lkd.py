@@ -2,12 +2,17 @@
 rules, equal bits at every level and for any number of threads, bad input."""
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from alarms import alarms, interrupt, resident
 
 import zquant as zq
 from zquant import _core, cpu, ops
@@ -372,6 +377,25 @@ def test_any_number_of_threads_gives_the_same_bits(name):
     assert same(results[0], results[1]) and same(results[0], results[2])
 
 
+@pytest.mark.parametrize("spec", ["float", "w8a8-asym", "w4a8-g8"])
+def test_products_in_pieces_give_the_same_bits(spec):
+    """One thread makes several of gemm.c's products, of some rows and of some columns, of what is one product of five."""
+    if cpu.info().active == "ref":
+        pytest.skip("takes minutes, and has nothing of its own here")
+    shape = BlockShape(256, 2, 16500)
+    block = TrainedBlock(shape, parameters(shape, True), dict.fromkeys(LINEARS, SPECS[spec]))
+    x, dy = np.random.default_rng(3).standard_normal((2, 300, 256)).astype(np.float32)
+    before, results = zq.get_num_threads(), []
+    try:
+        for n in (1, 5):
+            zq.set_num_threads(n)
+            gradients = block.gradients(x, np.array([0, 100, 300]), dy)
+            results.append({"y": block.forward(x, np.array([0, 100, 300])), **{n: a.copy() for n, a in gradients.items()}})
+    finally:
+        zq.set_num_threads(before)
+    assert all(np.array_equal(a, results[1][n]) for n, a in results[0].items())
+
+
 def test_a_restored_block_goes_on_with_the_same_bits():
     block, _, _, _, x, target = problem("llama", "w4a8-g8")
     block.step(x, target, OFFSETS, 1e-2)
@@ -514,7 +538,7 @@ def test_calls_that_overlap_are_refused():
 
     with ThreadPoolExecutor(4) as executor:
         outcomes = Counter(executor.map(outcome, range(200)))
-    assert set(outcomes) == {"done", "block: another thread is using it"}
+    assert set(outcomes) == {"done", "block: another call is using it"}
     for wrong in ((x[:, 1:], target), (x, target[1:])):
         with pytest.raises(ValueError, match="expected shape"):
             block.step(*wrong, OFFSETS, 0.0)
@@ -524,3 +548,111 @@ def test_calls_that_overlap_are_refused():
 def test_views_outlive_the_block():
     values = problem("bert")[0].values
     assert np.isfinite(values["qkv"]).all() and values["qkv"].shape == (144, 48)
+
+
+# ---- Ctrl-C ------------------------------------------------------------------------------------------------------
+#: Blocks, and the tokens of one sequence. In the second one attention is a single job.
+LONG = {"products": (BlockShape(1024, 8, 8192), 1400), "attention": (BlockShape(512, 8, 64, kv_heads=1, causal=True), 6000)}
+
+
+@pytest.fixture(scope="module", params=LONG)
+def long_step(request):
+    """Half a second or more on two cores: a block, a step of it, and what the step has to give."""
+    if cpu.info().active == "ref":
+        pytest.skip("takes minutes, and has nothing of its own here")
+    shape, tokens = LONG[request.param]
+    block = TrainedBlock(shape, parameters(shape, True), dict.fromkeys(LINEARS, SPECS["w4a8-g8"]))
+    x, target = np.random.default_rng(5).standard_normal((2, tokens, shape.width)).astype(np.float32)
+
+    def step():
+        return block.step(x, target, np.array([0, tokens]), 1e-3)
+
+    before = block.state()
+    want = [step()], block.state()  # with the page faults of a first call
+    return block, step, before, want
+
+
+def test_an_interrupted_step_ends_at_once_and_changes_nothing(long_step):
+    block, step, before, want = long_step
+    start = time.perf_counter()
+    step()
+    whole, late = time.perf_counter() - start, []
+    block.restore(before)
+    for part in (0.02, 0.1, 0.2):
+        start = time.perf_counter()
+        with alarms(interrupt, part * whole), pytest.raises(KeyboardInterrupt, match="alarm"):
+            step()
+        late.append(time.perf_counter() - start - part * whole)
+        assert same(([], block.state()), ([], before))
+    assert min(late) < 0.4 * whole + 0.1, late  # near 0.8 where it goes on to its end; one of three on a busy machine too
+    assert same(([step()], block.state()), want)
+
+
+def test_handlers_of_signals_run_within_a_step(long_step):
+    """Python code that raises nothing changes nothing, and need not wait for the end; on another thread neither."""
+    block, step, before, want = long_step
+    calls = []
+    block.restore(before)
+    start = time.perf_counter()
+    with alarms(lambda *_: calls.append(time.perf_counter()), 0.06, 0.06):
+        got = [step()]
+    took = time.perf_counter() - start
+    gaps = np.diff([start, *calls])
+    assert same((got, block.state()), want) and (gaps.max() < 0.5 * took or took < 0.3)
+    block.restore(before)
+    with ThreadPoolExecutor(1) as pool, alarms(lambda *_: None, 0.06, 0.06):
+        assert same(([pool.submit(step).result()], block.state()), want)
+
+
+def test_a_handler_finds_the_block_in_use(long_step):
+    block, step, before, want = long_step
+    block.restore(before)
+    with alarms(lambda *_: block.state(), 0.06), pytest.raises(RuntimeError, match="block: another call is using it"):
+        step()
+    assert same(([step()], block.state()), want)
+
+
+def test_an_interrupted_step_keeps_no_memory(long_step):
+    """Attention's alone would be some MB each time."""
+    before = resident()
+    for after in np.linspace(0.001, 0.2, 20):
+        with alarms(interrupt, after), pytest.raises(KeyboardInterrupt):
+            while True:
+                long_step[1]()
+    assert resident() < before + 60e6
+
+
+FORKS = """
+import os, signal, numpy as np, zquant as zq
+from zquant.ops.lkd import BlockShape, LinearSpec, TrainedBlock
+zq.set_num_threads(2)
+child = []
+def fork(*_):
+    child.append(os.fork())
+shape = BlockShape(512, 4, 4096, causal=True)
+rng = np.random.default_rng(0)
+def random(*dims): return rng.standard_normal(dims, np.float32) / 16
+tensors = dict(qkv=random(1536, 512), o=random(512, 512), up=random(4096, 512), down=random(512, 4096),
+               **{{name: np.ones(512, np.float32) for name in ("norm1", "norm2", "norm1_bias", "norm2_bias")}})
+block = TrainedBlock(shape, tensors, dict.fromkeys(("qkv", "o", "up", "down"), LinearSpec(8, activations="symmetric")))
+x, offsets = random(2000, 512), np.array([0, 2000])
+want = block.gradients(x, offsets, x)["x"]
+signal.signal(signal.SIGALRM, fork)
+signal.setitimer(signal.ITIMER_REAL, {after})
+try:
+    status = 0 if (block.gradients(x, offsets, x)["x"] == want).all() else 1
+except RuntimeError as error:  # the child's, where a worker had begun something
+    status = 0 if child == [0] and "block: not finished, as a signal handler forked" in str(error) else 2
+signal.setitimer(signal.ITIMER_REAL, 0)
+if child == [0]:
+    os._exit(status)
+assert status == 0
+assert not child or os.waitpid(child[0], 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("after", [0.02, 0.06, 0.1, 0.2])
+def test_a_handler_that_forks(after):
+    """The child has none of the threads that were at work: it says so or ends with the same gradients, and does not wait."""
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", FORKS.format(after=after)], check=True, timeout=120, env=env)

@@ -1,9 +1,12 @@
 /* A Transformer block in training: its memory, and the order of its operators forward and backward.
  *
  * What the backward pass needs is kept in float32, but for the inputs of linear layers whose activations are quantized: those
- * are kept as codes. Everything lies in one piece of memory, which only grows: a step allocates nothing after the first one of
- * its size. All sums run in an order that depends on the shapes alone, so a step's bits depend neither on the number of threads
- * nor on the dispatch level. */
+ * are kept as codes. Everything lies in one piece of memory, which only grows; attention's jobs have some of their own. All sums
+ * run in an order that depends on the shapes alone, so a step's bits depend neither on the number of threads nor on the dispatch
+ * level.
+ *
+ * A block of a large model takes seconds for a step, nearly all of them in products and attention: these ask the call's stop, and
+ * what lies between two of them is a matter of milliseconds, or of one pass over the parameters. */
 #include "lkd_block.h"
 
 #include <float.h>
@@ -373,12 +376,12 @@ attention_half(zq_lkd *b, const zq_lkd_batch *batch, int64_t *bad_row)
         const zq_rows_out out = into(&b->in1, quant, NULL);
         TRY(norm(b, ZQ_LKD_NORM1, batch->x, tokens, &out, bad_row));
     }
-    TRY(lkd_linear_forward(&b->linear[ZQ_LKD_QKV], &b->in1, tokens, NULL, b->qkv_out));
+    TRY(lkd_linear_forward(b, &b->linear[ZQ_LKD_QKV], &b->in1, tokens, NULL, b->qkv_out));
     TRY(lkd_heads(b, tokens, bad_row));
     float *const out = b->in2.f ? b->in2.f : b->wide;
     TRY(lkd_attention(b, batch, out, bad_row));
     TRY(quantize(out, tokens, b->q, quant_o, &b->in2, bad_row));
-    return lkd_linear_forward(&b->linear[ZQ_LKD_O], &b->in2, tokens, batch->x, b->sum1);
+    return lkd_linear_forward(b, &b->linear[ZQ_LKD_O], &b->in2, tokens, batch->x, b->sum1);
 }
 
 /* in3: what the first layers of the feed-forward network read. */
@@ -401,19 +404,19 @@ static zq_status
 ffn_half(zq_lkd *b, int64_t tokens, float *y, int64_t *bad_row)
 {
     const int post = b->s.order == ZQ_LKD_POST;
-    TRY(lkd_linear_forward(&b->linear[ZQ_LKD_UP], &b->in3, tokens, NULL, b->up));
+    TRY(lkd_linear_forward(b, &b->linear[ZQ_LKD_UP], &b->in3, tokens, NULL, b->up));
     const zq_rows_out out = into(&b->in4, b->s.spec[ZQ_LKD_DOWN].act, NULL);
     if (b->s.gated) {
-        TRY(lkd_linear_forward(&b->linear[ZQ_LKD_GATE], &b->in3, tokens, NULL, b->gate));
+        TRY(lkd_linear_forward(b, &b->linear[ZQ_LKD_GATE], &b->in3, tokens, NULL, b->gate));
         TRY(zq_gated(b->gate, b->up, tokens, b->s.ff, b->s.act, &out, bad_row));
     }
     else {
         TRY(zq_activate(b->up, tokens, b->s.ff, b->s.act, &out, bad_row));
     }
     if (!post) {
-        return lkd_linear_forward(&b->linear[ZQ_LKD_DOWN], &b->in4, tokens, b->sum1, y);
+        return lkd_linear_forward(b, &b->linear[ZQ_LKD_DOWN], &b->in4, tokens, b->sum1, y);
     }
-    TRY(lkd_linear_forward(&b->linear[ZQ_LKD_DOWN], &b->in4, tokens, b->h, b->sum2));
+    TRY(lkd_linear_forward(b, &b->linear[ZQ_LKD_DOWN], &b->in4, tokens, b->h, b->sum2));
     const zq_rows_out last = into(&(lkd_rows){0}, ZQ_QUANT_NONE, y);
     return norm(b, ZQ_LKD_NORM2, b->sum2, tokens, &last, bad_row);
 }
@@ -423,6 +426,7 @@ static zq_status
 forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fault, int64_t *bad_row)
 {
     *fault = ZQ_LKD_IN_RESULT;
+    b->stop = batch->stop;
     TRY(reserve(b, tokens_of(batch)));
     TRY(prepare_linears(b, fault, bad_row));
     set_positions(b, batch);
@@ -530,6 +534,9 @@ zq_lkd_step(zq_lkd *b, const zq_lkd_batch *batch, const float *target, const zq_
     }
     TRY(back(b, batch, b->dy, NULL, bad_row));
     TRY(check_finite(b->values[ZQ_LKD_GRADIENT], b->count));
-    lkd_adamw(b, o);
+    if (zq_stopped(b->stop)) {
+        return ZQ_ESTOPPED;
+    }
+    lkd_adamw(b, o); /* as a whole or not at all: half a step is none that could be repeated */
     return ZQ_OK;
 }

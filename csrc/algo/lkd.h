@@ -59,6 +59,7 @@ typedef struct {
     const float *x;
     const int64_t *offsets;
     int64_t sequences;
+    zq_stop *stop; /* of the call that computes with it, or NULL */
 } zq_lkd_batch;
 
 typedef struct {
@@ -90,12 +91,15 @@ int64_t *zq_lkd_steps(zq_lkd *b);
 /* What went wrong where the status is ZQ_ENONFINITE: a weight, or something that was computed. */
 typedef enum { ZQ_LKD_IN_WEIGHT, ZQ_LKD_IN_RESULT } zq_lkd_fault;
 
-/* y = block(x). ZQ_ENONFINITE: *fault says where; *bad_row is the row of a weight. x and target are to be finite. */
+/* y = block(x). ZQ_ENONFINITE: *fault says where; *bad_row is the row of a weight. x and target are to be finite.
+ * ZQ_ESTOPPED, from all three: batch->stop said so; y, dx and the gradients are anything, parameters, moments and steps what they
+ * were, but for weights that were beyond what their given scales can say: those may be at the border already. */
 zq_status zq_lkd_forward(zq_lkd *b, const zq_lkd_batch *batch, float *y, zq_lkd_fault *fault, int64_t *bad_row);
 /* Gradients of sum(dy y) by every parameter and, unless dx is NULL, by x. */
 zq_status zq_lkd_gradients(zq_lkd *b, const zq_lkd_batch *batch, const float *dy, float *dx, zq_lkd_fault *fault,
                            int64_t *bad_row);
-/* One step of AdamW on the loss; *loss is that before the step. Where something is not finite, no parameter changes. */
+/* One step of AdamW on the loss; *loss is that before the step. Where something is not finite, no parameter changes. The stop is
+ * not asked any more once parameters do. */
 zq_status zq_lkd_step(zq_lkd *b, const zq_lkd_batch *batch, const float *target, const zq_lkd_options *o, double *loss,
                       zq_lkd_fault *fault, int64_t *bad_row);
 

@@ -3,7 +3,8 @@
  *     p = softmax(scale q k^T)    o = p v
  *     dv = p^T do    dp = do v^T    ds = p (dp - sum p dp)    dq = scale ds k    dk = ds^T (scale q)
  * p is computed again on the way back rather than kept. A job owns a key head, so that dk and dv add up in one order: over the
- * query heads that share it, then over the rows. */
+ * query heads that share it, then over the rows. Its memory is its own, as what is asked between tiles whether to stop may use
+ * the thread's. */
 #include "lkd_block.h"
 
 #include <math.h>
@@ -38,15 +39,15 @@ take(float **at, int64_t items)
     return p;
 }
 
-/* Returns 0 where there is no memory. */
-static int
+/* Returns memory to be freed, or NULL where there is none. */
+static void *
 lay_out(job_memory *w, int backward)
 {
     const int64_t rows = w->lp * w->dp, turned = w->d * w->lp, tile = TILE_ROWS * w->lp, outputs = TILE_ROWS * w->dp;
     const int64_t floats = 3 * rows + turned + tile + outputs + (backward ? 3 * rows + turned + 2 * tile : 0) + 16 * 12;
-    float *at = zq_scratch(ZQ_SCRATCH_NN, (size_t)floats * sizeof *at);
-    if (!at) {
-        return 0;
+    float *const memory = zq_alloc((size_t)floats * sizeof *memory), *at = memory;
+    if (!memory) {
+        return NULL;
     }
     w->q = take(&at, rows);
     w->k = take(&at, rows);
@@ -62,7 +63,7 @@ lay_out(job_memory *w, int backward)
         w->ds = take(&at, tile);
         w->st = take(&at, tile);
     }
-    return 1;
+    return memory;
 }
 
 /* (length, d) of x, ld apart, into rows of dp; rows and columns that fill up are zeros. */
@@ -165,7 +166,7 @@ head_forward(job_memory *w, int64_t head)
 {
     const int64_t ld = w->t->b->q;
     load_queries(w, head);
-    for (int64_t r = 0; r < w->length; r += TILE_ROWS) {
+    for (int64_t r = 0; r < w->length && !zq_stopped(w->t->b->stop); r += TILE_ROWS) {
         const int64_t rows = zq_min(TILE_ROWS, w->length - r), n = weights(w, r, rows);
         multiply(w, w->s, n, rows, n, w->v, w->dp, w->dp, w->o, w->dp, 0);
         store_rows(w, w->o, rows, 1.0f, w->t->out + (w->row + r) * ld + head * w->d, ld);
@@ -179,7 +180,7 @@ head_backward(job_memory *w, int64_t head)
     const zq_lkd *b = w->t->b;
     load_queries(w, head);
     load_rows(w, w->t->dout + w->row * b->q + head * w->d, b->q, w->dout);
-    for (int64_t r = 0; r < w->length; r += TILE_ROWS) {
+    for (int64_t r = 0; r < w->length && !zq_stopped(w->t->b->stop); r += TILE_ROWS) {
         const int64_t rows = zq_min(TILE_ROWS, w->length - r), n = weights(w, r, rows);
         const float *dout = w->dout + r * w->dp;
         multiply(w, dout, w->dp, rows, w->d, w->vt, w->lp, n, w->ds, n, 0);
@@ -208,7 +209,8 @@ attention_job(void *ctx, int64_t job)
     if (w.length == 0) {
         return;
     }
-    if (!lay_out(&w, t->dout != NULL)) {
+    void *const memory = lay_out(&w, t->dout != NULL);
+    if (!memory) {
         atomic_store(&t->trouble.no_memory, 1);
         return;
     }
@@ -231,6 +233,7 @@ attention_job(void *ctx, int64_t job)
         store_rows(&w, w.dk, w.length, 1.0f, dk, b->qkv);
         store_rows(&w, w.dv, w.length, 1.0f, dk + b->kv, b->qkv);
     }
+    zq_free(memory);
 }
 
 static zq_status
@@ -238,8 +241,8 @@ run(attention *t, int64_t *bad_row)
 {
     t->K = zq_active();
     zq_trouble_init(&t->trouble);
-    zq_parallel_for(t->batch->sequences * t->b->s.kv_heads, attention_job, t);
-    return zq_trouble_status(&t->trouble, bad_row);
+    const int stopped = zq_parallel_until(t->batch->sequences * t->b->s.kv_heads, attention_job, t, t->b->stop);
+    return stopped ? ZQ_ESTOPPED : zq_trouble_status(&t->trouble, bad_row);
 }
 
 zq_status

@@ -38,7 +38,8 @@ struct zq_lkd {
     float *cos, *sin, *minus_sin; /* (positions, half) */
     float *zeros;                 /* bias of products without one */
     int64_t steps;
-    /* what a batch needs, for up to `capacity` tokens, in one piece of memory */
+    zq_stop *stop; /* of the call that runs, or NULL */
+    /* what a batch needs, for up to `capacity` tokens, in one piece of memory; attention's jobs have their own */
     void *memory;
     int64_t capacity, bytes;
     int32_t *position; /* (tokens): in its sequence */
@@ -64,7 +65,8 @@ void lkd_linear_free(lkd_linear *l);
 zq_status lkd_linear_codes(lkd_linear *l, int64_t *bad_row);
 zq_status lkd_linear_prepare(zq_lkd *b, lkd_linear *l, int64_t *bad_row);
 /* y (tokens, n) = x w^T + bias + residual; residual may be NULL. */
-zq_status lkd_linear_forward(const lkd_linear *l, const lkd_rows *x, int64_t tokens, const float *residual, float *y);
+zq_status lkd_linear_forward(const zq_lkd *b, const lkd_linear *l, const lkd_rows *x, int64_t tokens, const float *residual,
+                             float *y);
 /* dx (tokens, k) = dy w + residual */
 zq_status lkd_linear_dx(zq_lkd *b, const lkd_linear *l, const float *dy, int64_t tokens, const float *residual, float *dx);
 /* dw = dy^T x, dbias = sum of the rows of dy */

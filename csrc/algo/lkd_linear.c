@@ -1,7 +1,8 @@
 /* Linear layers of a block in training. With x and w as their codes say,
  *     y = x w^T + bias        dx = dy w        dw = dy^T x        dbias = sum of rows of dy
  * and all three products are those of gemm.c: integer for y where both are codes, float32 otherwise, the right operand in
- * panels of 32 columns that are filled from codes on the way. */
+ * panels of 32 columns that are filled from codes on the way. Large ones are several of gemm.c's, so that the call's stop can be
+ * asked in between; elements are the same in a piece as in the whole. */
 #include "lkd_block.h"
 
 #include <float.h>
@@ -128,6 +129,9 @@ lkd_linear_free(lkd_linear *l)
 zq_status
 lkd_linear_prepare(zq_lkd *b, lkd_linear *l, int64_t *bad_row)
 {
+    if (zq_stopped(b->stop)) {
+        return ZQ_ESTOPPED;
+    }
     if (l->bias) {
         memcpy(l->packed.bias, l->bias, (size_t)l->n * sizeof *l->bias);
     }
@@ -146,13 +150,75 @@ lkd_linear_prepare(zq_lkd *b, lkd_linear *l, int64_t *bad_row)
     return ZQ_OK;
 }
 
+/* ---- products --------------------------------------------------------------------------------------- */
+
+enum {
+    PIECE_ROWS = 256,     /* of a piece, per thread, at the least: each one reads its part of the weights again */
+    PIECE_WORK = 1 << 30, /* multiplications of a piece, per thread: some 10 to 30 ms in float32, less in integers */
+};
+
+/* Panels p to p + count - 1 of w */
+static zq_linear
+panels_of(const zq_linear *w, int64_t p, int64_t count)
+{
+    const int64_t c = p * ZQ_NR;
+    zq_linear part = *w;
+    part.n = zq_min(w->n - c, count * ZQ_NR);
+    part.panels = (char *)w->panels + p * w->panel_bytes;
+    part.bias = w->bias + c;
+    part.colsum = w->colsum ? w->colsum + c : NULL;
+    part.scale = w->scale ? w->scale + c : NULL;
+    part.zcorr = w->zcorr ? w->zcorr + c : NULL;
+    part.last_use = NULL; /* is about all of them */
+    return part;
+}
+
+/* zq_linear_forward of x's rows r0 to r1 - 1, to rows and columns of `out` */
+static zq_status
+run_piece(const zq_linear *w, const zq_rows *x, int64_t r0, int64_t r1, int64_t column, const zq_out *out)
+{
+    zq_rows rows = *x;
+    rows.f32 = x->f32 ? x->f32 + r0 * x->ld_f32 : NULL;
+    rows.u8 = x->u8 ? x->u8 + r0 * x->ld_u8 : NULL;
+    rows.scale = x->scale ? x->scale + r0 : NULL;
+    rows.zero = x->zero ? x->zero + r0 : NULL;
+    zq_out part = *out;
+    part.y = out->y + r0 * out->ld_y + column;
+    part.residual = out->residual ? out->residual + r0 * out->ld_residual + column : NULL;
+    int64_t bad_row;
+    return zq_linear_forward(w, &rows, r1 - r0, &part, &bad_row);
+}
+
+/* y (m, n) = x w^T + bias + residual, in pieces that are as large as the time between two questions allows: of all columns where
+ * enough rows remain, else of some. */
+static zq_status
+product(const zq_lkd *b, const zq_linear *w, const zq_rows *x, int64_t m, const zq_out *out)
+{
+    const int64_t threads = zq_threads(), panels = zq_panel_count(w->n);
+    const int64_t work = threads * PIECE_WORK / w->k / ZQ_NR; /* in rows times panels */
+    const int64_t rows = zq_max(PIECE_ROWS * threads, work / panels), parts = zq_ceil_div(m, rows);
+    const int64_t pieces = zq_ceil_div(panels * zq_min(m, rows), zq_max(work, 1)), wide = zq_ceil_div(panels, pieces);
+    for (int64_t i = 0; i < parts; i++) {
+        for (int64_t p = 0; p < panels; p += wide) {
+            if (zq_stopped(b->stop)) {
+                return ZQ_ESTOPPED;
+            }
+            const zq_linear part = panels_of(w, p, wide);
+            const zq_status s = run_piece(wide < panels ? &part : w, x, m * i / parts, m * (i + 1) / parts, p * ZQ_NR, out);
+            if (s != ZQ_OK) {
+                return s;
+            }
+        }
+    }
+    return ZQ_OK;
+}
+
 zq_status
-lkd_linear_forward(const lkd_linear *l, const lkd_rows *x, int64_t tokens, const float *residual, float *y)
+lkd_linear_forward(const zq_lkd *b, const lkd_linear *l, const lkd_rows *x, int64_t tokens, const float *residual, float *y)
 {
     const zq_rows rows = {.f32 = x->f, .ld_f32 = l->k, .u8 = x->q, .ld_u8 = x->ld_q, .scale = x->scale, .zero = x->zero};
     const zq_out out = {.residual = residual, .ld_residual = l->n, .y = y, .ld_y = l->n};
-    int64_t bad_row;
-    return zq_linear_forward(&l->packed, &rows, tokens, &out, &bad_row);
+    return product(b, &l->packed, &rows, tokens, &out);
 }
 
 /* ---- panels ----------------------------------------------------------------------------------------- */
@@ -211,13 +277,14 @@ multiply(const zq_lkd *b, panel_fill *p, const float *a, int64_t lda, int64_t m,
 {
     p->panels = b->panels;
     p->K = zq_active();
-    zq_parallel_for(zq_ceil_div(p->rows, LKD_CHUNK), fill_job, p);
+    if (zq_parallel_until(zq_ceil_div(p->rows, LKD_CHUNK), fill_job, p, b->stop)) {
+        return ZQ_ESTOPPED;
+    }
     const zq_linear w = {.kind = ZQ_W_F32, .n = p->columns, .k = p->rows, .group = p->rows, .panels = p->panels,
                          .panel_bytes = p->rows * ZQ_NR * (int64_t)sizeof(float), .bias = b->zeros};
     const zq_rows rows = {.f32 = a, .ld_f32 = lda};
     const zq_out out = {.residual = residual, .ld_residual = p->columns, .y = y, .ld_y = p->columns};
-    int64_t bad_row;
-    return zq_linear_forward(&w, &rows, m, &out, &bad_row);
+    return product(b, &w, &rows, m, &out);
 }
 
 zq_status
@@ -254,7 +321,9 @@ zq_status
 lkd_linear_dw(zq_lkd *b, const lkd_linear *l, const float *dy, const lkd_rows *x, int64_t tokens)
 {
     transpose_jobs t = {b, zq_active(), l, dy, tokens};
-    zq_parallel_for(zq_ceil_div(l->n, LKD_CHUNK), transpose_job, &t);
+    if (zq_parallel_until(zq_ceil_div(l->n, LKD_CHUNK), transpose_job, &t, b->stop)) {
+        return ZQ_ESTOPPED;
+    }
     panel_fill p = {.rows = tokens, .columns = l->k, .f = x->f, .x = x};
     return multiply(b, &p, b->dyt, b->ld_dyt, l->n, NULL, l->dw);
 }

@@ -369,7 +369,7 @@ zq_enter(PyObject *o, const char *kind, const char *name, const char *maker)
     }
     atomic_flag *busy = PyCapsule_GetPointer(o, kind);
     if (atomic_flag_test_and_set(busy)) {
-        PyErr_Format(PyExc_RuntimeError, "%s: another thread is using it", name);
+        PyErr_Format(PyExc_RuntimeError, "%s: another call is using it", name);
         return NULL;
     }
     return busy;

@@ -4,6 +4,7 @@
 
 #include "../algo/lkd.h"
 #include "bind.h"
+#include "interrupt.h"
 
 #include <stdatomic.h>
 #include <string.h>
@@ -341,7 +342,7 @@ read_batch(const zq_lkd *b, PyObject *const *args, zq_arg a[2], zq_lkd_batch *ba
         return -1;
     }
     const int64_t *offsets = a[1].data;
-    *batch = (zq_lkd_batch){a[0].data, offsets, a[1].size - 1};
+    *batch = (zq_lkd_batch){.x = a[0].data, .offsets = offsets, .sequences = a[1].size - 1};
     for (int64_t s = 0; positions && s < batch->sequences; s++) {
         if (offsets[s + 1] - offsets[s] > positions) {
             PyErr_Format(PyExc_ValueError, "offsets: sequence %lld is longer than the %lld positions of cos", (long long)s,
@@ -380,19 +381,20 @@ perform(zq_lkd *b, const zq_lkd_batch *batch, task *t, zq_lkd_fault *fault, int6
 }
 
 static int
-compute(zq_lkd *b, const zq_lkd_batch *batch, task *t)
+compute(zq_lkd *b, zq_lkd_batch *batch, task *t)
 {
     zq_lkd_fault fault;
-    zq_status status;
     int64_t bad_row = 0;
-    Py_BEGIN_ALLOW_THREADS
-    status = perform(b, batch, t, &fault, &bad_row);
-    Py_END_ALLOW_THREADS
+    zq_interrupt interrupt;
+    zq_begin_interruptible(&interrupt);
+    batch->stop = interrupt.asked;
+    const zq_status status = perform(b, batch, t, &fault, &bad_row);
+    zq_end_interruptible(&interrupt);
     if (status == ZQ_ENONFINITE && fault == ZQ_LKD_IN_RESULT) {
         PyErr_SetString(PyExc_ValueError, "x: finite, but something that the block makes of it is not: are all parameters?");
         return -1;
     }
-    return zq_check(status, "weight", bad_row);
+    return zq_check(status, status == ZQ_ESTOPPED ? "block" : "weight", bad_row);
 }
 
 /* forward(block, x, offsets), or gradients(block, x, offsets, dy) */

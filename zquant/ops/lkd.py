@@ -137,6 +137,14 @@ class TrainedBlock:
     TypeError, ValueError
         A tensor is missing, unknown, not float32 or has another shape; a spec does not fit the layer.
 
+    Notes
+    -----
+    Ctrl-C, or any signal whose handler raises, ends :meth:`forward`, :meth:`gradients` and :meth:`step` early, where they were
+    called on the main thread. Gradients are anything then; parameters, moments and the step count are those before the call,
+    but for weights beyond the border of their given scales, which may have been set to it, as the next pass would. Once a step
+    has begun to change parameters it goes on to its end (0.2 s for 200 million of them), before the exception: ``state()``
+    says how many steps were made.
+
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
     >>> shape = BlockShape(width=16, heads=2, inner=32, order="pre", norm="rms", gated=True, activation="silu", causal=True)
