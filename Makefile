@@ -74,7 +74,7 @@ bench: $(CORE)
 
 lint: $(CORE)
 	@if command -v ruff >/dev/null; then ruff check .; else echo "ruff is not installed"; fi
-	@if command -v mypy >/dev/null; then mypy --python-executable $(PY) zquant; else echo "mypy is not installed"; fi
+	@if command -v mypy >/dev/null; then mypy --python-executable $(PY) zquant zquant_command.py; else echo "mypy is not installed"; fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info $(CORE) .pytest_cache .hypothesis tests/bench/build

@@ -30,9 +30,20 @@ def call(capsys, *argv):
     return code, captured.out, captured.err
 
 
-def process(*argv, **options):
+#: Both ways to the command: as a module, and what the installed script does.
+STARTS = {
+    "module": ["-m", "zquant"],
+    "script": [
+        "-c",
+        "import sys; from importlib.metadata import entry_points as found\n"
+        "(command,) = set(found(group='console_scripts', name='zquant'))\nsys.exit(command.load()())",
+    ],
+}
+
+
+def process(*argv, start="module", **options):
     return subprocess.Popen(
-        [sys.executable, "-m", "zquant", *map(str, argv)],
+        [sys.executable, *STARTS[start], *map(str, argv)],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -144,15 +155,30 @@ def test_an_unexpected_error_names_its_type(capsys, monkeypatch, tmp_path):
         cli.main(["info", str(tmp_path)])
 
 
-def test_interrupt(tmp_path):
+@pytest.mark.parametrize("start", STARTS)
+def test_interrupt(tmp_path, start):
     """Ctrl-C while a file is being read: exit code 130, no traceback. The pipe makes the moment certain."""
     fifo = tmp_path / "pairs.csv"
     os.mkfifo(fifo)
-    child = process("eval", "sts", tmp_path, fifo)
+    child = process("eval", "sts", tmp_path, fifo, start=start)
     with open(fifo, "w"):  # opens when the child reads
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=20)
     assert (child.returncode, out, err) == (130, "", "zquant: interrupted\n")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_interrupt_while_numpy_is_imported(tmp_path, ignored):
+    """The script says so as always; with Ctrl-C ignored, as behind nohup, it goes on."""
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nos._exit(7)\n")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        child = process("info", start="script", env={**os.environ, "PYTHONPATH": paths})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    out, err = child.communicate(timeout=20)
+    assert (child.returncode, out, err) == ((7, "", "") if ignored else (130, "", "zquant: interrupted\n"))
 
 
 def test_interrupt_while_arguments_are_parsed(capsys, monkeypatch):
