@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,17 @@ def test_failures_are_one_line(capsys, tmp_path, full):
         assert (code, out) == (1, ""), argv
         assert re.fullmatch(rf"zquant: .*{message}.*\n", err), err
     assert file.read_text() == "kept" and not (tmp_path / "out").exists()
+
+
+def test_a_source_that_cannot_be_copied_is_said_before_the_work(capsys, monkeypatch, tmp_path):
+    """As where a cache of links lost what one of them leads to."""
+    source = shutil.copytree(Path(__file__).parent / "data" / "tiny-llama-5m", tmp_path / "m")
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to("nowhere")
+    monkeypatch.setattr(sys.modules["zquant.quantize"], "quantize", lambda *_, **__: pytest.fail("began to quantize"))
+    code, out, err = call(capsys, "quantize", source, "-o", tmp_path / "out")
+    assert (code, out, err) == (1, "", f"zquant: No such file or directory: {source / 'tokenizer.json'}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_an_unexpected_error_names_its_type(capsys, monkeypatch, tmp_path):

@@ -18,11 +18,12 @@ import tiny_decoders  # noqa: E402
 from tiny_models import FAMILIES, batch, config_of, tensors_of, write  # noqa: E402
 
 import zquant as zq  # noqa: E402
+from zquant import saving  # noqa: E402
 from zquant.demo_model import find_minilm  # noqa: E402
 from zquant.errors import FormatError, VersionError  # noqa: E402
 from zquant.formats.safetensors import Stored, open_checkpoint, write_safetensors  # noqa: E402
 from zquant.qtensor import QTensor  # noqa: E402
-from zquant.saving import check_writable  # noqa: E402
+from zquant.saving import check_source, check_writable  # noqa: E402
 from zquant.spec import QuantSpec, Scheme  # noqa: E402
 
 LLAMA = Path(__file__).parent / "data" / "tiny-llama-5m"
@@ -200,6 +201,70 @@ def test_a_source_that_is_gone_or_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="the directory that the model was loaded from.* is gone.*m'$"):
         model.save(want)
     assert not list(tmp_path.iterdir())
+
+
+GONE = "the directory that the model was loaded from, whose tokenizer and other files .* is gone.*/m'$"
+
+
+def test_a_source_that_is_gone_is_said_before_anything_is_written(minilm, tmp_path, monkeypatch):
+    """And before the work whose result is to be saved, to those who ask."""
+    monkeypatch.setattr(saving, "_stage", lambda _: pytest.fail("the target was touched"))
+    for origin, load in ((LLAMA, zq.load), (minilm.path, zq.SentenceEncoder)):
+        model = load(shutil.copytree(origin, tmp_path / "m"))
+        check_source(model)
+        shutil.rmtree(tmp_path / "m")
+        for call in (lambda: check_source(model), lambda: model.save(tmp_path / "saved")):
+            with pytest.raises(FileNotFoundError, match=GONE):
+                call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_source_reads_what_is_copied(minilm, tmp_path):
+    model = zq.SentenceEncoder(shutil.copytree(minilm.path, tmp_path / "m"))
+    changes = {"1_Pooling/more.json": FileNotFoundError, "tokenizer.json": FileNotFoundError, "modules.json": FormatError}
+    for name, error in changes.items():
+        file = tmp_path / "m" / name
+        kept = file.read_bytes() if file.exists() else None
+        file.unlink(missing_ok=True)
+        if error is FormatError:
+            file.write_text("{")
+        else:
+            file.symlink_to("nowhere")
+        with pytest.raises(error, match=f"m/{name}"):
+            check_source(model)
+        file.unlink()
+        if kept is not None:
+            file.write_bytes(kept)
+    check_source(model)
+    (tmp_path / "m" / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    with pytest.raises(ValueError, match="has changed since the encoder was loaded"):
+        check_source(model)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_source_that_goes_meanwhile(minilm, tmp_path, monkeypatch, late):
+    """Before its files are copied: an error, and nothing is left. While the weights are written: it is not needed any more."""
+    source = shutil.copytree(minilm.path, tmp_path / "m")
+    model = zq.SentenceEncoder(source)
+    model.max_seq_length = 12  # another one than the files say
+    model.tokenize(["read while it was there"])
+    name = "_write_model" if late else "_copy_companions"
+    real = getattr(saving, name)
+
+    def with_the_source_gone(*arguments):
+        shutil.rmtree(source, ignore_errors=True)
+        return real(*arguments)
+
+    monkeypatch.setattr(saving, name, with_the_source_gone)
+    if not late:
+        with pytest.raises(FileNotFoundError, match=GONE):
+            model.save(tmp_path / "saved")
+        assert not list(tmp_path.iterdir())
+        return
+    again = zq.SentenceEncoder(model.save(tmp_path / "saved"))
+    options = json.loads((minilm.transformer / "sentence_bert_config.json").read_bytes())
+    assert json.loads((again.transformer / "sentence_bert_config.json").read_bytes()) == {**options, "max_seq_length": 12}
+    same_model(again.model, model.model)
 
 
 # ---- where it goes -----------------------------------------------------------------------------------------------------

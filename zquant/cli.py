@@ -554,10 +554,12 @@ def _processes(count: int | None) -> Iterator[Any]:
 def _quantize(arguments: argparse.Namespace) -> None:
     from .calibrate import _peak_rss
     from .quantize import choose_scheme, quantize
+    from .saving import check_source
 
     _check_output(arguments.model, arguments.output, arguments.force)
     start = time.perf_counter()
     model = _open(arguments.model)
+    check_source(model)
     recipe = arguments.method
     scheme = choose_scheme(arguments.scheme, recipe).with_overrides(dict(arguments.override))
     calib = _calibration(arguments.calib, recipe, scheme)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .formats.safetensors import SINGLE, Stored, replacing, write_safetensors
 from .linear import Linear
 from .qtensor import QTensor
 
-__all__ = ["check_writable", "save"]
+__all__ = ["check_source", "check_writable", "save"]
 
 # What a tokenizer and sentence-transformers read; weights, configuration and model cards are not copied.
 COMPANIONS = ("tokenizer*.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -55,7 +55,7 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
         ``directory`` is a file; or the files of a sentence encoder are no longer those that it was loaded with.
     OSError
         ``directory`` cannot be written (:func:`check_writable` says so beforehand); or the directory that the model was
-        loaded from is gone, or a file in it that is to be copied cannot be read.
+        loaded from is gone, or a file in it that is to be copied cannot be read (:func:`check_source` says so beforehand).
 
     Notes
     -----
@@ -71,6 +71,7 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
     are not: other readers pass over their tensors, and compute something else.
     """
     target = Path(directory)
+    check_source(model)
     place, staging = _stage(target)
     new = staging / "model"  # with the permissions of any new directory there; the temporary one is its maker's alone
     try:
@@ -85,6 +86,35 @@ def save(model: Any, directory: str | os.PathLike[str]) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def check_source(model: Any) -> None:
+    """Raise what :func:`save` would raise if it could not copy what belongs to the model from where it was loaded. Cheap: to be
+    asked before work that ends in saving its result.
+
+    Parameters
+    ----------
+    model
+        A Model or a SentenceEncoder; one made of it copies from the same directory.
+
+    Raises
+    ------
+    ValueError
+        The files of a sentence encoder are no longer those that it was loaded with.
+    OSError
+        The directory is gone, or a file in it that is to be copied cannot be read.
+
+    >>> import zquant as zq
+    >>> from zquant.demo_model import find_minilm
+    >>> check_source(zq.SentenceEncoder(find_minilm()))
+    """
+    for source in _sources(model):
+        for path in _companions(source):
+            if not (source / path).is_dir():
+                with open(source / path, "rb"):
+                    pass
+    if hasattr(model, "model"):
+        model.check_files()
 
 
 def check_writable(path: Path) -> None:
@@ -133,23 +163,26 @@ def _about(target: Path, error: OSError, room: Path) -> OSError:
 
 
 def _write(model: Any, directory: Path) -> None:
-    """A sentence encoder may keep its Transformer in a subdirectory: the layout stays as it was."""
-    root, inner = Path(model.path), getattr(model, "model", None)
-    if inner is None:
-        _copy_companions(root, directory)
-        _write_model(model, directory)
-        return
-    _copy_companions(root, directory)
-    model.check_files()
-    transformer = model.transformer
-    place = directory / transformer.relative_to(root)
-    if place != directory:
+    """A sentence encoder may keep its Transformer in a subdirectory: the layout stays as it was. The source is needed for as
+    long as its files are copied; it may go while the weights, which take longest, are written."""
+    root, inner, place = Path(model.path), getattr(model, "model", None), directory
+    for source in _sources(model):
+        place = directory / source.relative_to(root)
         place.mkdir(parents=True, exist_ok=True)
-        _copy_companions(transformer, place)
-    _write_model(inner, place)
-    settings = model.length_settings()
-    if settings is not None:
-        (place / "sentence_bert_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        _copy_companions(source, place)
+    if inner is not None:
+        model.check_files()
+        settings = model.length_settings()
+        if settings is not None:
+            (place / "sentence_bert_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    _write_model(model if inner is None else inner, place)
+
+
+def _sources(model: Any) -> list[Path]:
+    """The directory that a model was loaded from, and behind it that of an encoder's Transformer if it has its own."""
+    root = Path(model.path)
+    transformer = model.transformer if hasattr(model, "model") else root
+    return [root] if transformer == root else [root, transformer]
 
 
 def _write_model(model: Any, directory: Path) -> None:
@@ -204,26 +237,35 @@ def _as_it_came(dtype: str | None, array: np.ndarray) -> np.ndarray | Stored:
 
 
 def _copy_companions(source: Path, directory: Path) -> None:
-    """Errors are raised, and name the file: a model without its tokenizer looks saved and is not."""
+    """Errors are raised, and name the file: a model without its tokenizer looks saved and is not. Contents alone are copied:
+    that the source may be read-only is nothing to its copy."""
+    for path in _companions(source):
+        if (source / path).is_dir():
+            (directory / path).mkdir(parents=True, exist_ok=True)
+        else:
+            shutil.copyfile(source / path, directory / path)
+
+
+def _companions(source: Path) -> Iterator[Path]:
+    """What is copied, relative to ``source``: files, and directories before what is in them."""
     if not source.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the directory that the model was loaded from, whose tokenizer and other files "
                                 "are saved with it, is gone; load the model from where it is now", str(source))
     for name in sorted(os.listdir(source)):
         if any(fnmatchcase(name, pattern) for pattern in COMPANIONS) and not (source / name).is_dir():
-            shutil.copyfile(source / name, directory / name)
+            yield Path(name)
     for module in _sentence_modules(source):
         if (source / module).is_dir():  # modules without settings, such as Normalize, may have none
-            _copy_module(source / module, directory / module)
+            yield from _module(source, Path(module))
 
 
-def _copy_module(source: Path, directory: Path) -> None:
-    """Contents alone: that the source may be read-only is nothing to its copy."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in () if _is_transformer(source) else sorted(os.listdir(source)):
-        if (source / name).is_dir():
-            _copy_module(source / name, directory / name)
+def _module(source: Path, module: Path) -> Iterator[Path]:
+    yield module
+    for name in () if _is_transformer(source / module) else sorted(os.listdir(source / module)):
+        if (source / module / name).is_dir():
+            yield from _module(source, module / name)
         else:
-            shutil.copyfile(source / name, directory / name)
+            yield module / name
 
 
 def _sentence_modules(source: Path) -> list[str]:
