@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -555,11 +556,16 @@ def test_views_outlive_the_block():
 LONG = {"products": (BlockShape(1024, 8, 8192), 1400), "attention": (BlockShape(512, 8, 64, kv_heads=1, causal=True), 6000)}
 
 
+@pytest.fixture(scope="module")
+def fast():
+    """Steps of half a second are minutes in plain C and under a sanitizer, where nothing about them is different."""
+    if cpu.info().active == "ref" or b"__asan_init" in Path(_core.__file__).read_bytes():
+        pytest.skip("takes minutes here")
+
+
 @pytest.fixture(scope="module", params=LONG)
-def long_step(request):
+def long_step(request, fast):
     """Half a second or more on two cores: a block, a step of it, and what the step has to give."""
-    if cpu.info().active == "ref":
-        pytest.skip("takes minutes, and has nothing of its own here")
     shape, tokens = LONG[request.param]
     block = TrainedBlock(shape, parameters(shape, True), dict.fromkeys(LINEARS, SPECS["w4a8-g8"]))
     x, target = np.random.default_rng(5).standard_normal((2, tokens, shape.width)).astype(np.float32)
@@ -652,7 +658,7 @@ assert not child or os.waitpid(child[0], 0)[1] == 0
 
 
 @pytest.mark.parametrize("after", [0.02, 0.06, 0.1, 0.2])
-def test_a_handler_that_forks(after):
+def test_a_handler_that_forks(after, fast):
     """The child has none of the threads that were at work: it says so or ends with the same gradients, and does not wait."""
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", FORKS.format(after=after)], check=True, timeout=120, env=env)
