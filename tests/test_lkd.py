@@ -383,15 +383,15 @@ def test_products_in_pieces_give_the_same_bits(spec):
     """One thread makes several of gemm.c's products, of some rows and of some columns, of what is one product of five."""
     if cpu.info().active == "ref":
         pytest.skip("takes minutes, and has nothing of its own here")
-    shape = BlockShape(256, 2, 16500)
+    shape = BlockShape(256, 2, 33500)
     block = TrainedBlock(shape, parameters(shape, True), dict.fromkeys(LINEARS, SPECS[spec]))
-    x, dy = np.random.default_rng(3).standard_normal((2, 300, 256)).astype(np.float32)
+    x, dy = np.random.default_rng(3).standard_normal((2, 600, 256)).astype(np.float32)
     before, results = zq.get_num_threads(), []
     try:
         for n in (1, 5):
             zq.set_num_threads(n)
-            gradients = block.gradients(x, np.array([0, 100, 300]), dy)
-            results.append({"y": block.forward(x, np.array([0, 100, 300])), **{n: a.copy() for n, a in gradients.items()}})
+            gradients = block.gradients(x, np.array([0, 100, 600]), dy)
+            results.append({"y": block.forward(x, np.array([0, 100, 600])), **{n: a.copy() for n, a in gradients.items()}})
     finally:
         zq.set_num_threads(before)
     assert all(np.array_equal(a, results[1][n]) for n, a in results[0].items())

@@ -152,10 +152,11 @@ lkd_linear_prepare(zq_lkd *b, lkd_linear *l, int64_t *bad_row)
 
 /* ---- products --------------------------------------------------------------------------------------- */
 
-enum {
-    PIECE_ROWS = 256,     /* of a piece, per thread, at the least: each one reads its part of the weights again */
-    PIECE_WORK = 1 << 30, /* multiplications of a piece, per thread: some 10 to 30 ms in float32, less in integers */
-};
+/* Rows of a piece, per thread, at the least: each one reads its part of the weights again. */
+enum { PIECE_ROWS = 256 };
+
+/* Multiplications of a piece, per thread: some 20 to 40 ms in float32, less in integers. Half of it costs 3 % of a step. */
+static const int64_t PIECE_WORK = INT64_C(1) << 31;
 
 /* Panels p to p + count - 1 of w */
 static zq_linear
