@@ -13,8 +13,10 @@ INTERRUPTED = 130  # and the same words as in zquant.cli, which is not there yet
 
 def _interrupted(*_: object) -> None:
     """No exception: imports, above all those out of C, print it or make another one of it. There is nothing to clean up yet."""
-    os.write(2, b"zquant: interrupted\n")
-    os._exit(INTERRUPTED)
+    try:
+        os.write(2, b"zquant: interrupted\n")
+    finally:  # whether or not anybody reads it
+        os._exit(INTERRUPTED)
 
 
 def main() -> int:
@@ -22,8 +24,9 @@ def main() -> int:
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not where the caller had it ignored
     if usual:
         signal.signal(signal.SIGINT, _interrupted)
-    from zquant.cli import main as run
-
-    if usual:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        from zquant.cli import main as run
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     return run()

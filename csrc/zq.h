@@ -36,9 +36,9 @@ typedef void (*zq_job_fn)(void *ctx, int64_t job);
  * A call from inside a job, or while another thread holds the pool, runs its jobs on the calling thread. */
 void zq_parallel_for(int64_t jobs, zq_job_fn fn, void *ctx);
 
-/* How the caller of a long function ends it early. The function asks between pieces of work of a few milliseconds, only on
- * the thread that called it, until the answer is not 0; it then gives everything back and returns ZQ_ESTOPPED. Start from
- * {.asked = ..., .ctx = ...}; NULL in place of a zq_stop: it runs to its end. What is asked may run anything, this library
+/* How the caller of a long function ends it early. The function asks between pieces of work of milliseconds to tens of them,
+ * only on the thread that called it, until the answer is not 0; it then gives everything back and returns ZQ_ESTOPPED. Start
+ * from {.asked = ..., .ctx = ...}; NULL in place of a zq_stop: it runs to its end. What is asked may run anything, this library
  * included (a signal handler of Python): who asks holds no scratch (zq_scratch) and no other state of its thread meanwhile. */
 typedef struct {
     int (*asked)(void *ctx);

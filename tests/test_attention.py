@@ -25,6 +25,19 @@ def test_the_exponentials_are_as_accurate_as_stated():
     assert ref_nn.exp2_f32(np.float32([0, -126, -1e30, -np.inf])).tolist() == [1, 0, 0, 0]
 
 
+def test_codes_of_p_do_not_depend_on_which_of_two_integers_is_taken_halfway():
+    """The reference and level amx round t to even, the other levels to odd: 2^n 2^r with r = 1/2 or -1/2."""
+    t = np.float32(np.arange(-19.5, 0))
+    c = np.float32(ref_nn._CODE)
+    codes = []
+    for r in np.float32([0.5, -0.5]):
+        p = c[0] + r * (c[1] + r * (c[2] + r * c[3]))
+        codes.append(np.rint(p * np.exp2(t - r)))
+        assert np.abs(p * np.exp2(t - r) % 1 - 0.5).min() > 0.03  # whatever the order of operations
+    np.testing.assert_array_equal(*codes)
+    np.testing.assert_array_equal(codes[0], ref_nn.exp2_codes(t))
+
+
 def both(q, k, v, heads, **more):
     got = everywhere(ops.attention, q, k, v, heads, int8=True, **more)
     want = ref.attention_int8(q, k, v, heads, **more)
@@ -51,7 +64,7 @@ def test_int8_over_more_than_one_tile_of_keys(tokens):
     both(q, k, v, 2)
 
 
-@pytest.mark.parametrize("d", [5, 32, 40, 64, 68, 80, 128, 160])
+@pytest.mark.parametrize("d", [5, 32, 40, 64, 68, 80, 100, 128, 160])
 @pytest.mark.parametrize("tokens", [97, 130, 259])
 def test_int8_over_many_keys_for_heads_of_any_width(d, tokens):
     """So many that tile registers are used where the CPU has them, in one step and in several."""

@@ -58,7 +58,7 @@ typedef struct {
 typedef struct {
     const float *x;
     const int64_t *offsets;
-    int64_t sequences;
+    int64_t sequences; /* with a row at least, all together */
     zq_stop *stop; /* of the call that computes with it, or NULL */
 } zq_lkd_batch;
 

@@ -38,7 +38,7 @@ struct zq_lkd {
     float *cos, *sin, *minus_sin; /* (positions, half) */
     float *zeros;                 /* bias of products without one */
     int64_t steps;
-    zq_stop *stop; /* of the call that runs, or NULL */
+    zq_stop *stop; /* of the call that runs, or NULL; each call brings its own */
     /* what a batch needs, for up to `capacity` tokens, in one piece of memory; attention's jobs have their own */
     void *memory;
     int64_t capacity, bytes;

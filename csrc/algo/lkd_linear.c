@@ -152,7 +152,7 @@ lkd_linear_prepare(zq_lkd *b, lkd_linear *l, int64_t *bad_row)
 
 /* ---- products --------------------------------------------------------------------------------------- */
 
-/* Rows of a piece, per thread, at the least: each one reads its part of the weights again. */
+/* Rows of a piece, per thread, at the least, if there are so many: each one reads its part of the weights again. */
 enum { PIECE_ROWS = 256 };
 
 /* Multiplications of a piece, per thread: some 20 to 40 ms in float32, less in integers. Half of it costs 3 % of a step. */
@@ -197,8 +197,9 @@ product(const zq_lkd *b, const zq_linear *w, const zq_rows *x, int64_t m, const 
 {
     const int64_t threads = zq_threads(), panels = zq_panel_count(w->n);
     const int64_t work = threads * PIECE_WORK / w->k / ZQ_NR; /* in rows times panels */
-    const int64_t rows = zq_max(PIECE_ROWS * threads, work / panels), parts = zq_ceil_div(m, rows);
-    const int64_t pieces = zq_ceil_div(panels * zq_min(m, rows), zq_max(work, 1)), wide = zq_ceil_div(panels, pieces);
+    const int64_t parts = zq_max(1, m / zq_max(PIECE_ROWS * threads, work / panels)), rows = zq_ceil_div(m, parts);
+    const int64_t pieces = zq_ceil_div(panels * rows, zq_max(work, 1)), wide = zq_ceil_div(panels, pieces);
+    assert(m > 0 && w->n > 0 && w->k > 0);
     for (int64_t i = 0; i < parts; i++) {
         for (int64_t p = 0; p < panels; p += wide) {
             if (zq_stopped(b->stop)) {

@@ -1,5 +1,5 @@
 /* Attention on codes at level amx: attend_tile_b8 with both products in tile registers. Included by nn_avx512.c behind
- * attention.inc.h, in a region with tile instructions. Between the products every number is what attention.inc.h has.
+ * attention.inc.h, in a region with tile instructions. Between the products codes and floats are those of attention.inc.h.
  *
  *                 first operand (16 rows)       second operand (lines of 4 codes)     sums
  *     scores      k: 16 keys, u8                q: 16 query rows, s8                  (keys, query rows)
@@ -13,18 +13,19 @@
  * the products no longer take a part is lost again: the more, the smaller heads are. */
 #include "amx_tiles.h"
 
-/* FEW_KEYS: up to so many, products of vectors are quicker. */
-enum { BLOCK = 32, CHUNK = 64, LANES = 16, FEW_KEYS = 96 };
+/* Up to FEW_KEYS keys, and in steps of less than LEAST_DEPTH codes, products of vectors are quicker. */
+enum { BLOCK = 32, CHUNK = ZQ_KEY_BLOCK, LANES = 16, FEW_KEYS = 96, LEAST_DEPTH = 16 };
+_Static_assert(CHUNK % BLOCK == 0 && CHUNK == 64, "a chunk of keys fills a row of a tile register, in whole blocks");
 
-/* The fewest equal steps over d4 codes that fit a tile register */
+/* Codes of a step: d4 in the fewest equal steps that fit a tile register */
 ZQ_INLINE int64_t
-code_steps(int64_t d4)
+step_depth(int64_t d4)
 {
-    int64_t steps = zq_ceil_div(d4, CHUNK);
+    int64_t steps = zq_ceil_div(d4, 64);
     while (d4 % (4 * steps)) {
         steps++;
     }
-    return steps;
+    return d4 / steps;
 }
 
 ZQ_INLINE void
@@ -134,7 +135,8 @@ transpose_words(v16i *x)
 }
 
 /* code_word of four keys that are there: v16_exp2_codes with instructions that take two steps of it each, t less its nearest
- * integer and the product with a power of two. (Without a lower bound of t these powers become denormal, and slow.) */
+ * integer and the product with a power of two. Halfway between two integers this one takes the other of them, which gives the
+ * same codes (tests/test_attention.py). Without a lower bound of t the powers become denormal, and slow. */
 ZQ_INLINE v16i
 whole_word(const float *s, v16 max, v16 f)
 {
@@ -233,11 +235,11 @@ attend_sixteen_codes(const zq_code_tile *t, int64_t lane, int64_t depth)
 static void
 zq_attend_tile_b8__amx(const zq_code_tile *t)
 {
-    if (t->keys <= FEW_KEYS) {
+    const int64_t depth = step_depth(t->d4);
+    if (t->keys <= FEW_KEYS || depth < LEAST_DEPTH) {
         attend_tile_b8(t);
         return;
     }
-    const int64_t depth = t->d4 / code_steps(t->d4);
     assert(t->rows >= 1 && t->rows <= ZQ_NR && t->n % ZQ_NR == 0 && t->d4 % 4 == 0);
     configure_attention(depth);
     for (int64_t lane = 0; lane < t->rows; lane += 16) {

@@ -378,7 +378,7 @@ class Bench:
                 found["read bandwidth of the memory around each slice"] = None
             elif item.family == "hot":
                 found["read bandwidth of as many bytes, in the same cache, around each slice"] = None
-            elif item.family != "rows" and self.gate.kinds[self.peak_of(item)] >= 0:
+            elif item.family not in ("rows", *IN_TURN) and self.gate.kinds[self.peak_of(item)] >= 0:
                 which = f"{self.peak_of(item)}: " if item.level else ""
                 found[which + ceilings.KIND_NAMES[self.gate.kinds[self.peak_of(item)]]] = None
         return list(found)
