@@ -2,17 +2,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import runpy
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from alarms import alarms, interrupt, resident
+from alarms import alarms, fork_while, interrupt, resident
 from conftest import SHARED
 
 import zquant as zq
@@ -483,33 +480,18 @@ def long_problem(name):
 FORKS = """
 import os, signal, numpy as np, zquant as zq
 zq.set_num_threads(2)
-child = []
-def fork(*_):
-    child.append(os.fork())
 rng = np.random.default_rng(0)
 x = rng.standard_normal((2200, 2048), np.float32)
 w, h = rng.standard_normal((700, 2048), np.float32), x.T @ x
-want, _ = zq.gptq(w, h, bits=4)
-signal.signal(signal.SIGALRM, fork)
-signal.setitimer(signal.ITIMER_REAL, {after})
-try:
-    got, _ = zq.gptq(w, h, bits=4)
-    status = 0 if (got.codes == want.codes).all() else 1
-except RuntimeError as error:  # the child's, where a worker had begun something
-    status = 0 if child == [0] and "a signal handler forked" in str(error) else 2
-signal.setitimer(signal.ITIMER_REAL, 0)
-if child == [0]:
-    os._exit(status)
-assert status == 0
-assert not child or os.waitpid(child[0], 0)[1] == 0
+def compute():
+    return zq.gptq(w, h, bits=4)[0].codes
 """
 
 
 @pytest.mark.parametrize("after", [0.02, 0.06, 0.1, 0.2])
 def test_a_handler_that_forks(after):
     """The child has none of the threads that were at work: it says so or ends with the same codes, and does not wait."""
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", FORKS.format(after=after)], check=True, timeout=120, env=env)
+    fork_while(FORKS, after, "a signal handler forked")
 
 
 @pytest.mark.parametrize("name", LONG)

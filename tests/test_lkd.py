@@ -2,9 +2,6 @@
 rules, equal bits at every level and for any number of threads, bad input."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from alarms import alarms, interrupt, resident
+from alarms import alarms, fork_while, interrupt, resident
 
 import zquant as zq
 from zquant import _core, cpu, ops
@@ -630,33 +627,19 @@ FORKS = """
 import os, signal, numpy as np, zquant as zq
 from zquant.ops.lkd import BlockShape, LinearSpec, TrainedBlock
 zq.set_num_threads(2)
-child = []
-def fork(*_):
-    child.append(os.fork())
 shape = BlockShape(512, 4, 4096, causal=True)
 rng = np.random.default_rng(0)
 def random(*dims): return rng.standard_normal(dims, np.float32) / 16
 tensors = dict(qkv=random(1536, 512), o=random(512, 512), up=random(4096, 512), down=random(512, 4096),
-               **{{name: np.ones(512, np.float32) for name in ("norm1", "norm2", "norm1_bias", "norm2_bias")}})
+               **{name: np.ones(512, np.float32) for name in ("norm1", "norm2", "norm1_bias", "norm2_bias")})
 block = TrainedBlock(shape, tensors, dict.fromkeys(("qkv", "o", "up", "down"), LinearSpec(8, activations="symmetric")))
 x, offsets = random(2000, 512), np.array([0, 2000])
-want = block.gradients(x, offsets, x)["x"]
-signal.signal(signal.SIGALRM, fork)
-signal.setitimer(signal.ITIMER_REAL, {after})
-try:
-    status = 0 if (block.gradients(x, offsets, x)["x"] == want).all() else 1
-except RuntimeError as error:  # the child's, where a worker had begun something
-    status = 0 if child == [0] and "block: not finished, as a signal handler forked" in str(error) else 2
-signal.setitimer(signal.ITIMER_REAL, 0)
-if child == [0]:
-    os._exit(status)
-assert status == 0
-assert not child or os.waitpid(child[0], 0)[1] == 0
+def compute():
+    return block.gradients(x, offsets, x)["x"]
 """
 
 
 @pytest.mark.parametrize("after", [0.02, 0.06, 0.1, 0.2])
 def test_a_handler_that_forks(after, fast):
     """The child has none of the threads that were at work: it says so or ends with the same gradients, and does not wait."""
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", FORKS.format(after=after)], check=True, timeout=120, env=env)
+    fork_while(FORKS, after, "block: not finished, as a signal handler forked")
