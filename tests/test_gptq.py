@@ -499,11 +499,10 @@ def test_handlers_of_signals_run_meanwhile(name):
     """Python code that raises nothing changes nothing, and need not wait for the end; on another thread neither."""
     w, h, options = long_problem(name)
     want, _ = zq.gptq(w, h, **options)
-    calls = []
-    start = time.perf_counter()
-    with alarms(lambda *_: calls.append(time.perf_counter()), 0.06, 0.06):
+    calls, start = [], time.process_time()
+    with alarms(lambda *_: calls.append(time.process_time()), 0.06, 0.06):
         got, _ = zq.gptq(w, h, **options)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     gaps = np.diff([start, *calls])
     assert same(want, got) and (gaps.max() < 0.5 * took or took < 0.3)
     with ThreadPoolExecutor(1) as pool, alarms(lambda *_: None, 0.06, 0.06):
@@ -512,18 +511,19 @@ def test_handlers_of_signals_run_meanwhile(name):
 
 @pytest.mark.parametrize("name", LONG)
 def test_an_interrupted_solver_ends_at_once(name):
+    """By its share of the whole call's CPU time, which other programs do not change."""
     w, h, options = long_problem(name)
     want, _ = zq.gptq(w, h, **options)  # with the page faults of a first call
-    start = time.perf_counter()
+    start = time.process_time()
     zq.gptq(w, h, **options)
-    whole = time.perf_counter() - start
+    whole = time.process_time() - start
     late = []
     for part in (0.02, 0.1, 0.2):
-        start = time.perf_counter()
-        with alarms(interrupt, part * whole), pytest.raises(KeyboardInterrupt, match="alarm"):
+        start = time.process_time()
+        with pytest.raises(KeyboardInterrupt, match="alarm"), alarms(interrupt, part * whole):
             zq.gptq(w, h, **options)
-        late.append(time.perf_counter() - start - part * whole)
-    assert min(late) < 0.4 * whole + 0.1, late  # near 0.8 where it goes on to its end; one of three on a busy machine too
+        late.append((time.process_time() - start) / whole - part)
+    assert min(late) < 0.5, late  # near 0.8 where it goes on to its end
     assert same(want, zq.gptq(w, h, **options)[0])
 
 
@@ -533,7 +533,7 @@ def test_an_interrupted_solver_keeps_no_memory():
     zq.gptq(w, h)
     before = resident()
     for after in (0.001, 0.03, 0.06, 0.09, 0.12):
-        with alarms(interrupt, after), pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), alarms(interrupt, after):
             while True:
                 zq.gptq(w, h)
     assert resident() < before + 60e6
