@@ -54,13 +54,13 @@ typedef struct {
 } row_cursor;
 
 ZQ_INLINE row_cursor
-rows_of(const int mr, const zq_tile *t)
+rows_of(const int mr, const void *a, int64_t pitch)
 {
     row_cursor row;
-    row.at[0] = t->a;
+    row.at[0] = a;
 #pragma GCC unroll 4
     for (int i = 1; i < (mr + ROWS_BY - 1) / ROWS_BY; i++) {
-        row.at[i] = row.at[i - 1] + ROWS_BY * t->lda;
+        row.at[i] = row.at[i - 1] + ROWS_BY * pitch;
         __asm__("" : "+r"(row.at[i]));
     }
     return row;
@@ -118,7 +118,7 @@ accumulate_few_s8(const int mr, const int far, const zq_tile *t, const int8_t *b
 ZQ_INLINE void
 accumulate_s8(const int mr, const int far, const zq_tile *t, __m512i acc[MR][NV])
 {
-    row_cursor row = rows_of(mr, t);
+    row_cursor row = rows_of(mr, t->a, t->lda);
     const int8_t *b = t->b, *const end = b + ZQ_NR * t->k;
     const char *ahead = t->ahead;
     if (mr <= FEW_ROWS) {
@@ -281,7 +281,7 @@ one_s8_half(const int mr, const zq_tile *t)
     for (int i = 0; i < mr; i++) {
         acc[i] = _mm512_mullo_epi32(_mm512_set1_epi32(t->zx[i]), c);
     }
-    row_cursor row = rows_of(mr, t);
+    row_cursor row = rows_of(mr, t->a, t->lda);
     for (; b < end; b += 64 * NV) {
         const __m512i w = _mm512_load_si512(b);
 #pragma GCC unroll 16
@@ -481,7 +481,7 @@ ZQ_INLINE void
 one_tall(const int mr, const int four_bits, const int far, const zq_tile *t)
 {
     __m512 f[MR][NV];
-    row_cursor row = rows_of(mr, t);
+    row_cursor row = rows_of(mr, t->a, t->lda);
     const uint8_t *b = t->b;
     const int32_t *start = t->start;
     const char *ahead = t->ahead;
@@ -544,24 +544,54 @@ keep_f32(const int mr, float *sums, __m512 acc[MR][NV])
     }
 }
 
+/* x * b + acc. Of two steps at a time gcc 12 makes loops that move most sums from register to register; not of these. */
+ZQ_INLINE __m512
+fma_in_place(__m512 x, __m512 b, __m512 acc)
+{
+    __asm__ volatile("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(b));
+    return acc;
+}
+
+/* One input feature of each row, `offset` bytes behind its cursor, times 32 floats of the panel at b */
+ZQ_INLINE void
+step_f32(const int mr, const int far, const zq_tile *t, int64_t pitch, const row_cursor *row, const int offset, const float *b,
+         const char **ahead, __m512 acc[MR][NV])
+{
+    const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
+    prefetch_ahead(far, t, ahead);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+        const __m512 x = _mm512_set1_ps(*(const float *)(row->at[i / ROWS_BY] + i % ROWS_BY * pitch + offset));
+        acc[i][0] = fma_in_place(x, b0, acc[i][0]);
+        acc[i][1] = fma_in_place(x, b1, acc[i][1]);
+    }
+}
+
+/* acc[i][v] += sum over k of a[i][k] * b[k][16 v + lane], one k after the other */
+ZQ_INLINE void
+accumulate_f32(const int mr, const int far, const zq_tile *t, __m512 acc[MR][NV])
+{
+    const int64_t pitch = t->lda * (int64_t)sizeof(float);
+    row_cursor row = rows_of(mr, t->a, pitch);
+    const float *b = t->b, *const end = b + ZQ_NR * (t->k & -2);
+    const char *ahead = t->ahead;
+    for (; b < end; b += 2 * ZQ_NR) { /* Intel: what the loop itself takes, it takes from the two ports of the products */
+        step_f32(mr, far, t, pitch, &row, 0, b, &ahead, acc);
+        step_f32(mr, far, t, pitch, &row, 4, b + ZQ_NR, &ahead, acc);
+        advance_rows(mr, 8, &row);
+    }
+    if (t->k & 1) {
+        step_f32(mr, far, t, pitch, &row, 0, b, &ahead, acc);
+    }
+}
+
 ZQ_INLINE void
 one_f32(const int mr, const int far, const zq_tile *t)
 {
     __m512 acc[MR][NV];
-    const float *a = t->a, *b = t->b;
-    const char *ahead = t->ahead;
     begin_f32(mr, t->sums_in, acc);
     prefetch_residual(t);
-    for (int64_t k = 0; k < t->k; k++, b += ZQ_NR) {
-        const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
-        prefetch_ahead(far, t, &ahead);
-#pragma GCC unroll 16
-        for (int i = 0; i < mr; i++) {
-            const __m512 x = _mm512_set1_ps(a[i * t->lda + k]);
-            acc[i][0] = _mm512_fmadd_ps(x, b0, acc[i][0]);
-            acc[i][1] = _mm512_fmadd_ps(x, b1, acc[i][1]);
-        }
-    }
+    accumulate_f32(mr, far, t, acc);
     if (t->sums_out) {
         keep_f32(mr, t->sums_out, acc);
         return;
