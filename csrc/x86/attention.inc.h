@@ -7,14 +7,14 @@
 ZQ_INLINE void
 v16_exp2s(v16 *t, const int ways)
 {
-#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < ways; u++)
+#define EACH ZQ_UNROLL(4) for (int u = 0; u < ways; u++)
     v16 k[4], r[4], p[4];
     EACH { t[u] = v16_max(v16_set1(ZQ_EXP2_LO), t[u]); }
     EACH { k[u] = v16_add(t[u], v16_set1(ZQ_EXP2_MAGIC)); }
     EACH { r[u] = v16_sub(k[u], v16_set1(ZQ_EXP2_MAGIC)); }
     EACH { r[u] = v16_sub(t[u], r[u]); }
     EACH { p[u] = v16_set1(zq_exp2_poly[5]); }
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 4; i >= 0; i--) {
         EACH { p[u] = v16_fma(p[u], r[u], v16_set1(zq_exp2_poly[i])); }
     }
@@ -36,23 +36,23 @@ ZQ_INLINE void
 transposed_8x8(const float *x, int64_t ldx, __m256 *y)
 {
     __m256 r[8], p[8];
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 0; i < 8; i++) {
         r[i] = _mm256_loadu_ps(x + i * ldx);
     }
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 0; i < 8; i += 2) {
         p[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         p[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 0; i < 8; i += 4) {
         r[i] = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
         r[i + 1] = _mm256_shuffle_ps(p[i], p[i + 2], 0xee);
         r[i + 2] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0x44);
         r[i + 3] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0xee);
     }
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 0; i < 4; i++) {
         y[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
         y[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
@@ -64,7 +64,7 @@ transpose_8x8(const float *x, int64_t ldx, float *y, int64_t ldy)
 {
     __m256 columns[8];
     transposed_8x8(x, ldx, columns);
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 0; i < 8; i++) {
         _mm256_storeu_ps(y + i * ldy, columns[i]);
     }
@@ -148,22 +148,22 @@ exp2_row(float *s, int64_t keys, v16 max, v16 f)
     v16 sum[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
     int64_t j = 0;
     for (; j + 64 <= keys; j += 64) {
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int u = 0; u < 4; u += EXP_WAYS) {
             v16 p[EXP_WAYS];
-#pragma GCC unroll 4
+            ZQ_UNROLL(4)
             for (int w = 0; w < EXP_WAYS; w++) {
                 p[w] = v16_mul(v16_sub(v16_load(s + j + 16 * (u + w)), max), f);
             }
             v16_exp2s(p, EXP_WAYS);
-#pragma GCC unroll 4
+            ZQ_UNROLL(4)
             for (int w = 0; w < EXP_WAYS; w++) {
                 v16_store(s + j + 16 * (u + w), p[w]);
                 sum[u + w] = v16_add(sum[u + w], p[w]);
             }
         }
     }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int u = 0; u < 4; u++) {
         const int64_t at = j + 16 * u, n = zq_min(keys - at, 16);
         if (n > 0) {
@@ -204,14 +204,14 @@ v16i_four(const uint8_t *codes)
 ZQ_INLINE void
 v16_exp2_codes(v16 *t, v16i *code, const int ways)
 {
-#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < ways; u++)
+#define EACH ZQ_UNROLL(4) for (int u = 0; u < ways; u++)
     v16 k[4], p[4];
     EACH { t[u] = v16_max(v16_set1(ZQ_CODE_LO), t[u]); }
     EACH { k[u] = v16_add(t[u], v16_set1(ZQ_CODE_MAGIC)); }
     EACH { p[u] = v16_sub(k[u], v16_set1(ZQ_CODE_MAGIC)); }
     EACH { t[u] = v16_sub(t[u], p[u]); }
     EACH { p[u] = v16_set1(zq_code_poly[3]); }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 2; i >= 0; i--) {
         EACH { p[u] = v16_fma(p[u], t[u], v16_set1(zq_code_poly[i])); }
     }
@@ -240,7 +240,7 @@ ZQ_INLINE void
 quantize_head(const float *x, int64_t n, v16 inv, v16 round, uint8_t *q)
 {
     int64_t j = 0;
-#pragma GCC unroll 4
+    ZQ_UNROLL_BY(4)
     for (; j + 16 <= n; j += 16) {
         v16i_store_b8(q + j, v16_bits(v16_add(v16_mul(v16_load(x + j), inv), round)));
     }
@@ -258,7 +258,7 @@ head_scales(const float *x, int64_t rows, int64_t n, int64_t ldx, float *inv, fl
     float found[16];
     for (int64_t i = 0; i < 16; i++) { /* of fewer rows the last is repeated */
         top[i] = v16i_zero();
-#pragma GCC unroll 4
+        ZQ_UNROLL_BY(4)
         for (int64_t j = 0; j < n; j += 16) {
             top[i] = v16i_max(top[i], v16_abs_bits(load16(x + j, n - j)));
         }
@@ -322,7 +322,7 @@ ZQ_INLINE v16i
 pack_word(const float *x, int64_t rows, int64_t ldx, v16 inv, int64_t m)
 {
     v16i word = v16i_zero();
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int u = 3; u >= 0; u--) {
         const v16 row = u < rows ? load16(x + u * ldx, m) : v16_zero();
         word = v16i_push_byte(word, v16_bits(v16_add(v16_mul(row, inv), v16_set1(ZQ_CODE_ROUND))));
@@ -337,7 +337,7 @@ pack_vectors(const float *x, int64_t rows, int64_t m, int64_t ldx, uint8_t *q, i
 {
     v16i top[4];
     v16 inv[4];
-#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < vectors; u++)
+#define EACH ZQ_UNROLL(4) for (int u = 0; u < vectors; u++)
     EACH { top[u] = v16i_zero(); }
     for (int64_t k = 0; k < rows; k++) {
         EACH { top[u] = v16i_max(top[u], v16_abs_bits(load16(x + k * ldx + 16 * u, m))); }
@@ -382,32 +382,32 @@ code_scores(const zq_code_tile *t, int64_t key, int64_t lane, v16 *max, const in
     const uint8_t *k = t->k + key * d4, *q = t->q + 4 * lane;
     float *s = t->s + key * 16 * nv;
     v16i acc[CODE_ROWS][CODE_NV];
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < keys; i++) {
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int j = 0; j < nv; j++) {
             acc[i][j] = v16i_load(t->start + lane + 16 * j);
         }
     }
     for (int64_t c = 0; c < d4; c += 4, q += 4 * ZQ_NR) {
         v16i qc[CODE_NV];
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int j = 0; j < nv; j++) {
             qc[j] = v16i_load((const int32_t *)(const void *)(q + 64 * j));
         }
-#pragma GCC unroll 16
+        ZQ_UNROLL(16)
         for (int i = 0; i < keys; i++) {
             const v16i kc = v16i_four(k + i * d4 + c);
-#pragma GCC unroll 4
+            ZQ_UNROLL(4)
             for (int j = 0; j < nv; j++) {
                 acc[i][j] = v16i_dot4(acc[i][j], kc, qc[j]);
             }
         }
     }
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < keys; i++) {
         const v16 scale = v16_set1(t->k_scale[key + i]);
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int j = 0; j < nv; j++) {
             const v16 x = v16_mul(v16_from_i(acc[i][j]), scale);
             v16_store(s + 16 * (i * nv + j), x);
@@ -421,16 +421,16 @@ ZQ_INLINE v16i
 code_word(const float *s, const int64_t lds, int64_t keys, v16 max, v16 f)
 {
     v16i code[4], word = v16i_zero();
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int from = 0; from < 4; from += EXP_WAYS) {
         v16 t[EXP_WAYS];
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int u = 0; u < EXP_WAYS; u++) { /* of fewer keys the last is repeated */
             t[u] = v16_mul(v16_sub(v16_load(s + zq_min(from + u, keys - 1) * lds), max), f);
         }
         v16_exp2_codes(t, code + from, EXP_WAYS);
     }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int u = 3; u >= 0; u--) {
         word = v16i_push_byte(word, u < keys ? code[u] : v16i_zero());
     }
@@ -445,13 +445,13 @@ code_softmax(const zq_code_tile *t, int64_t lane, const v16 *max, v16i *sum, con
     const float *s = t->s;
     uint8_t *p = t->p;
     v16 f[CODE_NV];
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int j = 0; j < nv; j++) {
         f[j] = v16_load(t->factor + lane + 16 * j);
         sum[j] = v16i_zero();
     }
 #define CODE_WORDS(here) \
-    _Pragma("GCC unroll 4") for (int j = 0; j < nv; j++) \
+    ZQ_UNROLL(4) for (int j = 0; j < nv; j++) \
     { \
         const v16i word = code_word(s + 16 * j, 16 * nv, here, max[j], f[j]); \
         v16i_store((int32_t *)(void *)(p + 64 * j), word); \
@@ -474,32 +474,32 @@ code_values(const zq_code_tile *t, int64_t lane, int64_t ld_p, int64_t row, int6
     const int64_t keys4 = zq_round_up(t->keys, 4);
     const uint8_t *v = t->v + col / ZQ_NR * ZQ_NR * keys4 + col % ZQ_NR * 4, *p = t->p + 4 * lane;
     v16i acc[CODE_ROWS][CODE_NV];
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < CODE_ROWS; i++) {
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int j = 0; j < CODE_NV; j++) {
             acc[i][j] = v16i_zero();
         }
     }
     for (int64_t k = 0; k < keys4; k += 4, p += 4 * ld_p, v += 4 * ZQ_NR) {
         v16i vk[CODE_NV];
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int j = 0; j < CODE_NV; j++) {
             vk[j] = v16i_load((const int32_t *)(const void *)(v + 64 * j));
         }
-#pragma GCC unroll 16
+        ZQ_UNROLL(16)
         for (int i = 0; i < CODE_ROWS; i++) {
             const v16i pk = v16i_four(p + 4 * i);
-#pragma GCC unroll 4
+            ZQ_UNROLL(4)
             for (int j = 0; j < CODE_NV; j++) {
                 acc[i][j] = v16i_dot4(acc[i][j], pk, vk[j]);
             }
         }
     }
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < CODE_ROWS; i++) {
         float *o = t->o + (row + i) * t->n + col;
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int j = 0; j < CODE_NV; j++) {
             const v16 before = first ? v16_zero() : v16_load(o + 16 * j);
             v16_store(o + 16 * j, v16_fma(v16_from_i(acc[i][j]), v16_load(t->v_scale + col + 16 * j), before));
@@ -537,7 +537,7 @@ attend_lanes(const zq_code_tile *t, int64_t lane, const int nv)
     const int first = t->max[lane] == -INFINITY;
     v16 max[CODE_NV];
     v16i sum[CODE_NV];
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int j = 0; j < nv; j++) {
         max[j] = v16_load(t->max + lane + 16 * j);
     }
@@ -548,7 +548,7 @@ attend_lanes(const zq_code_tile *t, int64_t lane, const int nv)
         code_scores(t, key, lane, max, 1, nv);
     }
     code_softmax(t, lane, max, sum, nv);
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int j = 0; j < nv; j++) {
         raise_lanes(t, lane + 16 * j, first, max[j], sum[j]);
     }
@@ -582,34 +582,34 @@ matmul_tile(const zq_tile *t, int64_t col, int64_t ldb, int accumulate, const in
     const int64_t lda = t->lda, ldc = t->ldy, depth = t->k;
     float *c = t->y + col;
     v16 acc[MATMUL_MR][MATMUL_NV];
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int j = 0; j < nv; j++) {
             acc[i][j] = accumulate ? v16_load(c + i * ldc + 16 * j) : v16_zero();
         }
     }
     for (int64_t k = 0; k < depth; k++) {
         v16 bk[MATMUL_NV];
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int j = 0; j < nv; j++) {
             bk[j] = v16_load(b + k * ldb + 16 * j);
             if (mr <= 8) { /* so few rows wait for memory: a decoding step reads every page of keys once, 4 KiB ahead */
                 _mm_prefetch((const char *)(b + k * ldb + 16 * j + 1024), _MM_HINT_T0);
             }
         }
-#pragma GCC unroll 16
+        ZQ_UNROLL(16)
         for (int i = 0; i < mr; i++) {
             const v16 aik = v16_set1(a[i * lda + k]);
-#pragma GCC unroll 4
+            ZQ_UNROLL(4)
             for (int j = 0; j < nv; j++) {
                 acc[i][j] = v16_fma(aik, bk[j], acc[i][j]);
             }
         }
     }
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int j = 0; j < nv; j++) {
             v16_store(c + i * ldc + 16 * j, acc[i][j]);
         }
@@ -688,7 +688,7 @@ few_queries(const float *x, int64_t n, int64_t ldx, float *q)
         __m256 lo[8], hi[8];
         transposed_8x8(x + i, ldx, lo);
         transposed_8x8(x + 8 * ldx + i, ldx, hi);
-#pragma GCC unroll 8
+        ZQ_UNROLL(8)
         for (int j = 0; j < 8; j++) {
             v16_store(q + 16 * (i + j), v16_join(lo[j], hi[j]));
         }
@@ -700,18 +700,18 @@ ZQ_INLINE v16
 few_scores(const float *k, int64_t ld_k, int64_t head_dim, const float *q, float *s, v16 max)
 {
     v16 acc[FEW_BLOCK];
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int r = 0; r < FEW_BLOCK; r++) {
         acc[r] = v16_zero();
     }
     for (int64_t i = 0; i < head_dim; i++) {
         const v16 qi = v16_load(q + 16 * i);
-#pragma GCC unroll 16
+        ZQ_UNROLL(16)
         for (int r = 0; r < FEW_BLOCK; r++) {
             acc[r] = v16_fma(v16_set1(k[r * ld_k + i]), qi, acc[r]);
         }
     }
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int r = 0; r < FEW_BLOCK; r++) {
         v16_store(s + 16 * r, acc[r]);
         max = v16_max(max, acc[r]);
@@ -725,14 +725,14 @@ few_softmax(float *s, int64_t keys, v16 max, float factor)
 {
     const v16 f = v16_set1(factor);
     v16 sum[16];
-#pragma GCC unroll 4
+    ZQ_UNROLL_BY(4)
     for (int64_t j = 0; j < keys; j++) {
         v16_store(s + 16 * j, v16_exp2(v16_mul(v16_sub(v16_load(s + 16 * j), max), f)));
     }
     for (int64_t j = keys; j % 16; j++) {
         v16_store(s + 16 * j, v16_zero());
     }
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int l = 0; l < 16; l++) {
         sum[l] = v16_load(s + 16 * l);
     }
@@ -747,9 +747,9 @@ few_softmax(float *s, int64_t keys, v16 max, float factor)
             sum[l] = v16_add(sum[l], keys > 48 ? v16_add(third, v16_load(s + 16 * (l + 48))) : third);
         }
     }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int half = 8; half >= 1; half /= 2) {
-#pragma GCC unroll 8
+        ZQ_UNROLL(8)
         for (int l = 0; l < half; l++) {
             sum[l] = v16_add(sum[l], sum[l + half]);
         }
@@ -764,34 +764,34 @@ few_values(const float *p, int64_t keys, const float *v, int64_t ld_v, const flo
 {
     v16 acc[FEW_ROWS][MATMUL_NV];
     v16i top = v16i_zero();
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int r = 0; r < FEW_ROWS; r++) {
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int c = 0; c < nv; c++) {
             acc[r][c] = v16_zero();
         }
     }
     for (int64_t j = 0; j < keys; j++) {
         v16 vj[MATMUL_NV];
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int c = 0; c < nv; c++) {
             vj[c] = v16_load(v + j * ld_v + 16 * c);
         }
-#pragma GCC unroll 16
+        ZQ_UNROLL(16)
         for (int r = 0; r < FEW_ROWS; r++) {
             const v16 pr = v16_set1(p[16 * j + r]);
-#pragma GCC unroll 4
+            ZQ_UNROLL(4)
             for (int c = 0; c < nv; c++) {
                 acc[r][c] = v16_fma(pr, vj[c], acc[r][c]);
             }
         }
     }
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int r = 0; r < FEW_ROWS; r++) {
         if (r >= rows) {
             break;
         }
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int c = 0; c < nv; c++) {
             top = v16i_max(top, v16_abs_bits(acc[r][c]));
             v16_store(out + r * ld_out + 16 * c, v16_add(v16_mul(acc[r][c], v16_set1(inv[r])), v16_zero()));

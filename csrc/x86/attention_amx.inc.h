@@ -73,7 +73,7 @@ block_floats(float *s, int64_t keys, const float *k_scale, v16 *max)
 {
     int64_t i = 0;
     for (; i + 4 <= keys; i += 4) {
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int u = 0; u < 4; u++) {
             max[u] = score_float(s + (i + u) * LANES, k_scale + i + u, max[u]);
         }
@@ -106,26 +106,26 @@ ZQ_INLINE void
 transpose_words(v16i *x)
 {
     v16i y[16];
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 0; i < 16; i += 2) {
         y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
         y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
     }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 0; i < 16; i += 4) { /* x[i + j]: word j of each 128-bit part, of rows i to i + 3 */
         x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
         x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
         x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
         x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
     }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int j = 0; j < 4; j++) {
         y[j] = _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88);
         y[j + 4] = _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd);
         y[j + 8] = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88);
         y[j + 12] = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd);
     }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int j = 0; j < 4; j++) {
         x[j] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0x88);
         x[j + 8] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0xdd);
@@ -143,11 +143,11 @@ whole_word(const float *s, v16 max, v16 f)
     const __m512i keys_together = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
     v16 t[4], r[4], p[4];
     v16i code[4];
-#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < 4; u++)
+#define EACH ZQ_UNROLL(4) for (int u = 0; u < 4; u++)
     EACH { t[u] = v16_max(v16_set1(ZQ_CODE_LO), v16_mul(v16_sub(v16_load(s + u * LANES), max), f)); }
     EACH { r[u] = _mm512_reduce_ps(t[u], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     EACH { p[u] = v16_set1(zq_code_poly[3]); }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 2; i >= 0; i--) {
         EACH { p[u] = v16_fma(p[u], r[u], v16_set1(zq_code_poly[i])); }
     }
@@ -172,7 +172,7 @@ chunk_codes(const zq_code_tile *t, int64_t key, int64_t lane, int64_t ld_p, v16 
         sum = v16i_dot4(sum, word[w], v16i_set1(0x01010101));
     }
     transpose_words(word);
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < 16; i++) {
         v16i_store((int32_t *)(void *)(t->p + i * ld_p + key), word[i]);
     }
@@ -204,7 +204,7 @@ add_values(const zq_code_tile *t, int64_t lane, int64_t col, const int32_t *c, i
     const v16 scale[2] = {v16_load(t->v_scale + col), v16_load(t->v_scale + col + 16)};
     for (int64_t i = lane; i < zq_min(lane + 16, t->rows); i++, c += ZQ_NR) {
         float *o = t->o + i * t->n + col;
-#pragma GCC unroll 2
+        ZQ_UNROLL(2)
         for (int j = 0; j < 2; j++) {
             const v16 before = first ? v16_zero() : v16_load(o + 16 * j);
             v16_store(o + 16 * j, v16_fma(v16_from_i(v16i_load(c + 16 * j)), scale[j], before));

@@ -301,7 +301,7 @@ finish_vectors(const zq_tile *t, const int grouped, const int simple, const sums
                const zq_activation act)
 {
     __m512 y[2 * TOGETHER];
-#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < 2 * rows; u++)
+#define EACH ZQ_UNROLL(4) for (int u = 0; u < 2 * rows; u++)
     EACH { y[u] = scaled_at(t, grouped, c, i + u / 2, u % 2 * HALF, &of[u % 2]); }
     if (!simple) {
         EACH { y[u] = add_low_rank(t, y[u], i + u / 2, u % 2 * HALF); }

@@ -71,27 +71,27 @@ ZQ_INLINE void
 accumulate_s8(const int mr, const int far, const zq_tile *t, const planes *p, const int8_t *b, int64_t n, int32_t *c)
 {
     __m256i acc[MR][NV];
-#pragma GCC unroll 3
+    ZQ_UNROLL(3)
     for (int i = 0; i < mr; i++) {
-#pragma GCC unroll 8
+        ZQ_UNROLL(8)
         for (int v = 0; v < NV; v++) {
             acc[i][v] = load256(c + i * ZQ_NR + 8 * v);
         }
     }
     for (int64_t k = 0; k < n; k += 4, b += ZQ_NR * 4) {
         prefetch_ahead(far, t, b);
-#pragma GCC unroll 3
+        ZQ_UNROLL(3)
         for (int i = 0; i < mr; i++) {
             const __m256i s = broadcast4(p->s[i] + k), u = broadcast4(p->u[i] + k);
-#pragma GCC unroll 8
+            ZQ_UNROLL(8)
             for (int v = 0; v < NV; v++) {
                 acc[i][v] = dot4_signs(acc[i][v], s, u, load256(b + 32 * v));
             }
         }
     }
-#pragma GCC unroll 3
+    ZQ_UNROLL(3)
     for (int i = 0; i < mr; i++) {
-#pragma GCC unroll 8
+        ZQ_UNROLL(8)
         for (int v = 0; v < NV; v++) {
             _mm256_store_si256((__m256i *)(c + i * ZQ_NR + 8 * v), acc[i][v]);
         }
@@ -195,7 +195,7 @@ step_u4(const int mr, const int first, const int four_bits, const int high, int6
         const uint8_t *b, __m256i acc[MR_GROUP][2])
 {
     const __m256i w0 = four_bits ? nibbles(b, high) : load256(b), w1 = four_bits ? nibbles(b + 32, high) : load256(b + 32);
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 0; i < mr; i++) {
         const __m256i x = broadcast4(i < 3 ? a + i * lda : d + (i - 3) * lda);
         const __m256i p0 = _mm256_maddubs_epi16(w0, x), p1 = _mm256_maddubs_epi16(w1, x);
@@ -220,7 +220,7 @@ chunk_u4(const int mr, const int four_bits, const int far, const zq_tile *t, con
     prefetch_half(far, t, b);
     step_u4(mr, 1, four_bits, 0, lda, a, d, b, acc);
     step_u4(mr, 0, four_bits, 1, lda, a + 4, d + 4, b + second, acc);
-#pragma GCC unroll 1
+    ZQ_UNROLL_BY(1)
     while (--steps > 0) {
         a += ZQ_KSTEP;
         d += ZQ_KSTEP;
@@ -247,7 +247,7 @@ keep_sums(const int mr, const int first, const zq_tile *t, const group_part *g, 
     const int32_t *start = g->start;
     const int64_t ld = t->ld_start;
     const __m256i one = constant16(ones);
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 0; i < mr; i++) {
         const __m256i s = _mm256_set1_epi32(first ? start[i * ld] : 0);
         sums[i][at] = widen_u4(first ? s : sums[i][at], acc[i][0], one);
@@ -266,7 +266,7 @@ finish_sums(const int mr, const int alone, const zq_tile *t, const group_part *g
     const int64_t ld = t->ld_start;
     const __m256 scale0 = _mm256_load_ps(g->scales + 8 * at), scale1 = _mm256_load_ps(g->scales + 8 * at + 8);
     const __m256i one = constant16(ones);
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 0; i < mr; i++) {
         const __m256i s = _mm256_set1_epi32(alone ? start[i * ld] : 0);
         const __m256i sum0 = widen_u4(alone ? s : sums[i][at], acc[i][0], one);
@@ -356,20 +356,20 @@ group_u8(const int mr, int64_t lda, const uint8_t *a, int64_t n, const uint8_t *
 {
     const __m256i top = _mm256_set1_epi8((char)0x80);
     v16i sums[MR];
-#pragma GCC unroll 3
+    ZQ_UNROLL(3)
     for (int i = 0; i < mr; i++) {
         sums[i] = out[i];
     }
     for (; n > 0; n -= 4, a += 4, b += ZQ_NR * 4) {
         const __m256i w0 = _mm256_xor_si256(load256(b), top), w1 = _mm256_xor_si256(load256(b + 32), top);
-#pragma GCC unroll 3
+        ZQ_UNROLL(3)
         for (int i = 0; i < mr; i++) {
             const __m256i s = broadcast4(a + i * lda), u = _mm256_abs_epi8(s);
             sums[i].lo = dot4_signs(sums[i].lo, s, u, w0);
             sums[i].hi = dot4_signs(sums[i].hi, s, u, w1);
         }
     }
-#pragma GCC unroll 3
+    ZQ_UNROLL(3)
     for (int i = 0; i < mr; i++) {
         out[i] = sums[i];
     }
@@ -477,7 +477,7 @@ ZQ_INLINE void
 unpack_codes(const uint8_t *b, int64_t n, uint8_t *codes)
 {
     for (int64_t k = 0; k < n; k += ZQ_KSTEP, b += 4 * ZQ_NR, codes += 8 * ZQ_NR) {
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int v = 0; v < NV; v++) {
             _mm256_store_si256((__m256i *)(codes + 32 * v), nibbles(b + 32 * v, 0));
             _mm256_store_si256((__m256i *)(codes + 4 * ZQ_NR + 32 * v), nibbles(b + 32 * v, 1));
@@ -555,7 +555,7 @@ tile_f32(const int mr, const int far, const zq_tile *t)
 {
     v16 acc[MR][2];
     const float *a = t->a, *b = t->b;
-#pragma GCC unroll 3
+    ZQ_UNROLL(3)
     for (int i = 0; i < mr; i++) {
         acc[i][0] = t->sums_in ? v16_load(t->sums_in + i * ZQ_NR) : v16_zero();
         acc[i][1] = t->sums_in ? v16_load(t->sums_in + i * ZQ_NR + 16) : v16_zero();
@@ -563,7 +563,7 @@ tile_f32(const int mr, const int far, const zq_tile *t)
     for (int64_t k = 0; k < t->k; k++, b += ZQ_NR) {
         const v16 w0 = v16_load(b), w1 = v16_load(b + 16);
         prefetch_ahead(far, t, b);
-#pragma GCC unroll 3
+        ZQ_UNROLL(3)
         for (int i = 0; i < mr; i++) {
             const v16 x = v16_set1(a[i * t->lda + k]);
             acc[i][0] = v16_fma(x, w0, acc[i][0]);
@@ -571,7 +571,7 @@ tile_f32(const int mr, const int far, const zq_tile *t)
         }
     }
     if (t->sums_out) {
-#pragma GCC unroll 3
+        ZQ_UNROLL(3)
         for (int i = 0; i < mr; i++) {
             v16_store(t->sums_out + i * ZQ_NR, acc[i][0]);
             v16_store(t->sums_out + i * ZQ_NR + 16, acc[i][1]);
@@ -579,7 +579,7 @@ tile_f32(const int mr, const int far, const zq_tile *t)
         return;
     }
     const v16 bias0 = v16_load(t->bias), bias1 = v16_load(t->bias + 16);
-#pragma GCC unroll 3
+    ZQ_UNROLL(3)
     for (int i = 0; i < mr; i++) {
         store16(t, i, 0, v16_add(acc[i][0], bias0));
         store16(t, i, 16, v16_add(acc[i][1], bias1));

@@ -58,7 +58,7 @@ rows_of(const int mr, const void *a, int64_t pitch)
 {
     row_cursor row;
     row.at[0] = a;
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 1; i < (mr + ROWS_BY - 1) / ROWS_BY; i++) {
         row.at[i] = row.at[i - 1] + ROWS_BY * pitch;
         __asm__("" : "+r"(row.at[i]));
@@ -69,7 +69,7 @@ rows_of(const int mr, const void *a, int64_t pitch)
 ZQ_INLINE void
 advance_rows(const int mr, const int bytes, row_cursor *row)
 {
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 0; i < (mr + ROWS_BY - 1) / ROWS_BY; i++) {
         row->at[i] += bytes;
     }
@@ -82,7 +82,7 @@ step_s8(const int mr, const int far, const zq_tile *t, const row_cursor *row, co
 {
     const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
     prefetch_ahead(far, t, ahead);
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         const __m512i x = broadcast4(row->at[i / ROWS_BY] + i % ROWS_BY * t->lda + offset);
         acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, b0);
@@ -97,7 +97,7 @@ accumulate_few_s8(const int mr, const int far, const zq_tile *t, const int8_t *b
                   const char **ahead, __m512i acc[MR][NV])
 {
     __m512i second[MR][NV];
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 0; i < mr; i++) {
         second[i][0] = second[i][1] = _mm512_setzero_si512();
     }
@@ -106,7 +106,7 @@ accumulate_few_s8(const int mr, const int far, const zq_tile *t, const int8_t *b
         step_s8(mr, far, t, row, 4, b + 64 * NV, ahead, second);
         advance_rows(mr, 8, row);
     }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 0; i < mr; i++) {
         acc[i][0] = _mm512_add_epi32(acc[i][0], second[i][0]);
         acc[i][1] = _mm512_add_epi32(acc[i][1], second[i][1]);
@@ -143,7 +143,7 @@ start_s8(const int mr, const zq_tile *t, __m512i acc[MR][NV])
     const __m512i c0 = _mm512_sub_epi32(none, _mm512_loadu_si512(t->colsum));
     const __m512i c1 = _mm512_sub_epi32(none, _mm512_loadu_si512(t->colsum + 16));
     const int32_t *zero = t->zx;
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         const __m512i z = _mm512_set1_epi32(zero[i]);
         acc[i][0] = _mm512_mullo_epi32(z, c0);
@@ -231,7 +231,7 @@ finish_s8(const int mr, const int how, const int add, const zq_tile *t, __m512i 
     const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
     const float *scale = t->sx;
     const rows_out out = out_of(t);
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         const __m512 sx = _mm512_set1_ps(scale[i]);
         IN_PLACE(acc[i]);
@@ -247,7 +247,7 @@ fetch_columns(const zq_tile *t)
 {
     if (t->more && t->next_cols) {
         const void *next[] = {t->bias, t->scale, t->colsum, t->zcorr};
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int i = 0; i < 4; i++) {
             if (next[i]) {
                 __builtin_prefetch((const char *)next[i] + 4 * t->next_cols);
@@ -277,14 +277,14 @@ one_s8_half(const int mr, const zq_tile *t)
     __m512i acc[MR];
     const __m512i c = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(t->colsum));
     const int8_t *b = t->b, *const end = b + ZQ_NR * t->k;
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         acc[i] = _mm512_mullo_epi32(_mm512_set1_epi32(t->zx[i]), c);
     }
     row_cursor row = rows_of(mr, t->a, t->lda);
     for (; b < end; b += 64 * NV) {
         const __m512i w = _mm512_load_si512(b);
-#pragma GCC unroll 16
+        ZQ_UNROLL(16)
         for (int i = 0; i < mr; i++) {
             acc[i] = _mm512_dpbusd_epi32(acc[i], broadcast4(row.at[i / ROWS_BY] + i % ROWS_BY * t->lda), w);
         }
@@ -293,7 +293,7 @@ one_s8_half(const int mr, const zq_tile *t)
     const __m512 s = _mm512_loadu_ps(t->scale), bias = _mm512_loadu_ps(t->bias);
     const float *scale = t->sx;
     const rows_out out = out_of(t);
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         const __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[i]), _mm512_set1_ps(scale[i]));
         _mm512_mask_storeu_ps(out.y + i * out.ldy, out.m0, _mm512_fmadd_ps(v, s, bias));
@@ -306,7 +306,7 @@ tile_s8_s32(const int mr, const zq_tile *t, int32_t *c, int64_t ldc)
     __m512i acc[MR][NV];
     start_s8(mr, t, acc);
     accumulate_s8(mr, 0, t, acc);
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         _mm512_mask_storeu_epi32(c + i * ldc, v16_mask(zq_min(t->nr, 16)), acc[i][0]);
         _mm512_mask_storeu_epi32(c + i * ldc + 16, v16_mask(zq_max(t->nr - 16, 0)), acc[i][1]);
@@ -324,7 +324,7 @@ typedef struct {
 ZQ_INLINE void
 step_group(const int mr, const uint8_t *a, int64_t lda, const __m512i b[NV], __m512i acc[MR_GROUP][NV])
 {
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 0; i < mr; i++) {
         const __m512i x = broadcast4(a + i * lda);
         acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], b[0], x);
@@ -342,7 +342,7 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
     const int64_t lda = t->lda;
     const uint8_t *a = c->a, *b = c->b;
     __m512i second[MR_GROUP][NV];
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 0; i < mr; i++) {
         acc[i][0] = acc[i][1] = _mm512_set1_epi32(c->start[i * t->ld_start]);
         second[i][0] = second[i][1] = _mm512_setzero_si512();
@@ -367,7 +367,7 @@ accumulate_group(const int mr, const int four_bits, const int far, const zq_tile
         }
         step_group(mr, a + 4, lda, next, second);
     }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 0; i < mr; i++) {
         acc[i][0] = _mm512_add_epi32(acc[i][0], second[i][0]);
         acc[i][1] = _mm512_add_epi32(acc[i][1], second[i][1]);
@@ -385,7 +385,7 @@ finish_group(const int mr, const int how, const zq_tile *t, __m512 f[][NV])
     const int32_t *zero = t->zx;
     const float *scale = t->sx;
     const rows_out out = out_of(t);
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         const __m512 z = _mm512_set1_ps((float)(zero[i] - 128)), sx = _mm512_set1_ps(scale[i]);
         store2(how, &out, i, _mm512_fmadd_ps(_mm512_fnmadd_ps(z, z0, f[i][0]), sx, bias0),
@@ -401,7 +401,7 @@ one_group(const int mr, const int four_bits, const int far, const zq_tile *t)
     }
     __m512 f[MR_GROUP][NV];
     group_cursor c = {t->a, t->b, t->start, t->ahead};
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 0; i < mr; i++) {
         f[i][0] = f[i][1] = _mm512_setzero_ps();
     }
@@ -414,7 +414,7 @@ one_group(const int mr, const int four_bits, const int far, const zq_tile *t)
         accumulate_group(mr, four_bits, far, t, zq_min(t->group, t->k - k) / ZQ_KSTEP, &c, acc);
         c.start++;
         const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int i = 0; i < mr; i++) {
             IN_PLACE(acc[i]);
             f[i][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][0]), s0, f[i][0]);
@@ -430,7 +430,7 @@ one_group(const int mr, const int four_bits, const int far, const zq_tile *t)
 ZQ_INLINE void
 step_tall(const int mr, const zq_tile *t, const row_cursor *row, const int offset, __m512i w0, __m512i w1, __m512i acc[MR][NV])
 {
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         const __m512i x = broadcast4(row->at[i / ROWS_BY] + i % ROWS_BY * t->lda + offset);
         acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], w0, x);
@@ -468,7 +468,7 @@ add_tall(const int mr, const float *scale, __m512i acc[MR][NV], __m512 f[MR][NV]
 {
     const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);
     leave_registers(f);
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         IN_PLACE(acc[i]);
         f[i][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][0]), s0, f[i][0]);
@@ -485,7 +485,7 @@ one_tall(const int mr, const int four_bits, const int far, const zq_tile *t)
     const uint8_t *b = t->b;
     const int32_t *start = t->start;
     const char *ahead = t->ahead;
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         f[i][0] = f[i][1] = _mm512_setzero_ps();
     }
@@ -494,7 +494,7 @@ one_tall(const int mr, const int four_bits, const int far, const zq_tile *t)
         __m512i acc[MR][NV];
         const float *scale = (const float *)b;
         prefetch_ahead(far, t, &ahead);
-#pragma GCC unroll 16
+        ZQ_UNROLL(16)
         for (int i = 0; i < mr; i++) {
             acc[i][0] = acc[i][1] = _mm512_set1_epi32(start[i * t->ld_start]);
         }
@@ -511,7 +511,7 @@ finish_f32(const int mr, const int how, const int add, const zq_tile *t, __m512 
 {
     const __m512 bias0 = _mm512_loadu_ps(t->bias), bias1 = _mm512_loadu_ps(t->bias + 16);
     const rows_out out = out_of(t);
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         IN_PLACE(acc[i]);
         store_row(how, add, &out, i, _mm512_add_ps(acc[i][0], bias0), _mm512_add_ps(acc[i][1], bias1));
@@ -521,12 +521,12 @@ finish_f32(const int mr, const int how, const int add, const zq_tile *t, __m512 
 ZQ_INLINE void
 begin_f32(const int mr, const float *sums, __m512 acc[MR][NV])
 {
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         acc[i][0] = acc[i][1] = _mm512_setzero_ps();
     }
     if (sums) {
-#pragma GCC unroll 16
+        ZQ_UNROLL(16)
         for (int i = 0; i < mr; i++) {
             acc[i][0] = _mm512_load_ps(sums + i * ZQ_NR);
             acc[i][1] = _mm512_load_ps(sums + i * ZQ_NR + 16);
@@ -537,7 +537,7 @@ begin_f32(const int mr, const float *sums, __m512 acc[MR][NV])
 ZQ_INLINE void
 keep_f32(const int mr, float *sums, __m512 acc[MR][NV])
 {
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         _mm512_store_ps(sums + i * ZQ_NR, acc[i][0]);
         _mm512_store_ps(sums + i * ZQ_NR + 16, acc[i][1]);
@@ -559,7 +559,7 @@ step_f32(const int mr, const int far, const zq_tile *t, int64_t pitch, const row
 {
     const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
     prefetch_ahead(far, t, ahead);
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < mr; i++) {
         const __m512 x = _mm512_set1_ps(*(const float *)(row->at[i / ROWS_BY] + i % ROWS_BY * pitch + offset));
         acc[i][0] = fma_in_place(x, b0, acc[i][0]);

@@ -23,10 +23,13 @@ ZQ_INLINE void
 step_s8(const int mr, const int far, const zq_tile *t, const uint8_t *a, const int8_t *b, __m256i acc[MR][NV])
 {
     prefetch_ahead(far, t, b);
-#pragma GCC unroll 3
+    ZQ_UNROLL(3)
     for (int i = 0; i < mr; i++) {
         const __m256i x = broadcast4(a + i * t->lda);
-#pragma GCC unroll 4
+#if defined(__clang__) /* the sums and x take all registers but three: clang 14 keeps four of b for the next row, and spills */
+        __asm__("" : "+r"(b));
+#endif
+        ZQ_UNROLL(4)
         for (int v = 0; v < NV; v++) {
             acc[i][v] = _mm256_dpbusd_avx_epi32(acc[i][v], x, load256(b + 32 * v));
         }
@@ -47,7 +50,7 @@ accumulate_one_s8(const int far, const zq_tile *t, __m256i acc[MR][NV])
         step_s8(1, far, t, a + k, b, acc);
         step_s8(1, far, t, a + k + 4, b + ZQ_NR * 4, second);
     }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int v = 0; v < NV; v++) {
         acc[0][v] = _mm256_add_epi32(acc[0][v], second[0][v]);
     }
@@ -60,10 +63,10 @@ accumulate_s8(const int mr, const int far, const zq_tile *t, __m256i acc[MR][NV]
 {
     const uint8_t *a = t->a;
     const int8_t *b = t->b;
-#pragma GCC unroll 3
+    ZQ_UNROLL(3)
     for (int i = 0; i < mr; i++) {
         const __m256i z = _mm256_set1_epi32(-t->zx[i]);
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int v = 0; v < NV; v++) {
             acc[i][v] = _mm256_mullo_epi32(z, _mm256_loadu_si256((const __m256i *)(t->colsum + 8 * v)));
         }
@@ -83,7 +86,7 @@ tile_s8(const int mr, const int far, const zq_tile *t)
 {
     __m256i acc[MR][NV];
     accumulate_s8(mr, far, t, acc);
-#pragma GCC unroll 3
+    ZQ_UNROLL(3)
     for (int i = 0; i < mr; i++) {
         store_scaled16(t, i, 0, (v16i){acc[i][0], acc[i][1]});
         store_scaled16(t, i, 16, (v16i){acc[i][2], acc[i][3]});
@@ -95,7 +98,7 @@ tile_s8_s32(const int mr, const zq_tile *t, int32_t *c, int64_t ldc)
 {
     __m256i acc[MR][NV];
     accumulate_s8(mr, 0, t, acc);
-#pragma GCC unroll 3
+    ZQ_UNROLL(3)
     for (int i = 0; i < mr; i++) {
         store_s32(t, c + i * ldc, 0, (v16i){acc[i][0], acc[i][1]});
         store_s32(t, c + i * ldc, 16, (v16i){acc[i][2], acc[i][3]});
@@ -113,14 +116,14 @@ step_low(const int mr, const int four_bits, const int high, const uint8_t *a, in
          __m256i acc[MR_GROUP][NV])
 {
     __m256i x[MR];
-#pragma GCC unroll 3
+    ZQ_UNROLL(3)
     for (int i = 0; i < mr; i++) {
         x[i] = broadcast4(a + i * lda);
     }
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int v = 0; v < NV; v++) {
         const __m256i w = four_bits ? nibbles(b + 32 * v, high) : load256(b + 32 * v);
-#pragma GCC unroll 3
+        ZQ_UNROLL(3)
         for (int i = 0; i < mr; i++) {
             acc[i][v] = _mm256_dpbusd_avx_epi32(acc[i][v], w, x[i]);
         }
@@ -132,7 +135,7 @@ step_high(const int mr, const int four_bits, const int high, const uint8_t *a, i
           __m256i acc[MR_GROUP][NV])
 {
     const __m256i w0 = four_bits ? nibbles(b, high) : load256(b), w1 = four_bits ? nibbles(b + 32, high) : load256(b + 32);
-#pragma GCC unroll 6
+    ZQ_UNROLL(6)
     for (int i = 0; i < mr; i++) {
         const __m256i x = broadcast4(a + i * lda);
         acc[i][0] = _mm256_dpbusd_avx_epi32(acc[i][0], w0, x);
@@ -188,9 +191,9 @@ add_group(const int mr, const int four_bits, const int far, const zq_tile *t, co
 {
     const int width = WIDTH(mr);
     __m256i acc[MR_GROUP][NV];
-#pragma GCC unroll 6
+    ZQ_UNROLL(6)
     for (int i = 0; i < mr; i++) {
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int v = 0; v < width; v++) {
             acc[i][v] = _mm256_set1_epi32(start[i * t->ld_start]);
         }
@@ -198,9 +201,9 @@ add_group(const int mr, const int four_bits, const int far, const zq_tile *t, co
     leave_registers(f);
     accumulate_group(mr, four_bits, far, t, a, n, panel + 4 * ZQ_NR + 32 * at, acc);
     leave_registers(f);
-#pragma GCC unroll 6
+    ZQ_UNROLL(6)
     for (int i = 0; i < mr; i++) {
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int v = 0; v < width; v++) {
             const __m256 scale = _mm256_load_ps((const float *)panel + 8 * (at + v));
             f[i][at + v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][v]), scale, f[i][at + v]);

@@ -93,7 +93,7 @@ finish_together(const zq_tile *t, const float *v, int i, const int rows, const z
 {
     enum { BY = ZQ_NR / 16 };
     v16 y[BY * FINISH_TOGETHER];
-#define EACH _Pragma("GCC unroll 8") for (int u = 0; u < BY * rows; u++)
+#define EACH ZQ_UNROLL(8) for (int u = 0; u < BY * rows; u++)
     EACH { y[u] = add_low_rank(t, v16_load(v + i * ZQ_NR + 16 * u), i + u / BY, u % BY * 16); }
     v16_activates(y, act, BY * rows);
     EACH { store_finished(t, y[u], i + u / BY, u % BY * 16, 16); }

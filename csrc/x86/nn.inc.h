@@ -22,7 +22,7 @@ sum4(const v16 *s)
 
 /* In every pass over a row: whole blocks of 64 elements, vector j of a block into partial sum j; then up to four
  * vectors of the last block, the last one cut. */
-#define FOUR _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++)
+#define FOUR ZQ_UNROLL(4) for (int j = 0; j < 4; j++)
 
 ZQ_INLINE v16
 load16(const float *p, int64_t m)
@@ -477,7 +477,7 @@ activation_step(const float *x, const float *up, int64_t m, float *y, int ranged
                 const int ways)
 {
     v16 v[EXP_WAYS], a[EXP_WAYS];
-#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < ways; u++)
+#define EACH ZQ_UNROLL(4) for (int u = 0; u < ways; u++)
     EACH { a[u] = v[u] = load16(x + 16 * u, m); }
     v16_activates(a, act, ways);
     EACH {
@@ -642,7 +642,7 @@ exp_row(const float *x, int64_t n, float max, const exp_out *out, float *done, f
             }
             top[j % 2] = v16_max(top[j % 2], v16_load(after + at)); /* two: all registers are taken */
         }
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int j = 0; j < 4; j += EXP_WAYS) {
             v16 e[EXP_WAYS];
             for (int u = 0; u < EXP_WAYS; u++) {

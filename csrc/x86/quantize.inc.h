@@ -147,7 +147,7 @@ LEVEL(quantize_minmax_f32_b8)(const float *x, int64_t n, float inv, int32_t zero
     LEVEL(range) r[2] = {{v16i_zero(), v16i_zero()}, {v16i_zero(), v16i_zero()}};
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
-#pragma GCC unroll 4
+        ZQ_UNROLL(4)
         for (int j = 0; j < 4; j++) {
             __builtin_prefetch(ahead + i + 16 * j, 0, 3);
             RANGE_STEP(v16_load(next + i + 16 * j), r[j % 2]);

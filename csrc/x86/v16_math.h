@@ -12,14 +12,14 @@ ZQ_INLINE v16
 v16_exp_2r(v16 r)
 {
     v16 p = v16_set1(zq_exp_poly[5]);
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 4; i >= 0; i--) {
         p = v16_fma(p, r, v16_set1(zq_exp_poly[i]));
     }
     return p;
 }
 
-#define EACH _Pragma("GCC unroll 4") for (int u = 0; u < ways; u++)
+#define EACH ZQ_UNROLL(4) for (int u = 0; u < ways; u++)
 
 /* exp of `ways` <= 4 vectors in step: a chain of 45 cycles in 16 operations fills the scheduler before it fills the pipes. */
 ZQ_INLINE void
@@ -31,7 +31,7 @@ v16_exps(v16 *t, const int ways)
     EACH { r[u] = v16_sub(k[u], v16_set1(ZQ_EXP_MAGIC)); }
     EACH { r[u] = v16_fnma(r[u], v16_set1(ZQ_EXP_LN2), t[u]); }
     EACH { p[u] = v16_set1(zq_exp_poly[5]); }
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 4; i >= 0; i--) {
         EACH { p[u] = v16_fma(p[u], r[u], v16_set1(zq_exp_poly[i])); }
     }
@@ -45,7 +45,7 @@ v16_gelus(v16 *x, const zq_gelu *g, const int ways)
     v16 a[4], r[4], r4[4];
     EACH { a[u] = v16_abs_min(x[u], v16_set1(g->end)); }
     EACH { r[u] = v16_set1(g->r[5]); }
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 4; i >= 0; i--) {
         EACH { r[u] = v16_fma(r[u], a[u], v16_set1(g->r[i])); }
     }
@@ -126,7 +126,7 @@ v16_slope_gelu_erf(v16 x)
     v16_exps(&phi, 1);
     phi = v16_mul(phi, v16_set1(ZQ_PHI_TOP));
     const v16 t = v16_div(one, v16_fma(v16_set1(ZQ_PHI_P), v16_abs(x), one));
-#pragma GCC unroll 8
+    ZQ_UNROLL(8)
     for (int i = 3; i >= 0; i--) {
         b = v16_fma(b, t, v16_set1(zq_phi_poly[i]));
     }

@@ -60,11 +60,11 @@ ZQ_INLINE __m256i
 v8i_hmax8(const __m256i *r)
 {
     __m256i p[4], q[2];
-#pragma GCC unroll 4
+    ZQ_UNROLL(4)
     for (int i = 0; i < 4; i++) {
         p[i] = _mm256_max_epi32(_mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]), _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]));
     }
-#pragma GCC unroll 2
+    ZQ_UNROLL(2)
     for (int i = 0; i < 2; i++) {
         q[i] = _mm256_max_epi32(_mm256_unpacklo_epi64(p[2 * i], p[2 * i + 1]), _mm256_unpackhi_epi64(p[2 * i], p[2 * i + 1]));
     }
@@ -76,7 +76,7 @@ ZQ_INLINE v16i
 v16i_hmax16(const v16i *a)
 {
     __m256i half[16];
-#pragma GCC unroll 16
+    ZQ_UNROLL(16)
     for (int i = 0; i < 16; i++) {
         half[i] = _mm256_max_epi32(v16i_lo(a[i]), v16i_hi(a[i]));
     }
