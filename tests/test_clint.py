@@ -275,7 +275,7 @@ def compiled() -> dict[str, list[tuple[int, str]]]:
 
 @pytest.mark.parametrize("kernel", ["gemm_u8s8_12x32_tile", "gemm_f32_12x32_tile"])
 def test_loops_over_rows_are_unrolled(compiled: dict[str, list[tuple[int, str]]], kernel: str) -> None:
-    """With any compiler: 12 rows of two vectors in one loop. Rolled up, the sums are in memory, which takes 3.5 times as long."""
+    """With any compiler: 12 rows of two vectors in one loop. Rolled up, the sums are in memory: 3.5 times the time."""
     (code,) = (code for n, code in compiled.items() if n.startswith(f"zq_{kernel}__avx512vnni"))
     assert max(sum(bool(PRODUCT.match(t)) for t in loop) for loop in inner_loops(code)) >= 24
 
