@@ -392,6 +392,32 @@ def test_work_that_lowers_the_clock_is_compared_with_the_peaks_beside_it(harness
 
 
 @needs_cc
+def test_waiting_does_not_raise_the_clock_between_slices(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work lowers the clock to 90 %, peak slices raise it within some milliseconds: before and after it never agree if the
+    gate waits in between, and do where it does not."""
+    gate = harness.Gate(1)
+    clock = [100.0]
+
+    def work() -> None:
+        clock[0] = 90.0
+
+    def good() -> bool:
+        gate.latest = clock[0]
+        clock[0] = min(100.0, clock[0] + 0.5)
+        return gate.latest >= 96.0
+
+    monkeypatch.setattr(gate, "kind", 0)
+    monkeypatch.setattr(gate, "good", good)
+    monkeypatch.setattr(gate, "lost_time", lambda: lambda: 0.0)
+    gate.fastest["int8"], gate.ratios["int8"] = [100.0] * 3, [1.0]
+    monkeypatch.setattr(harness, "WORK_SLICE", 1e-4)
+    case = harness.Case("any", work, 1.0)
+    case.samples.append(gate.measure(case.work, seconds=0.2))
+    (row,) = harness.rows_of(gate, [case])
+    assert row["kept"] == 0 and row["beside"] >= harness.MIN_BESIDE and row["ceiling"] == pytest.approx(90.0)
+
+
+@needs_cc
 def test_sleeping_is_lost_time(harness: Any) -> None:
     gate = harness.Gate(1)
     lost_time = gate.lost_time()

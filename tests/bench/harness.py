@@ -8,10 +8,10 @@ best round; several rounds over all cases are interleaved. The clock drifts by s
 third fastest slice of the last seconds, and percentages refer to that. Where too few slices
 are kept, the figure is marked: it is then of all slices, less the time that the threads were without a CPU, and says little.
 
-Some CPUs clock down under the work itself, and up again in the peak slices beside it (Intel's, by a tenth and more): hardly a
-slice passes there. Kernels are then compared with the peak slices right before and right after, where these two agree: the
-figure is marked (~), and the median over such slices; it is no timing to quote, but its percentage is. What compares two of
-them divides their percentages (quotient()).
+Some CPUs clock down under the work itself, and up again in peak slices (Intel's, by a tenth and more): hardly a slice passes
+there, and nobody waits for good ones any more. Kernels are then compared with the peak slices right before and right after,
+where these two agree: the figure is marked (~), and the median over such slices; it is no timing to quote, but its percentage
+is. What compares two of them divides their percentages (quotient()).
 """
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ CHECKS = 100  # slices with one thread and with all that decide whether the host
 NOT_ALL_CORES = "the host does not give every thread a core"
 FEW_SLICES = "too few undisturbed slices"
 MIN_BESIDE = 5
+PATIENCE = 6  # slices without one that passed the gate, after which there is no waiting for a good moment
 MAX_LOST = 0.03  # of a slice's wall time, that our threads were without a CPU
 WORK_SLICE = 4e-3
 LONG = 0.1  # a call that takes so many seconds averages the disturbances itself, and needs no warming
@@ -267,7 +268,8 @@ class Gate:
                     kept.append(took / calls)
                 if self.alike(peak, self.latest):
                     beside.append((took / calls, (peak + self.latest) / 2))
-            before = after or self.wait()
+            # Waiting is peak slices, under which a clock rises that the work lowers: in vain if none passed so far.
+            before = after or (bool(kept) or len(every) < PATIENCE) and self.wait()
         if len(kept) >= few:
             middle = statistics.median(kept)
         else:  # of few long calls the fastest was disturbed least
@@ -419,9 +421,9 @@ def rows_of(gate: Gate, cases: Iterable[Case], unit: str = "GOP/s") -> list[dict
         if best:
             value, limit = c.ops / best.seconds / 1e9, gate.limit(c.ceiling, best.speed)
         elif beside:
-            value = c.ops / statistics.median(seconds for seconds, _ in beside) / 1e9
+            value = c.ops / statistics.median_low(seconds for seconds, _ in beside) / 1e9
             shares = [c.ops / seconds / 1e9 / gate.limit(c.ceiling, peak) for seconds, peak in beside]
-            limit, noise = value / statistics.median(shares), spread_of(shares)
+            limit, noise = value / statistics.median_high(shares), spread_of(shares)  # of equal peaks the same slice's
         rows.append(row(c.name, gate.threads, value, unit, m=c.m, n=c.n, k=c.k, ceiling=limit or None,
                         noise=round(noise, 4), kept=sum(s.kept for s in c.samples), slices=sum(s.slices for s in c.samples),
                         faults=round(best.faults, 2) if best else None, beside=len(beside),
