@@ -11,9 +11,9 @@
 
 /* ISA code lives in ordinary files compiled without -m flags: the functions between BEGIN and END get
  * the target by pragma, so nothing outside can be compiled for a CPU that is not there.
- * UNROLL stands before a loop over registers, of a constant number of turns, `most` or fewer: an array that a loop is left of
- * is left in memory. clang takes GCC's pragma for "so many turns at a time" (UNROLL_BY), and does that too late to keep the
- * array in registers: products took 3.5 times as long. */
+ * UNROLL stands before a loop over registers, of a constant number of turns, `most` or fewer: as long as a loop indexes an
+ * array, the array is in memory. clang takes GCC's pragma for "so many turns at a time" (UNROLL_BY), and does that too late to
+ * put the array into registers: products took 3.5 times as long. */
 #define ZQ_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
 #define ZQ_TARGET_BEGIN(isa) ZQ_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
